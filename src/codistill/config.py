@@ -1,0 +1,350 @@
+"""Every setting of codistill, as dataclasses on the standard library alone.
+
+The same classes are the command line (their attribute docstrings are its help), the config file and the reference
+page. Nothing here imports torch, so that `codistill --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, ClassVar, Literal
+
+
+class InputError(ValueError):
+    """The user's input cannot be used; the message is one sentence that names the flag and the mend (exit code 2)."""
+
+
+class MachineError(RuntimeError):
+    """The machine or the run failed (disk full, out of memory, non-finite loss); one sentence (exit code 1)."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean "x"?)` for the nearest of `known`, or the list of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f' (did you mean "{near[0]}"?)' if near else f" (there are: {', '.join(known)})"
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Methods: one class a method. `None` means "as the variant says" or "scaled with the run".
+
+
+@dataclass(kw_only=True)
+class MethodConfig:
+    """What all methods share."""
+
+    name: ClassVar[str]
+    default_peers: ClassVar[int]
+    least_peers: ClassVar[int]
+    topologies: ClassVar[tuple[str, ...]] = ("networks", "branches")
+
+
+@dataclass(kw_only=True)
+class IndependentConfig(MethodConfig):
+    """Peers trained by cross-entropy alone; one peer is the papers' Baseline, branches are their "Ind"."""
+
+    name: ClassVar[str] = "independent"
+    default_peers: ClassVar[int] = 4
+    least_peers: ClassVar[int] = 1
+
+    rescale: bool = False
+    """Divide the gradient that enters the shared trunk by the number of branches (CL's back-propagation rescaling)."""
+
+
+@dataclass(kw_only=True)
+class OKDDipConfig(MethodConfig):
+    """Online knowledge distillation with diverse peers (Chen et al., AAAI 2020): attention among peers, and a leader."""
+
+    name: ClassVar[str] = "okddip"
+    default_peers: ClassVar[int] = 4
+    least_peers: ClassVar[int] = 3
+
+    variant: Literal["paper", "okddip_code"] = "paper"
+    """`paper` mixes softened probabilities, as the equation does; `okddip_code` mixes logits, as the authors' code does."""
+    temperature: float = 3.0
+    """Softening temperature T of both levels of distillation."""
+    weight: float = 1.0
+    """Weight of the distillation terms once the ramp is over."""
+    ramp_epochs: float | None = None
+    """Length of the ramp of that weight; default 80/300 of the epochs."""
+    detach: Literal["none", "peers", "all"] = "none"
+    """Which targets are constants: none (both sources), the peers' predictions (the attention still learns), or all."""
+    mask_self: bool = False
+    """Leave a peer's own prediction out of its target (removes the optimum in which every peer attends to itself)."""
+    ablation: Literal["none", "random", "entropy", "mean", "symmetric", "no_leader"] = "none"
+    """The ablations of the paper's Table 5. `no_leader` is also the ensemble form of its Table 4."""
+    entropy_weight: float = 0.1
+    """Weight of the entropy term of `--method.ablation entropy` (a guess: the paper gives no value)."""
+
+
+METHODS: dict[str, type[MethodConfig]] = {c.name: c for c in MethodConfig.__subclasses__()}
+
+
+def method_config(name: str) -> MethodConfig:
+    """Return the default config of the method called `name`."""
+    if name not in METHODS:
+        raise InputError(f'unknown method "{name}"{suggest(name, METHODS)}')
+    return METHODS[name]()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# A run
+
+
+@dataclass
+class Config:
+    """One training run: `codistill.train(Config(method="okddip", model="resnet32", data="cifar100"))`."""
+
+    method: MethodConfig | str = "okddip"
+    """The method, by name or as its config."""
+    model: tuple[str, ...] | str = ("resnet32",)
+    """The network, by name; several names make peers of different sizes, one a peer."""
+    data: str = "digits"
+    """digits, fashion-mnist, cifar10, cifar100, npz:PATH (x_train, y_train, x_test, y_test), or folder:PATH."""
+    data_dir: str | None = None
+    """Where the data set lies or is downloaded to: torchvision's layout, or DIR/cifar100.npz; default ./data."""
+    train_per_class: int | None = None
+    """Train on that many images a class only (after the validation split), drawn once, the same for every seed."""
+    val_fraction: float = 0.1
+    """Part of the training set kept for validation: deterministic, balanced over classes, the same for every seed."""
+    image_size: int | None = None
+    """Height and width that the images of a folder are resized to."""
+    augment: bool = True
+    """Random crops (and flips, where the data set allows them), drawn anew for every sample, view and epoch."""
+    cutout: int = 0
+    """Side in pixels of a random square set to the mean colour (0 = off)."""
+
+    topology: Literal["networks", "branches"] = "networks"
+    """Whole networks as peers, or branches on one shared trunk."""
+    branch_at: tuple[str, ...] = ()
+    """First module that every branch has for itself (its path in the network); several make a tree. Default: the paper's."""
+    fan_out: tuple[int, ...] = ()
+    """Number of children at each `--branch-at`; their product is the number of peers."""
+    peers: int | None = None
+    """Number of peers, the leader included; default the method's own."""
+    protocol: Literal["honest", "paper"] = "honest"
+    """honest: choose on validation, read the test set once at the end; paper: all of train, last and best test epoch."""
+
+    epochs: int = 300
+    """Passes over the training set."""
+    batch_size: int = 128
+    """Samples a step."""
+    lr: float = 0.1
+    """Learning rate at the start."""
+    schedule: Literal["step", "cosine"] = "step"
+    """step: x0.1 at every milestone; cosine: half a cosine down to 0."""
+    milestones: tuple[int, ...] | None = None
+    """Epochs (counted from 0) from which the rate is ten times smaller; default 1/2 and 3/4 of the epochs."""
+    warmup_epochs: float = 0.0
+    """Epochs of linear warm-up at the start."""
+    momentum: float = 0.9
+    """Momentum of SGD."""
+    nesterov: bool = True
+    """Nesterov's form of it."""
+    weight_decay: float = 5e-4
+    """Weight decay, on every parameter, as the papers have it."""
+
+    seed: int = 0
+    """Seed of initialisation, order and augmentation. The splits do not depend on it."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """bfloat16 is autocast: weights, classifier heads and losses stay float32."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    channels_last: bool = True
+    """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
+    deterministic: bool = False
+    """Use deterministic kernels only (on a CPU with one thread runs repeat bit for bit anyway)."""
+
+    out: str | None = None
+    """Run folder; default runs/DATA-METHOD-TOPOLOGY-MODEL-seedN."""
+    resume: str | None = None
+    """auto: continue in --out if it holds this run; or the path of a run folder to continue in."""
+    checkpoint_every_epochs: int = 1
+    """Epochs between two checkpoints."""
+    checkpoint_every_steps: int = 0
+    """Steps between two checkpoints (0 = only at the end of epochs)."""
+    log_every_steps: int = 50
+    """Steps between two looks at the loss; between them the device is never waited for."""
+    eval_every_epochs: int = 1
+    """Epochs between two evaluations on the curve's set (validation; the test set under --protocol paper)."""
+    tracker: Literal["none", "tensorboard"] = "none"
+    """Also write the metrics for this viewer (an extra: pip install codistill[tensorboard])."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.method, str):
+            self.method = method_config(self.method)
+        self.model = (self.model,) if isinstance(self.model, str) else tuple(self.model)
+        self.branch_at = (self.branch_at,) if isinstance(self.branch_at, str) else tuple(self.branch_at)
+        self.fan_out = tuple(self.fan_out)
+
+    def resolved(self) -> Config:
+        """Return this config with every default that depends on the rest filled in, and checked.
+
+        Raises:
+            InputError: a value is out of range, or two values contradict each other.
+        """
+        full = dataclasses.replace(self, method=dataclasses.replace(self.method))  # type: ignore[type-var]
+        method = full.method
+        assert isinstance(method, MethodConfig)
+        _check_numbers(full)
+        if full.peers is None:
+            full.peers = math.prod(full.fan_out) if full.fan_out else max(method.default_peers, len(full.model))
+        _check_peers(full, method)
+        if full.milestones is None:
+            full.milestones = (full.epochs // 2, full.epochs * 3 // 4) if full.schedule == "step" else ()
+        if getattr(method, "ramp_epochs", 0.0) is None:
+            method.ramp_epochs = full.epochs * 80 / 300  # type: ignore[attr-defined]
+        if full.out is None:
+            name = "-".join([full.data.replace(":", "-").replace("/", "_"), method.name, full.topology, *full.model])
+            full.out = f"runs/{name}-seed{full.seed}"
+        return full
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return plain values for JSON; `from_dict` takes them back."""
+        values = dataclasses.asdict(self)
+        assert isinstance(self.method, MethodConfig)
+        values["method"] = {"name": self.method.name, **values["method"]}
+        return values
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Config:
+        """Build a config from plain values, as in a config file.
+
+        Raises:
+            InputError: a key is unknown, or a value has the wrong type.
+        """
+        values = dict(values)
+        method = values.pop("method", "okddip")
+        options = dict(method) if isinstance(method, dict) else {"name": method}
+        base = method_config(options.pop("name", "okddip"))
+        return cls(method=type(base)(**_checked(type(base), options, "method.")), **_checked(cls, values, ""))
+
+    @classmethod
+    def from_file(cls, path: str | Path) -> Config:
+        """Read a JSON or TOML file, or the `config.json` of a run folder.
+
+        Raises:
+            InputError: the file is missing, is not JSON or TOML, or holds an unknown key.
+        """
+        path = Path(path)
+        path = path / "config.json" if path.is_dir() else path
+        try:
+            text = path.read_text()
+            values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
+        except OSError as error:
+            raise InputError(f"--config: cannot read {path} ({error.strerror or error})") from None
+        except ValueError as error:
+            raise InputError(f"--config: {path} is not valid {path.suffix[1:] or 'JSON'} ({error})") from None
+        if not isinstance(values, dict):
+            raise InputError(f"--config: {path} holds no table of options")
+        return cls.from_dict(values)
+
+
+def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Check names and types of `values` against the dataclass `cls`; lists become tuples."""
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    checked = {}
+    for key, value in values.items():
+        if key not in fields:
+            raise InputError(f'--config: unknown option "{prefix}{key}"{suggest(key, fields)}')
+        value = tuple(value) if isinstance(value, list) else value
+        kind = str(fields[key].type)
+        if not _fits(value, kind):
+            raise InputError(f"--config: {prefix}{key} = {value!r} does not fit; it takes {kind}")
+        checked[key] = value
+    return checked
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Say whether a plain value fits an annotation written as text."""
+    if value is None:
+        return "None" in kind
+    if isinstance(value, bool):
+        return "bool" in kind
+    if isinstance(value, str):
+        return f'"{value}"' in kind or f"'{value}'" in kind if "Literal" in kind else "str" in kind
+    if isinstance(value, tuple):
+        return "tuple" in kind and all(type(v).__name__ in kind for v in value)
+    return "float" in kind if isinstance(value, float) else ("int" in kind or "float" in kind)
+
+
+def _check_numbers(c: Config) -> None:
+    """Raise for a number out of its range, naming the flag."""
+    least_one = ("epochs", "batch_size", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs")
+    rules = [(n, getattr(c, n) >= 1, "at least 1") for n in least_one]
+    rules += [
+        ("train_per_class", c.train_per_class is None or c.train_per_class >= 1, "at least 1"),
+        ("image_size", c.image_size is None or c.image_size >= 8, "at least 8"),
+        ("peers", c.peers is None or c.peers >= 1, "at least 1"),
+        ("lr", math.isfinite(c.lr) and c.lr > 0, "a number above 0"),
+        ("momentum", 0 <= c.momentum < 1, "from 0 to below 1"),
+        ("weight_decay", math.isfinite(c.weight_decay) and c.weight_decay >= 0, "0 or more"),
+        ("warmup_epochs", math.isfinite(c.warmup_epochs) and c.warmup_epochs >= 0, "0 or more"),
+        ("val_fraction", 0 <= c.val_fraction < 1, "from 0 to below 1"),
+        ("cutout", c.cutout >= 0, "0 or more"),
+        ("checkpoint_every_steps", c.checkpoint_every_steps >= 0, "0 or more"),
+        ("seed", 0 <= c.seed < 2**31, "from 0 to 2147483647"),
+        ("milestones", all(m >= 1 for m in c.milestones or ()), "1 or more, each"),
+        ("fan_out", all(f >= 1 for f in c.fan_out), "1 or more, each"),
+    ]
+    method = c.method
+    for name, fine, words in (
+        ("temperature", lambda v: math.isfinite(v) and v > 0, "a number above 0"),
+        ("weight", lambda v: math.isfinite(v) and v >= 0, "0 or more"),
+        ("ramp_epochs", lambda v: v is None or (math.isfinite(v) and v >= 0), "0 or more"),
+        ("entropy_weight", math.isfinite, "a number"),
+    ):
+        if hasattr(method, name):
+            rules.append((f"method.{name}", fine(getattr(method, name)), words))
+    for name, fine, words in rules:
+        if not fine:
+            value = getattr(method, name[7:]) if name.startswith("method.") else getattr(c, name)
+            raise InputError(f"--{name.replace('_', '-')} is {value}; give {words}")
+    if c.nesterov and c.momentum == 0:
+        raise InputError("--nesterov needs a momentum; give --momentum above 0, or --no-nesterov")
+
+
+def _check_peers(c: Config, method: MethodConfig) -> None:
+    """Raise where peers, models, topology and method contradict each other."""
+    assert c.peers is not None
+    if c.topology not in method.topologies:
+        raise InputError(f"{method.name} works on {' or '.join(method.topologies)} only; drop --topology {c.topology}")
+    if c.peers < method.least_peers:
+        what = " (auxiliary peers and the leader)" if method.name == "okddip" else ""
+        raise InputError(f"--peers is {c.peers}; {method.name} needs at least {method.least_peers}{what}")
+    if len(c.model) > 1 and len(c.model) != c.peers:
+        raise InputError(f"--model is given {len(c.model)} times for --peers {c.peers}; give one, or one a peer")
+    if c.topology == "branches":
+        if len(c.model) > 1:
+            raise InputError("--topology branches takes one --model: branches share a trunk; use --topology networks")
+    elif c.branch_at or c.fan_out:
+        raise InputError("--branch-at and --fan-out shape branches; add --topology branches")
+    if c.fan_out and math.prod(c.fan_out) != c.peers:
+        raise InputError(f"--fan-out {' '.join(map(str, c.fan_out))} makes {math.prod(c.fan_out)} branches, not --peers {c.peers}")
+    if len(c.branch_at) > 1 and len(c.fan_out) != len(c.branch_at):
+        raise InputError("--fan-out needs one number for each --branch-at")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Several runs
+
+
+@dataclass
+class GridConfig:
+    """How a grid of runs is worked through."""
+
+    seeds: int = 3
+    """Number of seeds: 0 .. n-1."""
+    workers: int = 1
+    """Processes that train side by side on this machine."""
+    out: str = "runs/compare"
+    """Folder of the grid; runs that it already holds are not trained again."""
+    run: Config = field(default_factory=Config)
+    """What every run shares."""

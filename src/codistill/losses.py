@@ -1,0 +1,155 @@
+"""The maths of the papers as pure functions of tensors: no state, no config, no loop.
+
+Shapes: P peers, B batch, C classes, D features; `...` any leading dimensions (peers, usually). Every function works on
+logits, in the dtype it is given, and averages over the batch ("batchmean"), never over peers.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+def sigmoid_ramp(epoch: float, length: float) -> float:
+    """Return the ramp-up weight exp(-5 (1 - min(e, L)/L)^2) of Laine & Aila (2017), used by ONE, OKDDip and PCL.
+
+    Args:
+        epoch: Epochs done, counted from 0.
+        length: Length L of the ramp in epochs; 0 means no ramp.
+
+    >>> round(sigmoid_ramp(0, 80), 6), round(sigmoid_ramp(40, 80), 6), sigmoid_ramp(80, 80)
+    (0.006738, 0.286505, 1.0)
+    """
+    if length <= 0:
+        return 1.0
+    return math.exp(-5.0 * (1.0 - min(epoch, length) / length) ** 2)
+
+
+def cross_entropy(logits: Tensor, targets_B: Tensor) -> Tensor:
+    """Return the cross-entropy of every leading index: logits `... x B x C`, targets `B` or `B x C` -> `...`."""
+    log_probs = logits.log_softmax(-1)
+    if targets_B.dtype.is_floating_point:
+        return -(targets_B * log_probs).sum(-1).mean(-1)
+    index = targets_B.expand(logits.shape[:-1]).unsqueeze(-1)
+    return -log_probs.gather(-1, index).squeeze(-1).mean(-1)
+
+
+def kl_from_log_probs(
+    student_logits: Tensor, target_log_probs: Tensor, temperature: float = 1.0, guard: float = 0.0
+) -> Tensor:
+    """Return T^2 KL(target || softmax(student / T)), mean over the batch: `... x B x C` twice -> `...`.
+
+    No side is detached here.
+
+    Args:
+        student_logits: The side that is taught.
+        target_log_probs: The side that teaches, as log-probabilities that are softened already.
+        temperature: T.
+        guard: Added to the target's probabilities, which then sum to more than 1, as ONE's and OKDDip's code does
+            (1e-7 there).
+    """
+    log_student = (student_logits / temperature).log_softmax(-1)
+    target = target_log_probs.exp()
+    if guard:
+        target = target + guard
+        target_log_probs = target.log()
+    return (target * (target_log_probs - log_student)).sum(-1).mean(-1) * temperature**2
+
+
+def soften(logits: Tensor, temperature: float) -> Tensor:
+    """Return log softmax(logits / T)."""
+    return (logits / temperature).log_softmax(-1)
+
+
+def kl_divergence(student_logits: Tensor, target_logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return T^2 KL(softmax(target / T) || softmax(student / T)) (Hinton et al., 2015): `... x B x C` twice -> `...`.
+
+    >>> kl_divergence(torch.zeros(1, 2), torch.tensor([[0.0, 2.0]]), temperature=2.0).item()
+    0.4438...
+    """
+    return kl_from_log_probs(student_logits, soften(target_logits, temperature), temperature)
+
+
+def attention_log_weights(query_PBD: Tensor, key_PBD: Tensor, mask_self: bool = False) -> Tensor:
+    """Return log alpha_ab, alpha_ab = softmax_b(q_a . k_b), as `B x P x P` (OKDDip, eq. 4; unscaled dot products).
+
+    Args:
+        query_PBD: Projections q_a of every peer's features.
+        key_PBD: Projections k_b.
+        mask_self: Leave b = a out.
+    """
+    scores_BPP = torch.einsum("abd,cbd->bac", query_PBD, key_PBD)
+    if mask_self:
+        own = torch.eye(scores_BPP.shape[-1], dtype=torch.bool, device=scores_BPP.device)
+        scores_BPP = scores_BPP.masked_fill(own, -math.inf)
+    return scores_BPP.log_softmax(-1)
+
+
+def mix_logits(weights_BPQ: Tensor, logits_QBC: Tensor) -> Tensor:
+    """Return sum_b w_ab z_b for every a: `B x P x Q` and `Q x B x C` -> `P x B x C`."""
+    return torch.einsum("bpq,qbc->pbc", weights_BPQ, logits_QBC)
+
+
+def mix_log_probs(log_weights_BPQ: Tensor, logits_QBC: Tensor, temperature: float) -> Tensor:
+    """Return log sum_b w_ab softmax(z_b / T) for every a: `B x P x Q`, `Q x B x C` -> `P x B x C`.
+
+    Probabilities are mixed through logsumexp, so that confident peers do not underflow.
+    """
+    log_probs_BQC = soften(logits_QBC, temperature).transpose(0, 1)
+    return (log_weights_BPQ.unsqueeze(-1) + log_probs_BQC.unsqueeze(1)).logsumexp(2).transpose(0, 1)
+
+
+def entropy(logits: Tensor) -> Tensor:
+    """Return the mean entropy of softmax(logits), in nats: `... x B x C` -> `...`."""
+    log_probs = logits.log_softmax(-1)
+    return -(log_probs.exp() * log_probs).sum(-1).mean(-1)
+
+
+def peer_distance(probs_PBC: Tensor, eps: float = 0.0) -> Tensor:
+    """Return the diversity of OKDDip's section 5: the L2 distance of softmaxes, averaged over pairs -> `B`.
+
+    Args:
+        probs_PBC: Probabilities at T = 1.
+        eps: Added to every difference before the norm (the authors' code adds 1e-6, through `pairwise_distance`).
+
+    Returns:
+        One distance a sample; zeros where there is one peer.
+    """
+    num_peers = probs_PBC.shape[0]
+    if num_peers < 2:
+        return probs_PBC.new_zeros(probs_PBC.shape[1])
+    first, second = torch.triu_indices(num_peers, num_peers, 1, device=probs_PBC.device)
+    return (probs_PBC[first] - probs_PBC[second] + eps).norm(dim=-1).mean(0)
+
+
+class _ScaleGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: Tensor, factor: float) -> Tensor:  # noqa: ANN001
+        ctx.factor = factor
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
+        return grad * ctx.factor, None
+
+
+def scale_gradient(x: Tensor, factor: float) -> Tensor:
+    """Return `x`; its gradient is multiplied by `factor` (CL's back-propagation rescaling, Song & Chai 2018, eq. 9)."""
+    return _ScaleGradient.apply(x, factor)
+
+
+__all__ = [
+    "attention_log_weights",
+    "cross_entropy",
+    "entropy",
+    "kl_divergence",
+    "kl_from_log_probs",
+    "mix_log_probs",
+    "mix_logits",
+    "peer_distance",
+    "scale_gradient",
+    "sigmoid_ramp",
+    "soften",
+]
