@@ -337,14 +337,14 @@ def _check_peers(c: Config, method: MethodConfig) -> None:
 
 
 @dataclass
-class GridConfig:
-    """How a grid of runs is worked through."""
+class CompareConfig(Config):
+    """Several methods on the same data, with baselines of equal cost, over seeds."""
 
+    topology: Literal["networks", "branches", "both"] = "networks"  # type: ignore[assignment]
+    """Whole networks as peers, branches on one shared trunk, or a row for each."""
     seeds: int = 3
     """Number of seeds: 0 .. n-1."""
     workers: int = 1
-    """Processes that train side by side on this machine."""
-    out: str = "runs/compare"
-    """Folder of the grid; runs that it already holds are not trained again."""
-    run: Config = field(default_factory=Config)
-    """What every run shares."""
+    """Runs that train side by side on this machine, each on one CPU thread."""
+    out: str | None = None
+    """Folder of the grid; runs that it already holds are not trained again. Default runs/compare-DATA."""

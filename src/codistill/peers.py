@@ -250,8 +250,7 @@ class BranchPeers(Peers):
         # Found once: walking the tree of modules at every step would cost more than a small branch.
         self._shared = [m for m in self.modules() if isinstance(m, Shared)]
         self._entries = [m for m in self.modules() if isinstance(m, Entry)]
-        for entry in self._entries:
-            entry.rescale = rescale
+        self.set_rescale(rescale)
         with eval_mode(self), torch.no_grad():
             outputs, unshared = self(example), self(example.expand(num_peers, *example.shape))
         assert outputs.trunk_BD is not None
@@ -264,6 +263,11 @@ class BranchPeers(Peers):
     def trunk_dim(self) -> int | None:
         """Number of channels where the trunk forks."""
         return self._trunk_dim
+
+    def set_rescale(self, rescale: bool) -> None:
+        """Switch the rescaling of gradients at the forks on or off."""
+        for entry in self._entries:
+            entry.rescale = rescale
 
     def _forget(self) -> None:
         for module in (*self._shared, *self._entries):

@@ -1,0 +1,8 @@
+"""`python -m codistill`, and what `torchrun -m codistill` starts."""
+
+import sys
+
+from codistill.cli import main
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,66 @@
+"""The command line: parse first, import torch afterwards.
+
+Exit codes: 0 done; 2 the user's input; 1 the machine's or ours; 75 stopped by a signal with a checkpoint written.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+
+from codistill.cli_options import COMMANDS, parse
+from codistill.config import InputError, MachineError, suggest
+
+USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help says more)
+
+Train a better small network without a teacher: peers teach each other, one plain network is deployed.
+
+{commands}
+
+Begin with:  codistill train okddip --model resnet8 --data digits --epochs 60 --batch-size 64
+"""
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        width = max(len(c.usage) for c in COMMANDS.values())
+        print(USAGE.format(commands="\n".join(f"  {c.usage:{width}}  {c.summary}" for c in COMMANDS.values())))
+        return 0
+    if argv[0] in ("--version", "-V"):
+        from codistill import __version__
+
+        print(f"codistill {__version__}")
+        return 0
+    try:
+        if argv[0] not in COMMANDS:
+            raise InputError(f'unknown command "{argv[0]}"{suggest(argv[0], COMMANDS)}')
+        return run(argv[0], argv[1:])
+    except InputError as error:
+        return _say(error, 2)
+    except MachineError as error:
+        return _say(error, 1)
+    except KeyboardInterrupt:
+        return _say("interrupted", 130)
+    except Exception as error:
+        from codistill.failures import explain
+
+        sentence, code = explain(error)
+        if sentence is None:
+            raise
+        return _say(sentence, code)
+
+
+def run(command: str, argv: list[str]) -> int:
+    """Parse the options of a command, then import what it needs and run it."""
+    options = parse(command, argv)
+    warnings.showwarning = lambda message, *_: print(f"codistill: warning: {message}", file=sys.stderr)
+    from codistill import commands
+
+    return getattr(commands, command)(options)
+
+
+def _say(message: object, code: int) -> int:
+    print(f"codistill: {message}", file=sys.stderr)
+    return code

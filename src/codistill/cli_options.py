@@ -1,0 +1,218 @@
+"""What each command takes, as dataclasses, and how a command line becomes one of them. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from codistill.config import METHODS, CompareConfig, Config, InputError, MethodConfig, method_config, suggest
+
+
+@dataclass
+class Command:
+    """A command's name with its arguments, and what it does."""
+
+    usage: str
+    summary: str
+
+
+COMMANDS = {
+    "train": Command("train METHOD", "train peers with a method, in a run folder"),
+    "evaluate": Command("evaluate RUN", "measure every member of a trained run"),
+    "compare": Command("compare METHOD ...", "train methods and baselines of equal cost over seeds, print the table"),
+    "export": Command("export RUN", "write the one deployed student as a file that needs no codistill"),
+    "list": Command("list methods|models|data", "show what there is"),
+    "demo": Command("demo", "the comparison that make demo runs"),
+}
+
+
+@dataclass
+class EvaluateOptions:
+    """Measure every member and the ensemble of a trained run."""
+
+    split: Literal["test", "val"] = "test"
+    """Which part of the run's data to measure on."""
+    data: str | None = None
+    """Another data set with the same classes and image size; its test part is measured."""
+    data_dir: str | None = None
+    """Where the data lies, if not where the run found it."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """Where to run."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+@dataclass
+class ExportOptions:
+    """Write the deployed student."""
+
+    out: str | None = None
+    """File to write; default student.safetensors in the run folder."""
+    format: Literal["safetensors"] = "safetensors"
+    """File format."""
+    data_dir: str | None = None
+    """Where the data lies, if not where the run found it."""
+
+
+@dataclass
+class ListOptions:
+    """Show what there is."""
+
+
+@dataclass
+class DemoOptions:
+    """Train peers on real images, and print what it buys against baselines of equal cost."""
+
+    data: str = "digits"
+    """digits (needs no download), fashion-mnist or cifar100."""
+    data_dir: str | None = None
+    """Where the data set lies or is downloaded to; default ./data."""
+    out: str | None = None
+    """Folder of the runs; default demo/DATA."""
+    seeds: int = 3
+    """Number of seeds."""
+    workers: int = 2
+    """Runs side by side."""
+
+
+@dataclass
+class Parsed:
+    """A command line, understood."""
+
+    words: list[str]
+    """The arguments before the options."""
+    options: Any
+    seeds: int | None = None
+
+
+def parse(command: str, argv: list[str]) -> Parsed:
+    """Split off the words, read --config, and let tyro read the options.
+
+    Raises:
+        InputError: a word or an option is missing or unknown.
+        SystemExit: help was asked for (0), or tyro printed what it did not understand (2).
+    """
+    words, rest = _split(argv)
+    asks_help = "--help" in rest or "-h" in rest
+    if command == "train":
+        return _parse_train(words, rest, asks_help)
+    if command == "compare":
+        if not words and not asks_help:
+            raise InputError("compare needs at least one METHOD, as in: codistill compare okddip --data digits")
+        return Parsed(words, _tyro(CompareConfig(method="independent"), rest, f"codistill compare {' '.join(words) or 'METHOD ...'}"))
+    plain = {"evaluate": EvaluateOptions, "export": ExportOptions, "list": ListOptions, "demo": DemoOptions}
+    expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data"}.get(command)
+    if expected and len(words) != 1 and not asks_help:
+        raise InputError(f"{command} takes one {expected}, not {len(words)} words")
+    prog = f"codistill {command}" + (f" {words[0] if words else expected}" if expected else "")
+    return Parsed(words, _tyro(plain[command](), rest, prog))
+
+
+def _parse_train(words: list[str], rest: list[str], asks_help: bool) -> Parsed:
+    config, rest = _read_config_file(rest)
+    if len(words) > 1:
+        raise InputError(f"train takes one METHOD, not {len(words)} ({' '.join(words)}); compare takes several")
+    if words:
+        method = method_config(words[0])
+        held = config.method if config is not None else None
+        method = held if isinstance(held, MethodConfig) and held.name == words[0] else method
+    elif config is not None:
+        method = config.method
+    elif asks_help:
+        method = method_config("okddip")
+    else:
+        raise InputError(f"train needs a METHOD{suggest('', METHODS)}, as in: codistill train okddip")
+    assert isinstance(method, MethodConfig)
+    config = dataclasses.replace(config or Config(), method=method)
+    seeds, rest = _take(rest, "--seeds")
+    if seeds is not None and (not seeds.isdigit() or int(seeds) < 1):
+        raise InputError(f"--seeds {seeds} must be a number of seeds, 1 or more")
+    options = _tyro(config, rest, f"codistill train {words[0] if words else 'METHOD'}")
+    return Parsed(words, options, int(seeds) if seeds else None)
+
+
+def _split(argv: list[str]) -> tuple[list[str], list[str]]:
+    """Separate the leading words from the options."""
+    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    return argv[:first], argv[first:]
+
+
+def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Take one flag and its value out of a command line."""
+    for index, word in enumerate(argv):
+        if word == flag:
+            if index + 1 == len(argv):
+                raise InputError(f"{flag} needs a value")
+            return argv[index + 1], argv[:index] + argv[index + 2 :]
+        if word.startswith(flag + "="):
+            return word[len(flag) + 1 :], argv[:index] + argv[index + 1 :]
+    return None, argv
+
+
+def _read_config_file(argv: list[str]) -> tuple[Config | None, list[str]]:
+    path, argv = _take(argv, "--config")
+    return (Config.from_file(path) if path else None), argv
+
+
+def _gather(argv: list[str], flag: str) -> list[str]:
+    """Turn `--model a --model b` into `--model a b`, which is how tyro reads a tuple."""
+    values, rest = [], []
+    words = iter(argv)
+    for word in words:
+        if word == flag:
+            values.append(next(words, ""))
+        elif word.startswith(flag + "="):
+            values.append(word[len(flag) + 1 :])
+        elif values and rest and rest[-1] is _HERE:
+            values.append(word) if not word.startswith("-") else rest.append(word)
+            continue
+        else:
+            rest.append(word)
+            continue
+        if _HERE not in rest:
+            rest.append(_HERE)
+    if not values:
+        return argv
+    place = rest.index(_HERE)
+    return rest[:place] + [flag, *values] + rest[place + 1 :]
+
+
+_HERE = "\0"
+
+
+def _tyro(default: Any, argv: list[str], prog: str) -> Any:
+    """Read options into a copy of `default`; the method's options stand under --method."""
+    import tyro
+
+    kind = type(default)
+    description = kind.__doc__ or ""
+    shown, start = kind, default
+    if isinstance(default, Config):
+        argv = _gather(argv, "--model")
+        hidden = kind is CompareConfig  # several methods: each keeps its own defaults
+        method_type = type(default.method)
+        annotation = tyro.conf.Suppress[method_type] if hidden else method_type  # type: ignore[valid-type]
+        description = description if hidden else method_type.__doc__ or ""
+        field = ("method", annotation, dataclasses.field(default_factory=lambda: default.method))
+        shown = dataclasses.make_dataclass("Options", [field], bases=(kind,))  # type: ignore[arg-type]
+        start = shown(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
+    parsed, unknown = tyro.cli(
+        shown, prog=prog, default=start, args=argv, return_unknown_args=True, description=re.sub(r"\s+", " ", description)
+    )
+    if unknown:
+        _refuse(unknown, default)
+    return kind(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)})
+
+
+def _refuse(unknown: list[str], default: Any) -> None:
+    """Raise for an option that does not exist, with the near name."""
+    word = unknown[0]
+    names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(default)} - {"--method"}
+    if isinstance(default, Config):
+        names |= {"--config", "--seeds"}
+        names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(default.method)}  # type: ignore[arg-type]
+    if word.startswith("--"):
+        raise InputError(f'unknown option "{word}"{suggest(word.split("=")[0], names)}')
+    raise InputError(f'"{word}" follows no option; options start with --')

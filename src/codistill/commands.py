@@ -1,0 +1,134 @@
+"""What each command does, once its options are parsed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+
+from codistill.cli_options import DemoOptions, EvaluateOptions, ExportOptions, Parsed
+from codistill.config import METHODS, Config, InputError, suggest
+from codistill.console import RichReporter, members_table, out, print_rows
+
+
+def train(parsed: Parsed) -> int:
+    """Train one run, or one a seed."""
+    from codistill.train import train as run
+
+    config: Config = parsed.options
+    if parsed.seeds is None:
+        configs = [config]
+    else:
+        base = config.resolved().out if config.out is None else config.out
+        folder = str(base).removesuffix(f"-seed{config.seed}")
+        configs = [dataclasses.replace(config, seed=s, out=f"{folder}/seed{s}") for s in range(parsed.seeds)]
+    for one in configs:
+        result = run(one, RichReporter())
+        figures = result.figures
+        title = f"test set, last epoch ({figures['epochs']} epochs, {figures['seconds']:.0f} s)"
+        out.print(members_table(figures["test"], figures["deployed"], title))
+        if "best_test" in figures:
+            best = figures["best_test"]
+            line = f"best test epoch ({best['epoch']}, chosen on the test set): {best['top1'][figures['deployed']]:.2f} %"
+            out.print(line)
+        out.print(f"run folder: {result.folder}")
+    return 0
+
+
+def evaluate(parsed: Parsed) -> int:
+    """Measure a run's members on one of its splits, or on another set."""
+    from codistill.data import load_set
+    from codistill.train import curve_loader, load_run, make_loader, test_loader, validate
+
+    options: EvaluateOptions = parsed.options
+    t = load_run(parsed.words[0], data_dir=options.data_dir, device=options.device)
+    if options.data is not None:
+        other = load_set(options.data, options.data_dir, t.config.image_size)
+        if other.x_test.shape[1:] != t.data.x_test.shape[1:] or len(other.classes) != len(t.data.classes):
+            raise InputError(f"--data {options.data} differs from the run's data in image size, channels or classes")
+        loader = make_loader(t.config, t.data, (other.x_test, other.y_test), t.device)
+    elif options.split == "val":
+        if not len(t.splits.val):
+            raise InputError("--split val: this run kept no validation part (--val-fraction 0 or --protocol paper)")
+        loader = curve_loader(t)
+    else:
+        loader = test_loader(t)
+    assert loader is not None
+    figures = validate(t.peers, t.method, loader)
+    if options.json:
+        print(json.dumps(figures | {"deployed": t.method.deployed}))
+    else:
+        what = options.data or f"{t.config.data} {options.split}"
+        out.print(members_table(figures, t.method.deployed, f"{what}, {figures['samples']:,} images"))
+    return 0
+
+
+def compare(parsed: Parsed) -> int:
+    """Train methods side by side and print the table."""
+    from codistill.reproduce.compare import compare as run
+
+    return run(parsed.words, parsed.options)
+
+
+def demo(parsed: Parsed) -> int:
+    """Run the demo's comparison."""
+    from codistill.recipes.demo import METHODS as DEMO_METHODS
+    from codistill.recipes.demo import demo as recipe
+    from codistill.reproduce.compare import compare as run
+
+    options: DemoOptions = parsed.options
+    config = recipe(options.data)
+    config = dataclasses.replace(
+        config,
+        data_dir=options.data_dir,
+        out=options.out or f"demo/{options.data}",
+        seeds=options.seeds,
+        workers=options.workers,
+    )
+    return run(DEMO_METHODS, config)
+
+
+def export(parsed: Parsed) -> int:
+    """Write the deployed student, check it against the run, and say so."""
+    from codistill.export import export_safetensors
+    from codistill.train import load_run
+
+    options: ExportOptions = parsed.options
+    run = Path(parsed.words[0])
+    path = Path(options.out) if options.out else run / "student.safetensors"
+    t = load_run(run, data_dir=options.data_dir, device="cpu")
+    difference = export_safetensors(t, path)
+    out.print(f"wrote {path}" + (" and student.py beside it" if path.with_name("student.py").exists() else ""))
+    out.print(f"largest difference of its logits from the trained member's: {difference:.3g}")
+    return 0
+
+
+def list(parsed: Parsed) -> int:
+    """Show the methods, the models or the data sets."""
+    what = parsed.words[0]
+    if what == "methods":
+        rows = [
+            {
+                "method": name,
+                "what it is": " ".join((c.__doc__ or "").split()),
+                "topologies": ", ".join(c.topologies),
+                "peers": f"{c.default_peers} ({c.least_peers} at least)",
+            }
+            for name, c in METHODS.items()
+        ]
+    elif what == "models":
+        from codistill.models import MODELS
+        from codistill.train import count_parameters
+
+        rows = [
+            {"model": n, "parameters at 100 classes": f"{count_parameters(f()):,}", "what it is": (f.__doc__ or "").strip()}
+            for n, f in MODELS.items()
+        ]
+    elif what == "data":
+        from codistill.data.sets import SETS
+
+        rows = [{"data": name, "what it is": about} for name, about in SETS.items()]
+    else:
+        raise InputError(f'list: unknown "{what}"{suggest(what, ("methods", "models", "data"))}')
+    print_rows(rows, what)
+    return 0

@@ -1,0 +1,79 @@
+"""What a person sees in the terminal while runs go on: progress and tables."""
+
+from __future__ import annotations
+
+import sys
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from codistill.train import Reporter
+
+out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
+err = Console(stderr=True, highlight=False)
+
+
+def progress_bar(console: Console) -> Progress:
+    """Return the bar that all commands use; silent where nobody looks."""
+    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal)
+
+
+class RichReporter(Reporter):
+    """One bar over the epochs, with what the peers reach."""
+
+    def begin(self, notes: list[str], epochs: int, steps: int, start: int) -> None:
+        """Print the notes and start the bar."""
+        for note in notes:
+            err.print(note, style="dim", markup=False)
+        self.bar = progress_bar(err)
+        self.task = self.bar.add_task("epochs", total=epochs, completed=start, note="")
+        self.bar.start()
+
+    def step(self, epoch: int, step: int, loss: float) -> None:
+        """Show the loss."""
+        self.bar.update(self.task, note=f"loss {loss:.3f}")
+
+    def epoch(self, line: dict[str, Any]) -> None:
+        """Advance, and show accuracies (a plain line every tenth where there is no terminal)."""
+        figures = line.get("val") or line.get("test") or line["train"]
+        part = "val" if "val" in line else "test" if "test" in line else "train"
+        note = f"loss {line['train']['loss']:.3f}  {part} " + " ".join(f"{a:.1f}" for a in figures["top1"])
+        if "ensemble_top1" in figures and len(figures["top1"]) > 1:
+            note += f"  ensemble {figures['ensemble_top1']:.1f}"
+        self.bar.update(self.task, completed=line["epoch"] + 1, note=note)
+        if not err.is_terminal and (line["epoch"] + 1) % 10 == 0:
+            err.print(f"epoch {line['epoch'] + 1}: {note}", markup=False)
+
+    def end(self, result: dict[str, Any]) -> None:
+        """Stop the bar."""
+        self.bar.stop()
+
+
+def members_table(figures: dict[str, Any], deployed: int, title: str) -> Table:
+    """Return a table with a row a member, and the ensemble."""
+    top5 = "top5" in figures
+    table = Table(title=title, title_justify="left")
+    for name in ("member", "top-1 %", *(["top-5 %"] if top5 else []), "NLL", "calibration error"):
+        table.add_column(name, justify="left" if name == "member" else "right")
+    for index, accuracy in enumerate(figures["top1"]):
+        name = f"{index} (deployed)" if index == deployed else str(index)
+        five = [f"{figures['top5'][index]:.2f}"] if top5 else []
+        table.add_row(name, f"{accuracy:.2f}", *five, f"{figures['nll'][index]:.4f}", f"{figures['ece'][index]:.4f}")
+    if len(figures["top1"]) > 1:
+        five = [f"{figures['ensemble_top5']:.2f}"] if top5 else []
+        row = f"{figures['ensemble_top1']:.2f}", *five, f"{figures['ensemble_nll']:.4f}", f"{figures['ensemble_ece']:.4f}"
+        table.add_row("ensemble", *row)
+    return table
+
+
+def print_rows(rows: list[dict[str, str]], title: str) -> None:
+    """Print dictionaries of equal keys as a table."""
+    table = Table(title=title, title_justify="left")
+    for index, name in enumerate(rows[0]):
+        table.add_column(name, justify="right" if index else "left")
+    for row in rows:
+        table.add_row(*row.values())
+    out.print(table)

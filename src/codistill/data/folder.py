@@ -1,0 +1,67 @@
+"""A folder of images, one sub-folder a class, read through torchvision's `ImageFolder` into one uint8 array."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from codistill.config import InputError
+
+
+def load_folder(path: Path, image_size: int | None):  # noqa: ANN201
+    """Load `path/train` and `path/test` (or `path/val`), or one folder that is split 80/20, balanced over classes.
+
+    Raises:
+        InputError: the folder is missing or empty, an image cannot be read (it is named), or sizes differ and no
+            `image_size` is given.
+    """
+    from codistill.data.sets import ImageSet
+    from codistill.data.splits import balanced_part
+
+    name = f"folder:{path}"
+    if not path.is_dir():
+        raise InputError(f"--data {name}: there is no such folder")
+    test_dir = next((path / part for part in ("test", "val") if (path / part).is_dir()), None)
+    if (path / "train").is_dir() and test_dir is not None:
+        x_train, y_train, classes = _read(path / "train", image_size)
+        x_test, y_test, test_classes = _read(test_dir, image_size)
+        if classes != test_classes:
+            odd = sorted(set(classes) ^ set(test_classes))
+            raise InputError(f"--data {name}: train and {test_dir.name} differ in their classes ({', '.join(odd[:5])})")
+    else:
+        images, labels, classes = _read(path, image_size)
+        test = balanced_part(labels, 0.2, seed=0)
+        x_train, y_train, x_test, y_test = images[~test], labels[~test], images[test], labels[test]
+    return ImageSet(name, x_train, y_train, x_test, y_test, tuple(classes), pad=max(1, x_train.shape[1] // 8), flip=True)
+
+
+def _read(path: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
+    from PIL import Image, ImageOps
+    from torchvision.datasets import ImageFolder
+
+    try:
+        folder = ImageFolder(str(path))
+    except FileNotFoundError as error:
+        raise InputError(f"--data folder:{path}: {str(error).splitlines()[0]}") from None
+    modes, images = set(), []
+    for file, _ in folder.samples:
+        try:
+            with Image.open(file) as image:
+                upright = ImageOps.exif_transpose(image)
+                modes.add(upright.mode)
+                upright = upright.convert("RGB")
+                if image_size is not None:
+                    upright = upright.resize((image_size, image_size), Image.Resampling.BILINEAR)
+                images.append(np.asarray(upright))
+        except (OSError, ValueError, SyntaxError) as error:
+            raise InputError(f"--data folder: {file} cannot be read as an image ({error}); mend or remove it") from None
+        if images[-1].shape != images[0].shape:
+            raise InputError(
+                f"--data folder: {file} is {images[-1].shape[1]} x {images[-1].shape[0]}, others are "
+                f"{images[0].shape[1]} x {images[0].shape[0]}; give --image-size"
+            )
+    stack = np.stack(images)
+    if modes <= {"L", "1"}:
+        stack = stack[..., :1]
+    return stack, np.asarray([label for _, label in folder.samples], dtype=np.int64), folder.classes

@@ -1,0 +1,153 @@
+"""Batches from uint8 images that live on the device; crop, flip, cutout and normalising are batched there.
+
+Order and augmentation depend on (seed, epoch) alone: a run that is resumed in mid-epoch continues exactly.
+Shapes: N images, V views, B batch, C channels, H height, W width.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """What is drawn anew for every sample, view and epoch."""
+
+    pad: int = 0
+    flip: bool = False
+    cutout: int = 0
+
+
+class DeviceLoader:
+    """Iterate over `(views_VBCHW, targets_B)`, normalised, in the dtype and memory format asked for.
+
+    Args:
+        images: uint8 array `N x H x W x C`.
+        labels: int64 array `N`.
+        mean: Per-channel mean of pixels / 255.
+        std: Per-channel deviation.
+        batch_size: Samples a batch; the last one is smaller where N is no multiple.
+        augmentation: What to vary; `None` for evaluation, where the order is kept too.
+        views: Views a sample, each with a draw of its own.
+        seed: Seed of order and augmentation.
+        device: Where the images live.
+        dtype: Of the batches.
+        channels_last: Memory format of the batches.
+    """
+
+    def __init__(
+        self,
+        images: np.ndarray,
+        labels: np.ndarray,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        *,
+        batch_size: int,
+        augmentation: Augmentation | None = None,
+        views: int = 1,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        dtype: torch.dtype = torch.float32,
+        channels_last: bool = True,
+    ) -> None:
+        self.images_NHWC = torch.from_numpy(np.ascontiguousarray(images)).to(device)
+        self.labels_N = torch.from_numpy(labels).to(device)
+        self.batch_size, self.augmentation, self.views, self.seed = batch_size, augmentation, views, seed
+        self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
+        # (x / 255 - mean) / std as one multiplication and one addition.
+        scale = 1.0 / (255.0 * np.asarray(std, dtype=np.float64))
+        self.scale_C = torch.tensor(scale, device=device).to(dtype)
+        self.shift_C = torch.tensor(-np.asarray(mean) / np.asarray(std), device=device).to(dtype)
+
+    def __len__(self) -> int:
+        """Return the number of batches an epoch."""
+        return -(-len(self.labels_N) // self.batch_size)
+
+    @property
+    def num_samples(self) -> int:
+        """Number of images N."""
+        return len(self.labels_N)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch, from batch number `start` on."""
+        count = self.num_samples
+        if self.augmentation is None:
+            order_N, draws = None, {}
+        else:
+            order_N, draws = self._draw(epoch)
+        for first in range(start * self.batch_size, count, self.batch_size):
+            window = slice(first, min(first + self.batch_size, count))
+            index = window if order_N is None else order_N[window]
+            batch = {name: draw[:, window] for name, draw in draws.items()}
+            yield self._views(self.images_NHWC[index], batch), self.labels_N[index]
+
+    def _draw(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
+        """Draw the epoch's order and, for every view and place in it, its crop, flip and cutout."""
+        assert self.augmentation is not None
+        size, spread = self.images_NHWC.shape[1], 2 * self.augmentation.pad + 1
+        # On the CPU whatever the device, so that every machine sees the same samples.
+        rng = torch.Generator().manual_seed((self.seed * 100_003 + epoch) % 2**63)
+        order = torch.randperm(self.num_samples, generator=rng)
+        count, draws = self.num_samples, []
+        for _ in range(self.views):  # view 0 is drawn first, and so does not depend on the number of views
+            view = {}
+            if self.augmentation.pad:
+                view["top"] = torch.randint(spread, (count,), generator=rng)
+                view["left"] = torch.randint(spread, (count,), generator=rng)
+            if self.augmentation.flip:
+                view["flip"] = torch.randint(2, (count,), generator=rng).bool()
+            if self.augmentation.cutout:
+                view["cut_y"] = torch.randint(size, (count,), generator=rng)
+                view["cut_x"] = torch.randint(size, (count,), generator=rng)
+            draws.append(view)
+        stacked = {name: torch.stack([view[name] for view in draws]).to(self.device) for name in draws[0]}
+        return order.to(self.device), stacked
+
+    def _views(self, pixels_BHWC: Tensor, draws: dict[str, Tensor]) -> Tensor:
+        """Return `V x B x C x H x W`, from raw pixels and the batch's draws (`V x B` each)."""
+        if draws and self.augmentation is not None:
+            pixels_VBHWC = augment(pixels_BHWC, draws, self.augmentation)
+        else:
+            pixels_VBHWC = pixels_BHWC.unsqueeze(0)
+        x = torch.addcmul(self.shift_C, pixels_VBHWC.to(self.dtype), self.scale_C)
+        if "cut_y" in draws and self.augmentation is not None:
+            x = x * _outside_square(draws["cut_y"], draws["cut_x"], self.augmentation.cutout, x.shape[2]).to(x.dtype)
+        x = x.movedim(-1, 2)
+        return x if self.channels_last else x.contiguous()
+
+
+def augment(pixels_BHWC: Tensor, draws: dict[str, Tensor], augmentation: Augmentation) -> Tensor:
+    """Crop and flip a batch at once, by indexing rows and columns -> `V x B x H x W x C`, uint8.
+
+    Args:
+        pixels_BHWC: uint8 images.
+        draws: `top`, `left` (pixels, 0 .. 2 pad) and `flip` (bool), each `V x B`; absent ones are left undone.
+        augmentation: Says how far the zero padding goes.
+    """
+    batch, height, width, _ = pixels_BHWC.shape
+    pad = augmentation.pad
+    rows = torch.arange(height, device=pixels_BHWC.device).expand(1, batch, height)
+    columns = torch.arange(width, device=pixels_BHWC.device).expand(1, batch, width)
+    if "flip" in draws:
+        columns = torch.where(draws["flip"].unsqueeze(-1), columns.flip(-1), columns)
+    if "top" in draws:
+        pixels_BHWC = F.pad(pixels_BHWC, (0, 0, pad, pad, pad, pad))
+        rows = rows + draws["top"].unsqueeze(-1)
+        columns = columns + draws["left"].unsqueeze(-1)
+    sample = torch.arange(batch, device=pixels_BHWC.device).view(1, batch, 1, 1)
+    return pixels_BHWC[sample, rows.unsqueeze(-1), columns.unsqueeze(-2)]
+
+
+def _outside_square(y_VB: Tensor, x_VB: Tensor, side: int, size: int) -> Tensor:
+    """Return a mask `V x B x H x W x 1` that is False in the square of `side` pixels around each centre."""
+    place = torch.arange(size, device=y_VB.device)
+    low, high = side // 2, side - side // 2
+    in_y = (place >= y_VB.unsqueeze(-1) - low) & (place < y_VB.unsqueeze(-1) + high)
+    in_x = (place >= x_VB.unsqueeze(-1) - low) & (place < x_VB.unsqueeze(-1) + high)
+    return ~(in_y.unsqueeze(-1) & in_x.unsqueeze(-2)).unsqueeze(-1)

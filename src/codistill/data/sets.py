@@ -1,0 +1,210 @@
+"""Image sets in memory: uint8, `N x H x W x C`, with labels and what a sensible augmentation is.
+
+torchvision reads the public sets and decodes the files; scikit-learn carries the digits.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+
+from codistill.config import InputError, suggest
+
+SETS = {
+    "digits": "1,797 handwritten digits, 8 x 8 gray, 10 classes; embedded, no download",
+    "fashion-mnist": "60,000 + 10,000 images of clothing, 28 x 28 gray, 10 classes; downloaded on first use",
+    "cifar10": "50,000 + 10,000 photographs, 32 x 32 RGB, 10 classes; downloaded on first use",
+    "cifar100": "50,000 + 10,000 photographs, 32 x 32 RGB, 100 classes; downloaded on first use",
+    "npz:PATH": "your arrays: x_train, y_train, x_test, y_test; uint8 images N x H x W (x C)",
+    "folder:PATH": "your images: one folder a class, in PATH/train and PATH/test, or in PATH (then split 80/20)",
+}
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """A training and a test part, their classes, and how training images are varied."""
+
+    name: str
+    x_train: np.ndarray
+    """uint8, `N x H x W x C`."""
+    y_train: np.ndarray
+    """int64, `N`."""
+    x_test: np.ndarray
+    y_test: np.ndarray
+    classes: tuple[str, ...]
+    pad: int = 4
+    """Pixels of zero padding for random crops."""
+    flip: bool = True
+    """Whether left and right may be swapped."""
+    mean: tuple[float, ...] = ()
+    """Per-channel mean of pixels / 255, for normalising; computed from the training part if empty."""
+    std: tuple[float, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.mean:
+            pixels = self.x_train.reshape(-1, self.channels)
+            mean = [float(pixels[:, c].mean(dtype=np.float64) / 255) for c in range(self.channels)]
+            std = [float(pixels[:, c].std(dtype=np.float64) / 255) or 1.0 for c in range(self.channels)]
+            object.__setattr__(self, "mean", tuple(round(m, 4) for m in mean))
+            object.__setattr__(self, "std", tuple(max(round(s, 4), 1e-4) for s in std))
+
+    @property
+    def channels(self) -> int:
+        """Channels C of the images."""
+        return self.x_train.shape[3]
+
+    @property
+    def image_size(self) -> int:
+        """Height (and width) of the images."""
+        return self.x_train.shape[1]
+
+    def describe_augmentation(self, augment: bool, cutout: int) -> str:
+        """Say in words what happens to training images."""
+        parts = [f"pad {self.pad} and crop"] * bool(augment and self.pad) + ["flip"] * bool(augment and self.flip)
+        return " + ".join(parts + [f"cutout {cutout}"] * bool(cutout)) or "none"
+
+
+def load_set(name: str, data_dir: str | None = None, image_size: int | None = None) -> ImageSet:
+    """Load a set by name.
+
+    Args:
+        name: digits, fashion-mnist, cifar10, cifar100, npz:PATH or folder:PATH.
+        data_dir: Where torchvision keeps or downloads it, or a folder that holds `cifar100.npz` (default ./data).
+        image_size: Height and width for the images of a folder.
+
+    Raises:
+        InputError: the set is unknown, missing, unreadable, or not fit to train on.
+    """
+    kind, _, path = name.partition(":")
+    if kind == "folder" and path:
+        from codistill.data.folder import load_folder
+
+        return _check(load_folder(Path(path), image_size))
+    if image_size is not None:
+        raise InputError(f"--image-size resizes the images of a folder; --data {name} has its own size, so drop it")
+    if kind == "npz" and path:
+        return _check(_load_npz(name, Path(path)))
+    if name not in SETS or kind != name:
+        raise InputError(f'--data: unknown set "{name}"{suggest(name, SETS)}')
+    loader = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar, "cifar100": _cifar}[name]
+    return _check(loader(name, Path(data_dir or "data")))
+
+
+def _digits(name: str, _data_dir: Path) -> ImageSet:
+    """Load the 1,797 digits of scikit-learn; the last 797 of a fixed shuffle are the test part."""
+    from sklearn.datasets import load_digits
+
+    digits = load_digits()
+    images = np.minimum(np.asarray(digits.images) * 16, 255).astype(np.uint8)[..., None]
+    labels = np.asarray(digits.target, dtype=np.int64)
+    order = np.random.default_rng(1797).permutation(len(labels))
+    train, test = order[:1000], order[1000:]
+    classes = tuple(str(c) for c in range(10))
+    return ImageSet(name, images[train], labels[train], images[test], labels[test], classes, pad=1, flip=False)
+
+
+def _fashion_mnist(name: str, data_dir: Path) -> ImageSet:
+    from torchvision.datasets import FashionMNIST
+
+    train, test = _torchvision(FashionMNIST, name, data_dir)
+    return ImageSet(
+        name,
+        train.data.numpy()[..., None],
+        train.targets.numpy().astype(np.int64),
+        test.data.numpy()[..., None],
+        test.targets.numpy().astype(np.int64),
+        tuple(train.classes),
+        pad=2,
+        flip=True,
+    )
+
+
+def _cifar(name: str, data_dir: Path) -> ImageSet:
+    """Load CIFAR-10 or CIFAR-100, with the statistics that the papers' code normalises by."""
+    statistics = {
+        "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
+        "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
+    }
+    mean, std = statistics[name]
+    archive = data_dir / f"{name}.npz"
+    if archive.exists():
+        return replace(_load_npz(name, archive), name=name, mean=mean, std=std, pad=4, flip=True)
+    from torchvision.datasets import CIFAR10, CIFAR100
+
+    train, test = _torchvision({"cifar10": CIFAR10, "cifar100": CIFAR100}[name], name, data_dir)
+    labels = [np.asarray(part.targets, dtype=np.int64) for part in (train, test)]
+    return ImageSet(name, train.data, labels[0], test.data, labels[1], tuple(train.classes), 4, True, mean, std)
+
+
+def _torchvision(cls: type, name: str, data_dir: Path):  # noqa: ANN202
+    """Read both parts through torchvision, downloading them on first use."""
+    try:
+        return tuple(cls(str(data_dir), train=part, download=False) for part in (True, False))
+    except (RuntimeError, OSError):
+        pass
+    try:
+        data_dir.mkdir(parents=True, exist_ok=True)
+        return tuple(cls(str(data_dir), train=part, download=True) for part in (True, False))
+    except Exception as error:  # torchvision raises whatever its download meets
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise InputError(
+            f"--data {name} is not in {data_dir} and could not be downloaded ({reason}); name its folder with --data-dir"
+        ) from None
+
+
+def _load_npz(name: str, path: Path) -> ImageSet:
+    """Read x_train, y_train, x_test, y_test; other arrays are ignored. Pickled objects are refused."""
+    if not path.exists():
+        raise InputError(f"--data {name}: {path} does not exist")
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in archive.files]
+            if missing:
+                raise InputError(f"--data {name}: {path} lacks {', '.join(missing)}; it needs x_ and y_, train and test")
+            x_train, y_train, x_test, y_test = (archive[k] for k in ("x_train", "y_train", "x_test", "y_test"))
+    except InputError:
+        raise
+    except Exception as error:  # a damaged archive fails in many ways
+        raise InputError(f"--data {name}: {path} cannot be read ({str(error).splitlines()[0]})") from None
+    parts = [_pixels(x, key, path) for x, key in ((x_train, "x_train"), (x_test, "x_test"))]
+    labels = [_labels(y, key, path) for y, key in ((y_train, "y_train"), (y_test, "y_test"))]
+    num_classes = int(max((y.max() for y in labels if len(y)), default=-1)) + 1
+    return ImageSet(name, parts[0], labels[0], parts[1], labels[1], tuple(str(c) for c in range(num_classes)), 2, False)
+
+
+def _pixels(x: np.ndarray, key: str, path: Path) -> np.ndarray:
+    x = x[..., None] if x.ndim == 3 else x
+    if x.ndim != 4 or x.dtype != np.uint8:
+        raise InputError(
+            f"{path}: {key} is {x.dtype} of shape {x.shape}; it must be uint8 of shape N x H x W or N x H x W x C"
+        )
+    return x
+
+
+def _labels(y: np.ndarray, key: str, path: Path) -> np.ndarray:
+    y = y.reshape(-1)
+    if not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
+        raise InputError(f"{path}: {key} must be whole numbers from 0 up")
+    return y.astype(np.int64)
+
+
+def _check(data: ImageSet) -> ImageSet:
+    """Raise where a set cannot be trained on."""
+    flag = f"--data {data.name}"
+    for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
+        if not len(x):
+            raise InputError(f"{flag} has no {part} images")
+        if len(x) != len(y):
+            raise InputError(f"{flag} has {len(x)} {part} images but {len(y)} labels")
+    if data.x_train.shape[1:] != data.x_test.shape[1:]:
+        raise InputError(f"{flag}: training images are {data.x_train.shape[1:]}, test images {data.x_test.shape[1:]}")
+    if data.x_train.shape[1] != data.x_train.shape[2]:
+        raise InputError(f"{flag}: images are {data.x_train.shape[1]} x {data.x_train.shape[2]}; they must be square")
+    if data.image_size < 8:
+        raise InputError(f"{flag}: images of {data.image_size} x {data.image_size} are too small; 8 x 8 is the least")
+    found = len(np.unique(data.y_train))
+    if found < 2:
+        raise InputError(f"{flag} has one class only in its training part; a classifier needs two or more")
+    return data

@@ -1,0 +1,66 @@
+"""Deterministic splits, balanced over classes: train, validation and, where a method asks, a holdout; test apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from codistill.config import InputError
+from codistill.data.sets import ImageSet
+
+SPLIT_SEED = 20_200  # one for all runs, so that every seed and method trains and is judged on the same images
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Indices into the training part of a set."""
+
+    train: np.ndarray
+    val: np.ndarray
+    holdout: np.ndarray
+
+    def describe(self, data: ImageSet) -> str:
+        """Say the sizes in words."""
+        parts = [f"{len(self.train):,} train"]
+        parts += [f"{len(self.val):,} validation"] if len(self.val) else []
+        parts += [f"{len(self.holdout):,} holdout"] if len(self.holdout) else []
+        return " / ".join([*parts, f"{len(data.y_test):,} test"])
+
+
+def balanced_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
+    """Return a mask of about `fraction` of every class; each class keeps at least one sample on either side."""
+    rng = np.random.default_rng(seed)
+    mask = np.zeros(len(labels), dtype=bool)
+    for label in np.unique(labels):
+        members = np.flatnonzero(labels == label)
+        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
+        mask[rng.permutation(members)[: max(count, 0)]] = True
+    return mask
+
+
+def make_splits(
+    data: ImageSet, val_fraction: float, holdout_fraction: float = 0.0, train_per_class: int | None = None
+) -> Splits:
+    """Split the training part; see `Config.val_fraction` and `Config.train_per_class`.
+
+    Raises:
+        InputError: a class has too few images for what is asked.
+    """
+    labels = data.y_train
+    everything = np.arange(len(labels))
+    val = balanced_part(labels, val_fraction, SPLIT_SEED) if val_fraction > 0 else np.zeros(len(labels), dtype=bool)
+    rest = everything[~val]
+    held = np.zeros(len(rest), dtype=bool)
+    if holdout_fraction > 0:
+        held = balanced_part(labels[rest], holdout_fraction, SPLIT_SEED + 1)
+    train = rest[~held]
+    if train_per_class is not None:
+        rng = np.random.default_rng(SPLIT_SEED + 2)
+        counts = np.bincount(labels[train], minlength=len(data.classes))
+        least = int(counts[counts > 0].min())
+        if train_per_class > least:
+            raise InputError(f"--train-per-class {train_per_class}: a class has {least} training images only")
+        chosen = [rng.permutation(train[labels[train] == label])[:train_per_class] for label in np.unique(labels)]
+        train = np.sort(np.concatenate(chosen))
+    return Splits(train, everything[val], rest[held])

@@ -1,0 +1,20 @@
+"""Failures of the machine, as one sentence with its exit code."""
+
+from __future__ import annotations
+
+
+def explain(error: Exception) -> tuple[str | None, int]:
+    """Return (sentence, exit code) for a failure that is known, (None, 1) for one that is a bug of ours."""
+    import torch
+
+    from codistill.train import Stopped
+
+    if isinstance(error, Stopped):
+        return f"stopped by {error}; the checkpoint is written, continue with --resume auto", 75
+    if isinstance(error, torch.OutOfMemoryError):
+        return "the device is out of memory; lower --batch-size or --peers, or use --dtype bfloat16", 1
+    if isinstance(error, MemoryError) or "not enough memory" in str(error):
+        return "the machine is out of memory; lower --batch-size or --peers", 1
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", 1
+    return None, 1

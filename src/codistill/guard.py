@@ -1,0 +1,62 @@
+"""Keeps weights good when a loss stops being finite, without the host waiting for the device in a step.
+
+Each step raises a flag on the device if the loss or a gradient is not finite. A raised flag makes the fused optimiser
+skip its update, that step's and all later ones, until the host looks. BatchNorm's running statistics are put back to
+those of the last look.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class FiniteGuard:
+    """Watches losses and gradients of one optimiser.
+
+    Args:
+        peers: Its buffers are kept safe.
+        method: Likewise.
+        optimizer: A fused one; it is given the flag as `found_inf`, the protocol of gradient scaling.
+        device: Where the flag lives.
+    """
+
+    def __init__(
+        self, peers: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+    ) -> None:
+        self.optimizer = optimizer
+        self.flag = torch.zeros((), dtype=torch.float32, device=device)
+        optimizer.grad_scale = None  # type: ignore[attr-defined]
+        optimizer.found_inf = self.flag  # type: ignore[attr-defined]
+        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.buffers = [b for m in (peers, method) for b in m.buffers() if b.is_floating_point()]
+        self.kept = [b.clone() for b in self.buffers]
+        self.names: list[str] = []
+        self.terms: Tensor | None = None
+        self.steps_good = torch.zeros((), dtype=torch.int64, device=device)
+        self.steps_before = 0
+        """Steps done before this process took over; the caller sets it."""
+
+    def watch(self, terms: dict[str, Tensor]) -> None:
+        """Raise the flag if this step's loss or gradients are not finite, and keep the terms of the first bad step."""
+        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        norm = torch.stack(torch._foreach_norm(gradients)).sum()
+        loss, ce_P, distill_P = terms["loss"].detach(), terms["ce_P"], terms["distill_P"]
+        now = torch.cat((loss.reshape(1), norm.reshape(1), ce_P, distill_P)).double()
+        if self.terms is None:
+            members = range(len(ce_P))
+            self.names = ["loss", "gradient norm", *(f"ce[{p}]" for p in members), *(f"distill[{p}]" for p in members)]
+            self.terms = now
+        self.terms = torch.where(self.flag > 0, self.terms, now)
+        bad = ~now[:2].isfinite().all()
+        self.flag.copy_(torch.maximum(self.flag, bad.to(self.flag.dtype)))
+        self.steps_good += self.flag == 0
+
+    def look(self) -> tuple[int, dict[str, float]] | None:
+        """Wait for the device; if the flag is up, return the number of good steps and the terms of the bad one."""
+        if not self.flag.item():
+            torch._foreach_copy_(self.kept, self.buffers)
+            return None
+        assert self.terms is not None
+        torch._foreach_copy_(self.buffers, self.kept)
+        return self.steps_before + int(self.steps_good.item()), dict(zip(self.names, self.terms.tolist()))

@@ -1,0 +1,101 @@
+"""Figures of peers, accumulated on the device: accuracy, NLL, calibration, ensemble, diversity.
+
+Nothing here waits for the device until `compute`. Sums are per sample, so that the batch size changes nothing.
+Shapes: M rows (every member, then the ensemble), P peers, B batch, C classes, K confidence bins.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from codistill.losses import peer_distance
+
+NUM_BINS = 15
+
+
+class PeerMetrics:
+    """Sums over a data set for every member and for the ensemble of `group`.
+
+    Args:
+        num_peers: Members P.
+        num_classes: Classes C.
+        group: The members that form the ensemble and between which diversity is measured.
+        device: Where the sums live.
+    """
+
+    def __init__(self, num_peers: int, num_classes: int, group: Sequence[int], device: torch.device | str) -> None:
+        self.num_classes, self.group = num_classes, list(group)
+        self._whole = self.group == list(range(num_peers))
+        rows = num_peers + 1
+        self.count = 0
+        self.correct_M = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.correct5_M = torch.zeros_like(self.correct_M)
+        self.nll_M = torch.zeros_like(self.correct_M)
+        # Per bin of confidence: samples, sum of confidences, sum of hits.
+        self.bins_3MK = torch.zeros(3, rows * NUM_BINS, dtype=torch.float64, device=device)
+        self.pairs = torch.zeros(3, dtype=torch.float64, device=device)  # L2 distance, disagreement, both wrong
+
+    @torch.no_grad()
+    def update(self, logits_PBC: Tensor, targets_B: Tensor) -> None:
+        """Add a batch. The ensemble is the mean of the group's probabilities."""
+        log_probs_PBC = logits_PBC.to(torch.promote_types(logits_PBC.dtype, torch.float32)).log_softmax(-1)
+        probs_PBC = log_probs_PBC.exp()
+        group_GBC = probs_PBC if self._whole else probs_PBC[self.group]
+        ensemble_BC = group_GBC.mean(0)
+        probs_MBC = torch.cat((probs_PBC, ensemble_BC.unsqueeze(0)))
+        log_MBC = torch.cat((log_probs_PBC, ensemble_BC.clamp_min(1e-30).log().unsqueeze(0)))
+        index_MB1 = targets_B.expand(probs_MBC.shape[:2]).unsqueeze(-1)
+        confidence_MB, guess_MB = probs_MBC.max(-1)
+        hit_MB = guess_MB == targets_B
+        # Rank of the label without sorting: how many classes score higher.
+        rank_MB = (log_MBC > log_MBC.gather(-1, index_MB1)).sum(-1)
+        self.count += targets_B.shape[0]
+        self.correct_M += hit_MB.sum(-1)
+        self.correct5_M += (rank_MB < 5).sum(-1)
+        self.nll_M -= log_MBC.gather(-1, index_MB1).squeeze(-1).sum(-1, dtype=torch.float64)
+        self._update_bins(confidence_MB, hit_MB)
+        self._update_pairs(group_GBC, hit_MB[:-1][self.group], guess_MB[:-1][self.group])
+
+    def _update_bins(self, confidence_MB: Tensor, hit_MB: Tensor) -> None:
+        rows = confidence_MB.shape[0]
+        bin_MB = (confidence_MB * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
+        place = (bin_MB + torch.arange(rows, device=bin_MB.device).unsqueeze(1) * NUM_BINS).flatten()
+        values = torch.stack((torch.ones_like(confidence_MB), confidence_MB, hit_MB.to(confidence_MB.dtype)))
+        self.bins_3MK.index_add_(1, place, values.flatten(1).double())
+
+    def _update_pairs(self, probs_GBC: Tensor, hit_GB: Tensor, guess_GB: Tensor) -> None:
+        if len(probs_GBC) < 2:
+            return
+        first, second = torch.triu_indices(len(probs_GBC), len(probs_GBC), 1, device=probs_GBC.device)
+        disagree = (guess_GB[first] != guess_GB[second]).double().mean(0).sum()
+        both_wrong = (~hit_GB[first] & ~hit_GB[second]).double().mean(0).sum()
+        self.pairs += torch.stack((peer_distance(probs_GBC).sum().double(), disagree, both_wrong))
+
+    def compute(self) -> dict[str, Any]:
+        """Return plain numbers (this waits for the device): percentages, nats, and lists with one entry a member."""
+        count = max(self.count, 1)
+        samples, confidence, hits = self.bins_3MK.view(3, -1, NUM_BINS)
+        gap_M = ((confidence - hits).abs().sum(-1) / samples.sum(-1).clamp_min(1)).tolist()
+        top1 = (self.correct_M * 100 / count).tolist()
+        top5 = (self.correct5_M * 100 / count).tolist()
+        nll = (self.nll_M / count).tolist()
+        distance, disagreement, both_wrong = (self.pairs / count).tolist()
+        figures: dict[str, Any] = {
+            "samples": self.count,
+            "top1": top1[:-1],
+            "nll": nll[:-1],
+            "ece": gap_M[:-1],
+            "ensemble_top1": top1[-1],
+            "ensemble_nll": nll[-1],
+            "ensemble_ece": gap_M[-1],
+            "diversity": distance,
+            "disagreement": disagreement,
+            "both_wrong": both_wrong,
+        }
+        if self.num_classes > 10:  # with ten classes or fewer the top 5 says little
+            figures |= {"top5": top5[:-1], "ensemble_top5": top5[-1]}
+        return figures

@@ -1,0 +1,1 @@
+"""Recipes: short functions that return the config of a published table, or of the demo."""

@@ -1,0 +1,87 @@
+"""`codistill compare` and `make demo`: methods side by side with baselines of equal cost."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+
+from codistill.config import METHODS, CompareConfig, Config, InputError, MachineError, method_config
+from codistill.console import err, out, print_rows, progress_bar
+from codistill.reproduce.grid import Cell, run_grid
+from codistill.reproduce.table import markdown, table_rows
+from codistill.run import write_atomically, write_json
+
+
+def plan(methods: list[str], config: CompareConfig) -> list[Cell]:
+    """Return the rows: one plain network, then for each topology independent peers and the methods asked for.
+
+    Raises:
+        InputError: a method is unknown or fits none of the topologies.
+    """
+    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in ("method", "topology")}
+    cells = [Cell("one plain network", _run(shared, "independent", "networks", peers=1))]
+    topologies = ("networks", "branches") if config.topology == "both" else (config.topology,)
+    for name in methods:
+        method_config(name)
+    for topology in topologies:
+        baseline = f"independent {topology}"
+        for name in ["independent", *(m for m in dict.fromkeys(methods) if m != "independent")]:
+            if topology not in METHODS[name].topologies:
+                if len(topologies) == 1:
+                    raise InputError(f"{name} works on {METHODS[name].topologies[0]} only; drop --topology {topology}")
+                continue
+            run = _run(shared, name, topology, peers=config.peers or 4)
+            cells.append(Cell(f"{name} {topology}", run, None if name == "independent" else baseline))
+    return cells
+
+
+def _run(shared: dict, method: str, topology: str, peers: int) -> Config:
+    """Return one row's config; a single network takes the first model and no fork."""
+    values = shared | {"peers": peers}
+    if topology == "networks":
+        values |= {"branch_at": (), "fan_out": ()}
+    if peers == 1:
+        values["model"] = shared["model"][:1]
+    return Config(method=method_config(method), topology=topology, **values)  # type: ignore[arg-type]
+
+
+def compare(methods: list[str], config: CompareConfig) -> int:
+    """Train every row and seed, print the table, and keep it as Markdown and JSON in the grid's folder."""
+    if config.seeds < 1 or config.workers < 1:
+        raise InputError(f"--{'seeds' if config.seeds < 1 else 'workers'} must be at least 1")
+    folder = Path(config.out or f"runs/compare-{config.data.replace(':', '-').replace('/', '_')}")
+    cells = plan(methods, config)
+    began = time.perf_counter()
+    describe(cells, config, folder)
+    with progress_bar(err) as bar:
+        task = bar.add_task(f"{len(cells)} rows x {config.seeds} seeds, epochs", total=None, note="")
+        run_grid(cells, config.seeds, folder, config.workers, lambda done, total: bar.update(task, completed=done, total=total))
+    rows = table_rows(cells)
+    title = f"{config.data}, {config.epochs} epochs, test set, last epoch, {config.seeds} seeds"
+    print_rows(rows, title)
+    out.print("top-1: the member deployed, mean ± deviation; vs equal cost: paired over seeds, ± 95 % t-interval, "
+              "n.s. = no significant difference; ECE: expected calibration error, 15 bins; diversity: mean L2 distance "
+              "of the peers' softmaxes.")  # fmt: skip
+    out.print(f"{time.perf_counter() - began:.0f} s in all; runs and table in {folder}")
+    failures = [f"{cell.label}, seed {seed}: {reason}" for cell in cells for seed, reason in cell.failures.items()]
+    write_json(folder / "table.json", {"title": title, "rows": rows, "failures": failures})
+    text = f"{title}\n\n{markdown(rows)}"
+    write_atomically(folder / "table.md", lambda stream: stream.write(text.encode()))
+    if failures:
+        raise MachineError("some runs failed: " + "; ".join(failures))
+    return 0
+
+
+def describe(cells: list[Cell], config: CompareConfig, folder: Path) -> None:
+    """Say what is going to be trained on what, and fail here where the data or a model cannot be had."""
+    from codistill.data import load_set, make_splits
+
+    data = load_set(config.data, config.data_dir, config.image_size)
+    resolved = [cell.run_config(folder, 0) for cell in cells]
+    splits = make_splits(data, resolved[0].val_fraction, 0.0, config.train_per_class)
+    err.print(f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; augmentation: "
+              f"{data.describe_augmentation(config.augment, config.cutout)}; {' + '.join(config.model)}, {config.epochs} epochs, "
+              f"batch {config.batch_size}, lr {config.lr:g}", style="dim", markup=False)  # fmt: skip
+
+

@@ -1,0 +1,76 @@
+"""From the results of a grid to a table: mean and deviation over seeds, paired differences, cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from statistics import fmean, stdev
+
+from codistill.reproduce.grid import Cell
+
+
+def mean_std(values: Sequence[float], digits: int = 2) -> str:
+    """Write `mean ± deviation` (of the sample, n - 1); one value stands alone, marked `n=1`."""
+    if not values:
+        return "failed"
+    if len(values) == 1:
+        return f"{values[0]:.{digits}f} (n=1)"
+    return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
+
+
+def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, int] | None:
+    """Return (mean difference, half width of its 95 % t-interval, n) over the seeds that both have; None below 2."""
+    from scipy.stats import t as student_t
+
+    differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
+    count = len(differences)
+    if count < 2:
+        return None
+    half = float(student_t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
+    return fmean(differences), half, count
+
+
+def say_difference(difference: tuple[float, float, int] | None) -> str:
+    """Write a difference with its interval, and whether it is one."""
+    if difference is None:
+        return "-"
+    mean, half, _ = difference
+    verdict = "" if abs(mean) > half else " (n.s.)"
+    return f"{mean:+.2f} ± {half:.2f}{verdict}"
+
+
+def accuracy_by_seed(cell: Cell) -> dict[int, float]:
+    """Return the last epoch's test accuracy of the deployed member, by seed."""
+    return {seed: r["test"]["top1"][r["deployed"]] for seed, r in cell.results.items()}
+
+
+def table_rows(cells: list[Cell]) -> list[dict[str, str]]:
+    """Return one dictionary a cell: the columns of the table, as text."""
+    by_label = {cell.label: cell for cell in cells}
+    top5 = any("top5" in r["test"] for cell in cells for r in cell.results.values())
+    rows = []
+    for cell in cells:
+        tests = [(r["test"], r["deployed"]) for r in cell.results.values()]
+        several = any(len(t["top1"]) > 1 for t, _ in tests)
+        row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": mean_std(list(accuracy_by_seed(cell).values()))}
+        if top5:
+            row["top-5 %"] = mean_std([t["top5"][d] for t, d in tests])
+        baseline = by_label.get(cell.baseline or "")
+        compared = paired_difference(accuracy_by_seed(cell), accuracy_by_seed(baseline)) if baseline else None
+        row["vs equal cost"] = say_difference(compared)
+        row["ensemble %"] = mean_std([t["ensemble_top1"] for t, _ in tests]) if several else "-"
+        row["diversity"] = mean_std([t["diversity"] for t, _ in tests], 3) if several else "-"
+        row["ECE"] = mean_std([t["ece"][d] for t, d in tests], 3)
+        any_result = next(iter(cell.results.values()), None)
+        row["parameters trained"] = f"{any_result['parameters_trained']:,}" if any_result else "-"
+        row["deployed"] = f"{any_result['parameters_deployed']:,}" if any_result else "-"
+        row["s a run"] = f"{fmean(r['seconds'] for r in cell.results.values()):.1f}" if any_result else "-"
+        rows.append(row)
+    return rows
+
+
+def markdown(rows: list[dict[str, str]]) -> str:
+    """Write rows as a Markdown table."""
+    head = "| " + " | ".join(rows[0]) + " |"
+    rule = "|" + "|".join("---" if i == 0 else "--:" for i in range(len(rows[0]))) + "|"
+    return "\n".join([head, rule, *("| " + " | ".join(row.values()) + " |" for row in rows)]) + "\n"
