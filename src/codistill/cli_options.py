@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import re
+import io
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -198,12 +199,25 @@ def _tyro(default: Any, argv: list[str], prog: str) -> Any:
         field = ("method", annotation, dataclasses.field(default_factory=lambda: default.method))
         shown = dataclasses.make_dataclass("Options", [field], bases=(kind,))  # type: ignore[arg-type]
         start = shown(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
-    parsed, unknown = tyro.cli(
-        shown, prog=prog, default=start, args=argv, return_unknown_args=True, description=re.sub(r"\s+", " ", description)
-    )
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            parsed, unknown = tyro.cli(
+                shown, prog=prog, default=start, args=argv, return_unknown_args=True, description=" ".join(description.split())
+            )
+    except SystemExit as end:
+        if end.code:
+            raise InputError(_one_sentence(said.getvalue())) from None
+        raise
     if unknown:
         _refuse(unknown, default)
     return kind(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)})
+
+
+def _one_sentence(box: str) -> str:
+    """Take the sentence out of the frame that tyro draws around an error."""
+    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
+    return " ".join(lines[: lines.index("")] if "" in lines else lines).rstrip(".")
 
 
 def _refuse(unknown: list[str], default: Any) -> None:

@@ -11,8 +11,9 @@ from rich.table import Table
 
 from codistill.train import Reporter
 
-out = Console(highlight=False, soft_wrap=not sys.stdout.isatty())
-err = Console(stderr=True, highlight=False)
+WIDE = 160  # where nobody looks at a terminal, tables go to a file, which has no edge
+out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
+err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDE)
 
 
 def progress_bar(console: Console) -> Progress:
@@ -70,10 +71,22 @@ def members_table(figures: dict[str, Any], deployed: int, title: str) -> Table:
 
 
 def print_rows(rows: list[dict[str, str]], title: str) -> None:
-    """Print dictionaries of equal keys as a table."""
-    table = Table(title=title, title_justify="left")
-    for index, name in enumerate(rows[0]):
-        table.add_column(name, justify="right" if index else "left")
-    for row in rows:
-        table.add_row(*row.values())
-    out.print(table)
+    """Print dictionaries of equal keys as a table; columns that do not fit beside each other go below."""
+    names = list(rows[0])
+    widths = {name: max(len(name), *(len(row[name]) for row in rows)) + 3 for name in names}
+    blocks, room = [[]], 0
+    for name in names[1:]:
+        room += widths[name]
+        if blocks[-1] and widths[names[0]] + room + 1 > out.width:
+            blocks.append([])
+            room = widths[name]
+        blocks[-1].append(name)
+    for block in blocks:
+        table = Table(title=title if block is blocks[0] else None, title_justify="left")
+        table.add_column(names[0])
+        for name in block:
+            numbers = rows[0][name][:1] in "0123456789+-"
+            table.add_column(name, justify="right" if numbers else "left")
+        for row in rows:
+            table.add_row(row[names[0]], *(row[name] for name in block))
+        out.print(table)

@@ -85,7 +85,8 @@ class RunFolder:
 
     def _compare(self, held: Config, asked: bool) -> None:
         theirs, ours = held.to_dict(), self.config.to_dict()
-        differing = [k for k in ours if k not in _FREE and json.dumps(ours[k]) != json.dumps(theirs.get(k))]
+        keys = sorted(ours, key=lambda k: k == "method")  # last: its ramp follows from the epochs
+        differing = [k for k in keys if k not in _FREE and json.dumps(ours[k]) != json.dumps(theirs.get(k))]
         if differing:
             key = differing[0]
             flag = "--resume" if asked else "--out"
