@@ -16,7 +16,7 @@ _HOMES = {
     "InputError": "codistill.config",
     "MachineError": "codistill.config",
     "train": "codistill.train",
-    "load_run": "codistill.train",
+    "load_run": "codistill.setup",
     "losses": "codistill",
     "methods": "codistill",
     "metrics": "codistill",
@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from codistill import losses, methods, metrics
     from codistill.config import Config, InputError, MachineError
     from codistill.peers import BranchPeers, NetworkPeers, PeerOutputs
-    from codistill.train import load_run, train
+    from codistill.setup import load_run
+    from codistill.train import train
 
 __all__ = [
     "BranchPeers",

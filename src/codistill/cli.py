@@ -55,10 +55,14 @@ def main(argv: list[str] | None = None) -> int:
 def run(command: str, argv: list[str]) -> int:
     """Parse the options of a command, then import what it needs and run it."""
     options = parse(command, argv)
-    warnings.showwarning = lambda message, *_: print(f"codistill: warning: {message}", file=sys.stderr)
+    warnings.showwarning = _warn
     from codistill import commands
 
     return getattr(commands, command)(options)
+
+
+def _warn(message: object, *_: object, **__: object) -> None:
+    print(f"codistill: warning: {message}", file=sys.stderr)
 
 
 def _say(message: object, code: int) -> int:

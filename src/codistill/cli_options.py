@@ -8,7 +8,7 @@ import io
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from codistill.config import METHODS, CompareConfig, Config, InputError, MethodConfig, method_config, suggest
+from codistill.config import METHODS, CompareConfig, Config, Device, InputError, MethodConfig, method_config, suggest
 
 
 @dataclass
@@ -39,7 +39,7 @@ class EvaluateOptions:
     """Another data set with the same classes and image size; its test part is measured."""
     data_dir: str | None = None
     """Where the data lies, if not where the run found it."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to run."""
     json: bool = False
     """Print JSON instead of a table."""
@@ -102,7 +102,10 @@ def parse(command: str, argv: list[str]) -> Parsed:
     if command == "compare":
         if not words and not asks_help:
             raise InputError("compare needs at least one METHOD, as in: codistill compare okddip --data digits")
-        return Parsed(words, _tyro(CompareConfig(method="independent"), rest, f"codistill compare {' '.join(words) or 'METHOD ...'}"))
+        return Parsed(
+            words,
+            _tyro(CompareConfig(method="independent"), rest, f"codistill compare {' '.join(words) or 'METHOD ...'}"),
+        )
     plain = {"evaluate": EvaluateOptions, "export": ExportOptions, "list": ListOptions, "demo": DemoOptions}
     expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data"}.get(command)
     if expected and len(words) != 1 and not asks_help:
@@ -203,7 +206,12 @@ def _tyro(default: Any, argv: list[str], prog: str) -> Any:
     try:
         with contextlib.redirect_stderr(said):
             parsed, unknown = tyro.cli(
-                shown, prog=prog, default=start, args=argv, return_unknown_args=True, description=" ".join(description.split())
+                shown,
+                prog=prog,
+                default=start,
+                args=argv,
+                return_unknown_args=True,
+                description=" ".join(description.split()),
             )
     except SystemExit as end:
         if end.code:

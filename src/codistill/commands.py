@@ -29,7 +29,9 @@ def train(parsed: Parsed) -> int:
         out.print(members_table(figures["test"], figures["deployed"], title))
         if "best_test" in figures:
             best = figures["best_test"]
-            line = f"best test epoch ({best['epoch']}, chosen on the test set): {best['top1'][figures['deployed']]:.2f} %"
+            line = (
+                f"best test epoch ({best['epoch']}, chosen on the test set): {best['top1'][figures['deployed']]:.2f} %"
+            )
             out.print(line)
         out.print(f"run folder: {result.folder}")
     return 0
@@ -38,7 +40,8 @@ def train(parsed: Parsed) -> int:
 def evaluate(parsed: Parsed) -> int:
     """Measure a run's members on one of its splits, or on another set."""
     from codistill.data import load_set
-    from codistill.train import curve_loader, load_run, make_loader, test_loader, validate
+    from codistill.setup import curve_loader, load_run, make_loader, test_loader
+    from codistill.train import validate
 
     options: EvaluateOptions = parsed.options
     t = load_run(parsed.words[0], data_dir=options.data_dir, device=options.device)
@@ -91,7 +94,7 @@ def demo(parsed: Parsed) -> int:
 def export(parsed: Parsed) -> int:
     """Write the deployed student, check it against the run, and say so."""
     from codistill.export import export_safetensors
-    from codistill.train import load_run
+    from codistill.setup import load_run
 
     options: ExportOptions = parsed.options
     run = Path(parsed.words[0])
@@ -118,10 +121,14 @@ def list(parsed: Parsed) -> int:
         ]
     elif what == "models":
         from codistill.models import MODELS
-        from codistill.train import count_parameters
+        from codistill.setup import count_parameters
 
         rows = [
-            {"model": n, "parameters at 100 classes": f"{count_parameters(f()):,}", "what it is": (f.__doc__ or "").strip()}
+            {
+                "model": n,
+                "parameters at 100 classes": f"{count_parameters(f()):,}",
+                "what it is": (f.__doc__ or "").strip(),
+            }
             for n, f in MODELS.items()
         ]
     elif what == "data":

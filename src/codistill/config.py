@@ -12,9 +12,11 @@ import json
 import math
 import tomllib
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Literal
+
+Device = Literal["auto", "cpu", "cuda", "mps"]
 
 
 class InputError(ValueError):
@@ -55,19 +57,19 @@ class IndependentConfig(MethodConfig):
     least_peers: ClassVar[int] = 1
 
     rescale: bool = False
-    """Divide the gradient that enters the shared trunk by the number of branches (CL's back-propagation rescaling)."""
+    """Divide the gradient that enters the shared trunk by the number of branches (CL's rescaling)."""
 
 
 @dataclass(kw_only=True)
 class OKDDipConfig(MethodConfig):
-    """Online knowledge distillation with diverse peers (Chen et al., AAAI 2020): attention among peers, and a leader."""
+    """Online distillation with diverse peers (Chen et al., AAAI 2020): attention among peers, and a leader."""
 
     name: ClassVar[str] = "okddip"
     default_peers: ClassVar[int] = 4
     least_peers: ClassVar[int] = 3
 
     variant: Literal["paper", "okddip_code"] = "paper"
-    """`paper` mixes softened probabilities, as the equation does; `okddip_code` mixes logits, as the authors' code does."""
+    """`paper` mixes softened probabilities, as the equation has it; `okddip_code` mixes logits, as the code does."""
     temperature: float = 3.0
     """Softening temperature T of both levels of distillation."""
     weight: float = 1.0
@@ -124,13 +126,13 @@ class Config:
     topology: Literal["networks", "branches"] = "networks"
     """Whole networks as peers, or branches on one shared trunk."""
     branch_at: tuple[str, ...] = ()
-    """First module that every branch has for itself (its path in the network); several make a tree. Default: the paper's."""
+    """First module that every branch has for itself, by its path; several make a tree. Default: the paper's place."""
     fan_out: tuple[int, ...] = ()
     """Number of children at each `--branch-at`; their product is the number of peers."""
     peers: int | None = None
     """Number of peers, the leader included; default the method's own."""
     protocol: Literal["honest", "paper"] = "honest"
-    """honest: choose on validation, read the test set once at the end; paper: all of train, last and best test epoch."""
+    """honest: choose on validation, read the test set once, last; paper: train on all, last and best test epoch."""
 
     epochs: int = 300
     """Passes over the training set."""
@@ -155,7 +157,7 @@ class Config:
     """Seed of initialisation, order and augmentation. The splits do not depend on it."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """bfloat16 is autocast: weights, classifier heads and losses stay float32."""
-    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    device: Device = "auto"
     """Where to train; auto takes a GPU if there is one."""
     channels_last: bool = True
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
@@ -197,6 +199,8 @@ class Config:
         if full.peers is None:
             full.peers = math.prod(full.fan_out) if full.fan_out else max(method.default_peers, len(full.model))
         _check_peers(full, method)
+        if full.protocol == "paper":
+            full.val_fraction = 0.0
         if full.milestones is None:
             full.milestones = (full.epochs // 2, full.epochs * 3 // 4) if full.schedule == "step" else ()
         if getattr(method, "ramp_epochs", 0.0) is None:
@@ -327,7 +331,9 @@ def _check_peers(c: Config, method: MethodConfig) -> None:
     elif c.branch_at or c.fan_out:
         raise InputError("--branch-at and --fan-out shape branches; add --topology branches")
     if c.fan_out and math.prod(c.fan_out) != c.peers:
-        raise InputError(f"--fan-out {' '.join(map(str, c.fan_out))} makes {math.prod(c.fan_out)} branches, not --peers {c.peers}")
+        raise InputError(
+            f"--fan-out {' '.join(map(str, c.fan_out))} makes {math.prod(c.fan_out)} branches, not --peers {c.peers}"
+        )
     if len(c.branch_at) > 1 and len(c.fan_out) != len(c.branch_at):
         raise InputError("--fan-out needs one number for each --branch-at")
 

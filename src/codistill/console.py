@@ -65,7 +65,12 @@ def members_table(figures: dict[str, Any], deployed: int, title: str) -> Table:
         table.add_row(name, f"{accuracy:.2f}", *five, f"{figures['nll'][index]:.4f}", f"{figures['ece'][index]:.4f}")
     if len(figures["top1"]) > 1:
         five = [f"{figures['ensemble_top5']:.2f}"] if top5 else []
-        row = f"{figures['ensemble_top1']:.2f}", *five, f"{figures['ensemble_nll']:.4f}", f"{figures['ensemble_ece']:.4f}"
+        row = (
+            f"{figures['ensemble_top1']:.2f}",
+            *five,
+            f"{figures['ensemble_nll']:.4f}",
+            f"{figures['ensemble_ece']:.4f}",
+        )
         table.add_row("ensemble", *row)
     return table
 

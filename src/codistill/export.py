@@ -11,7 +11,7 @@ import torch
 from codistill.config import InputError
 from codistill.models import MODELS, source_of
 from codistill.run import write_atomically
-from codistill.train import Training
+from codistill.setup import Training
 
 LOADER = '''
 
@@ -102,7 +102,7 @@ def _own_docstring(source: str) -> str:
 @torch.inference_mode()
 def largest_difference(t: Training, student: torch.nn.Module) -> float:
     """Return the largest difference of logits between the student and the deployed member, on test images."""
-    from codistill.train import test_loader
+    from codistill.setup import test_loader
 
     t.peers.eval().cpu()
     t.peers.autocast = None

@@ -7,7 +7,7 @@ def explain(error: Exception) -> tuple[str | None, int]:
     """Return (sentence, exit code) for a failure that is known, (None, 1) for one that is a bug of ours."""
     import torch
 
-    from codistill.train import Stopped
+    from codistill.signals import Stopped
 
     if isinstance(error, Stopped):
         return f"stopped by {error}; the checkpoint is written, continue with --resume auto", 75

@@ -7,6 +7,7 @@ logits, in the dtype it is given, and averages over the batch ("batchmean"), nev
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -126,18 +127,18 @@ def peer_distance(probs_PBC: Tensor, eps: float = 0.0) -> Tensor:
 
 class _ScaleGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x: Tensor, factor: float) -> Tensor:  # noqa: ANN001
+    def forward(ctx: Any, x: Tensor, factor: float) -> Tensor:
         ctx.factor = factor
         return x.view_as(x)
 
     @staticmethod
-    def backward(ctx, grad: Tensor):  # noqa: ANN001, ANN205
-        return grad * ctx.factor, None
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:
+        return grad_outputs[0] * ctx.factor, None
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
     """Return `x`; its gradient is multiplied by `factor` (CL's back-propagation rescaling, Song & Chai 2018, eq. 9)."""
-    return _ScaleGradient.apply(x, factor)
+    return _ScaleGradient.apply(x, factor)  # pyrefly: ignore
 
 
 __all__ = [

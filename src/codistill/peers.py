@@ -109,10 +109,16 @@ class Peers(nn.Module):
         """Number of members."""
         return len(self.members)
 
+    def member(self, index: int) -> SplitMember:
+        """Return a member."""
+        member = self.members[index]
+        assert isinstance(member, SplitMember)
+        return member
+
     @property
     def feature_dims(self) -> list[int]:
         """Width of every member's features."""
-        return [m.feature_dim for m in self.members]
+        return [self.member(p).feature_dim for p in range(self.num_peers)]
 
     @property
     def trunk_dim(self) -> int | None:
@@ -138,7 +144,7 @@ class Peers(nn.Module):
 
     def export_member(self, index: int) -> nn.Module:
         """Return member `index` as a plain network that stands alone."""
-        return self.members[index].merge()
+        return self.member(index).merge()
 
 
 class NetworkPeers(Peers):
@@ -172,7 +178,7 @@ class NetworkPeers(Peers):
         image_size: int = 32,
     ) -> None:
         super().__init__()
-        specs = list(spec) if isinstance(spec, list | tuple) else [spec]
+        specs: list[Spec] = [spec] if isinstance(spec, str | nn.Module) or callable(spec) else list(spec)
         num_peers = len(specs) if num_peers is None else num_peers
         if len(specs) == 1 and num_peers > 1:
             if isinstance(specs[0], nn.Module):
@@ -255,7 +261,9 @@ class BranchPeers(Peers):
             outputs, unshared = self(example), self(example.expand(num_peers, *example.shape))
         assert outputs.trunk_BD is not None
         if not torch.allclose(outputs.logits_PBC, unshared.logits_PBC, rtol=1e-3, atol=1e-4):
-            raise InputError(f'--branch-at "{forks[0]}": the network changes its trunk in place; fork at another module')
+            raise InputError(
+                f'--branch-at "{forks[0]}": the network changes its trunk in place; fork at another module'
+            )
         self._check([outputs.logits_PBC.shape[-1]], num_classes)
         self._trunk_dim = outputs.trunk_BD.shape[1]
 

@@ -1,10 +1,10 @@
 """The run folder: resolved config, environment, metrics, checkpoints; everything written atomically.
 
-    config.json        what --config takes to repeat the run
-    environment.json   versions, hardware, git commit, command
-    metrics.jsonl      one line an epoch
-    last.pt            the newest checkpoint: weights, optimiser, position, every random state; loads with weights_only
-    result.json        the final figures; it exists exactly when the run is complete
+config.json        what --config takes to repeat the run
+environment.json   versions, hardware, git commit, command
+metrics.jsonl      one line an epoch
+last.pt            the newest checkpoint: weights, optimiser, position, every random state; loads with weights_only
+result.json        the final figures; it exists exactly when the run is complete
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
     Raises:
         MachineError: the disk is full or the folder cannot be written to.
     """
-    handle = None
+    temporary = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
@@ -47,7 +47,7 @@ def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
             os.fsync(stream.fileno())
         os.replace(temporary, path)
     except OSError as error:
-        if handle is not None:
+        if temporary is not None:
             Path(temporary).unlink(missing_ok=True)
         raise MachineError(f"cannot write {path}: {error.strerror or error}; what was there is kept") from None
 
@@ -101,7 +101,9 @@ class RunFolder:
                 "name another --out, or repeat the run with its own options"
             )
         if not asked:
-            raise InputError(f"--out {self.path} holds this run already; continue it with --resume auto, or name another")
+            raise InputError(
+                f"--out {self.path} holds this run already; continue it with --resume auto, or name another"
+            )
 
     @property
     def complete(self) -> bool:
@@ -179,7 +181,13 @@ def rng_state() -> dict[str, Any]:
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(internal), gauss],
-        "numpy": [name, torch.from_numpy(np.asarray(keys).astype(np.int64)), int(position), int(has_gauss), float(cached)],
+        "numpy": [
+            name,
+            torch.from_numpy(np.asarray(keys).astype(np.int64)),
+            int(position),
+            int(has_gauss),
+            float(cached),
+        ],
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()

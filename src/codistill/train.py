@@ -1,101 +1,46 @@
 """One visible loop: views -> peers -> method -> backward -> step -> method.after_step -> metrics.
 
-`setup` builds everything from a config, `fit` trains, `validate` measures, `train` does all three in a run folder.
+`fit` trains, `validate` measures, `train` does it all in a run folder.
 Shapes: P peers, V views, B batch, C classes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-import signal
 import time
 import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from codistill.config import Config, InputError, MachineError, MethodConfig
-from codistill.data import DeviceLoader, ImageSet, Splits, load_set, make_splits
-from codistill.data.loader import Augmentation
-from codistill.guard import FiniteGuard
-from codistill.methods import Method, build_method
+from codistill.config import Config, MachineError, MethodConfig
+from codistill.data import DeviceLoader
+from codistill.methods import Method
 from codistill.metrics import PeerMetrics
-from codistill.peers import BranchPeers, NetworkPeers, Peers, eval_mode
-from codistill.run import RunFolder, Tracker, load_checkpoint, restore_rng, write_json
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
-
-
-class Stopped(Exception):
-    """A signal ended the run after a checkpoint was written (exit code 75)."""
+from codistill.peers import Peers, eval_mode
+from codistill.run import RunFolder, Tracker, write_json
+from codistill.setup import Training, count_parameters, curve_loader, setup, test_loader
+from codistill.signals import Stopped, caught_signals
 
 
 class Reporter:
     """What a run tells its surroundings; this one keeps silent."""
 
     def begin(self, notes: list[str], epochs: int, steps: int, start: int) -> None:
-        """The run starts (or goes on) at epoch `start`; `notes` describe it."""
+        """Hear that the run starts (or goes on) at epoch `start`; `notes` describe it."""
 
     def step(self, epoch: int, step: int, loss: float) -> None:
-        """A log point: `loss` is the epoch's mean so far."""
+        """Hear of a log point: `loss` is the epoch's mean so far."""
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """An epoch is over; `line` is what metrics.jsonl holds of it."""
+        """Hear that an epoch is over; `line` is what metrics.jsonl holds of it."""
 
     def end(self, result: dict[str, Any]) -> None:
-        """The run is complete."""
-
-
-@dataclass
-class Training:
-    """Everything a run works with."""
-
-    config: Config
-    device: torch.device
-    data: ImageSet
-    splits: Splits
-    loader: DeviceLoader
-    peers: Peers
-    method: Method
-    optimizer: torch.optim.Optimizer
-    guard: FiniteGuard
-    epoch: int = 0
-    step: int = 0
-    """Steps done in this epoch."""
-    seconds: float = 0.0
-    best: dict[str, Any] | None = None
-    """Figures of the best test epoch (protocol paper only)."""
-    sums: dict[str, Tensor] = field(default_factory=dict)
-
-    def state(self) -> dict[str, Any]:
-        """Return all that a continuation needs."""
-        return {
-            "peers": self.peers.state_dict(),
-            "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
-            "epoch": self.epoch,
-            "step": self.step,
-            "seconds": self.seconds,
-            "best": self.best,
-            "sums": self.sums,
-        }
-
-    def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
-        self.peers.load_state_dict(state["peers"])
-        self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
-        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.best = state["best"]
-        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
-        restore_rng(state["rng"])
+        """Hear that the run is complete."""
 
 
 @dataclass
@@ -112,90 +57,6 @@ class Result:
     def student(self) -> nn.Module:
         """The one plain network that is deployed."""
         return self.method.deploy(self.peers).eval()
-
-
-def pick_device(name: str) -> torch.device:
-    """Return the device asked for; `auto` takes a GPU if there is one.
-
-    Raises:
-        InputError: the device is not there.
-    """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
-    if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    if not there[name]:
-        raise InputError(f"--device {name}: this machine has none that torch can use; give --device auto")
-    return torch.device(name)
-
-
-def build_peers(config: Config, data: ImageSet) -> Peers:
-    """Build the peers of a resolved config for a data set's classes, channels and size."""
-    assert config.peers is not None
-    about = {"seed": config.seed, "in_channels": data.channels, "image_size": data.image_size}
-    num_classes = len(data.classes)
-    if config.topology == "networks":
-        return NetworkPeers(list(config.model), config.peers, num_classes, **about)
-    fork = {"branch_at": config.branch_at, "fan_out": config.fan_out}
-    return BranchPeers(config.model[0], config.peers, num_classes, **fork, **about)
-
-
-def setup(config: Config) -> Training:
-    """Build data, peers, method and optimiser of a resolved config.
-
-    Raises:
-        InputError: some part of the config cannot be had.
-    """
-    assert isinstance(config.method, MethodConfig)
-    device = pick_device(config.device)
-    torch.use_deterministic_algorithms(config.deterministic)
-    torch.manual_seed(config.seed)
-    data = load_set(config.data, config.data_dir, config.image_size)
-    splits = make_splits(data, config.val_fraction, 0.0, config.train_per_class)
-    if config.batch_size > len(splits.train):
-        raise InputError(
-            f"--batch-size {config.batch_size} is more than the {len(splits.train)} training images; give a smaller one"
-        )
-    peers = build_peers(config, data)
-    method = build_method(config.method, peers, config.seed)
-    if isinstance(peers, BranchPeers):
-        peers.set_rescale(method.rescale_trunk)
-    peers.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
-    layout = torch.channels_last if config.channels_last else torch.contiguous_format
-    peers.to(device, DTYPES[config.dtype], memory_format=layout)
-    method.to(device, DTYPES[config.dtype])
-    parameters = [*peers.parameters(), *method.parameters()]
-    optimizer = torch.optim.SGD(
-        parameters, config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov, fused=True
-    )
-    augmentation = Augmentation(data.pad if config.augment else 0, data.flip and config.augment, config.cutout)
-    views = peers.num_peers if "views" in method.needs else 1
-    part = (data.x_train[splits.train], data.y_train[splits.train])
-    loader = make_loader(config, data, part, device, augmentation, views)
-    guard = FiniteGuard(peers, method, optimizer, device)
-    return Training(config, device, data, splits, loader, peers, method, optimizer, guard)
-
-
-def make_loader(
-    config: Config,
-    data: ImageSet,
-    part: tuple[Any, Any],
-    device: torch.device,
-    augmentation: Augmentation | None = None,
-    views: int = 1,
-) -> DeviceLoader:
-    """Return batches of `part`, normalised by the statistics of `data`; in order, where nothing is augmented."""
-    return DeviceLoader(
-        *part,
-        data.mean,
-        data.std,
-        batch_size=config.batch_size if augmentation else max(config.batch_size, 256),
-        augmentation=augmentation,
-        views=views,
-        seed=config.seed,
-        device=device,
-        dtype=DTYPES[config.dtype],
-        channels_last=config.channels_last,
-    )
 
 
 def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
@@ -233,7 +94,7 @@ def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) ->
     """
     curve = curve_loader(t)
     t.guard.steps_before = t.epoch * len(t.loader) + t.step
-    with _signals() as caught:
+    with caught_signals() as caught:
         while t.epoch < t.config.epochs:
             if t.step == 0:
                 t.sums = _zero_sums(t)
@@ -283,8 +144,8 @@ def _look(t: Training, folder: RunFolder) -> None:
     folder.save(t.state())
     values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
     raise MachineError(
-        f"the loss stopped being finite at epoch {t.epoch}, step {t.step} ({values}); the weights before it are kept in "
-        f"{folder.checkpoint_path}; lower --lr (now {lr_at(t.config, t.epoch):g}) or add --warmup-epochs"
+        f"the loss stopped being finite at epoch {t.epoch}, step {t.step} ({values}); the weights before it are kept "
+        f"in {folder.checkpoint_path}; lower --lr (now {lr_at(t.config, t.epoch):g}) or add --warmup-epochs"
     )
 
 
@@ -315,20 +176,6 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
         if part == "test" and (t.best is None or figures["top1"][deployed] > t.best["top1"][deployed]):
             t.best = figures | {"epoch": t.epoch}
     return line
-
-
-def curve_loader(t: Training) -> DeviceLoader | None:
-    """Return the set that is looked at during training: validation, or the test set under the papers' protocol."""
-    if t.config.protocol == "paper":
-        return test_loader(t)
-    if not len(t.splits.val):
-        return None
-    return make_loader(t.config, t.data, (t.data.x_train[t.splits.val], t.data.y_train[t.splits.val]), t.device)
-
-
-def test_loader(t: Training) -> DeviceLoader:
-    """Return the test set."""
-    return make_loader(t.config, t.data, (t.data.x_test, t.data.y_test), t.device)
 
 
 def validate(peers: Peers, method: Method, loader: DeviceLoader) -> dict[str, Any]:
@@ -398,20 +245,15 @@ def _result(t: Training) -> dict[str, Any]:
     return figures
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of trainable numbers; shared ones count once."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
-
-
 def describe(t: Training, resumed: bool = False) -> list[str]:
     """Say in a few lines what is trained on what; warn where the distillation never reaches its weight."""
     config, method = t.config, t.method
     assert isinstance(config.method, MethodConfig)
     members = f"{t.peers.num_peers} {config.topology}" if t.peers.num_peers > 1 else "1 network"
+    trained, deployed = count_parameters(t.peers) + count_parameters(method), count_parameters(method.deploy(t.peers))
     notes = [
-        f"{config.method.name}: {members} of {' + '.join(config.model)}, "
-        f"{count_parameters(t.peers) + count_parameters(method):,} parameters trained, member {method.deployed} deployed "
-        f"({count_parameters(method.deploy(t.peers)):,})",
+        f"{config.method.name}: {members} of {' + '.join(config.model)}, {trained:,} parameters trained; "
+        f"deployed: member {method.deployed} ({deployed:,})",
         f"{config.data}: {t.splits.describe(t.data)}; augmentation: "
         f"{t.data.describe_augmentation(config.augment, config.cutout)}; protocol {config.protocol}",
         f"{config.epochs} epochs of {len(t.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
@@ -430,47 +272,3 @@ def describe(t: Training, resumed: bool = False) -> list[str]:
     if resumed:
         notes.append(f"resumed at epoch {t.epoch}, step {t.step}")
     return notes
-
-
-def load_run(path: str | Path, data_dir: str | None = None, device: str = "auto") -> Training:
-    """Build the peers of a run folder with the weights of its newest checkpoint, for evaluation and export.
-
-    Args:
-        path: The run folder.
-        data_dir: Where the data lies now; default where the run found it.
-        device: Where to run.
-
-    Raises:
-        InputError: there is no such run, or its checkpoint is missing or damaged.
-    """
-    path = Path(path)
-    if not (path / "config.json").exists():
-        raise InputError(f"{path} is no run folder (it has no config.json)")
-    config = Config.from_file(path)
-    config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir).resolved()
-    state = load_checkpoint(path / "last.pt")
-    t = setup(config)
-    t.load_state(state)
-    return t
-
-
-@contextmanager
-def _signals() -> Iterator[list[str]]:
-    """Collect SIGTERM, SIGINT and SIGUSR1 while training; a second SIGINT ends at once."""
-    caught: list[str] = []
-    names = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
-
-    def note(number: int, _frame: object) -> None:
-        if caught and number == signal.SIGINT:
-            raise KeyboardInterrupt
-        caught.append(signal.Signals(number).name)
-
-    try:
-        before = {number: signal.signal(number, note) for number in names}
-    except ValueError:  # not the main thread: whoever runs this thread handles signals
-        before = {}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -7,18 +7,17 @@ from pathlib import Path
 import numpy as np
 
 from codistill.config import InputError
+from codistill.data.sets import ImageSet
+from codistill.data.splits import balanced_part
 
 
-def load_folder(path: Path, image_size: int | None):  # noqa: ANN201
+def load_folder(path: Path, image_size: int | None) -> ImageSet:
     """Load `path/train` and `path/test` (or `path/val`), or one folder that is split 80/20, balanced over classes.
 
     Raises:
         InputError: the folder is missing or empty, an image cannot be read (it is named), or sizes differ and no
             `image_size` is given.
     """
-    from codistill.data.sets import ImageSet
-    from codistill.data.splits import balanced_part
-
     name = f"folder:{path}"
     if not path.is_dir():
         raise InputError(f"--data {name}: there is no such folder")
@@ -33,7 +32,9 @@ def load_folder(path: Path, image_size: int | None):  # noqa: ANN201
         images, labels, classes = _read(path, image_size)
         test = balanced_part(labels, 0.2, seed=0)
         x_train, y_train, x_test, y_test = images[~test], labels[~test], images[test], labels[test]
-    return ImageSet(name, x_train, y_train, x_test, y_test, tuple(classes), pad=max(1, x_train.shape[1] // 8), flip=True)
+    return ImageSet(
+        name, x_train, y_train, x_test, y_test, tuple(classes), pad=max(1, x_train.shape[1] // 8), flip=True
+    )
 
 
 def _read(path: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, list[str]]:

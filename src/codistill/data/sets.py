@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -96,9 +97,9 @@ def _digits(name: str, _data_dir: Path) -> ImageSet:
     """Load the 1,797 digits of scikit-learn; the last 797 of a fixed shuffle are the test part."""
     from sklearn.datasets import load_digits
 
-    digits = load_digits()
-    images = np.minimum(np.asarray(digits.images) * 16, 255).astype(np.uint8)[..., None]
-    labels = np.asarray(digits.target, dtype=np.int64)
+    pixels, target = load_digits(return_X_y=True)  # 64 values from 0 to 16 an image
+    images = np.minimum(np.asarray(pixels).reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)
+    labels = np.asarray(target, dtype=np.int64)
     order = np.random.default_rng(1797).permutation(len(labels))
     train, test = order[:1000], order[1000:]
     classes = tuple(str(c) for c in range(10))
@@ -138,7 +139,7 @@ def _cifar(name: str, data_dir: Path) -> ImageSet:
     return ImageSet(name, train.data, labels[0], test.data, labels[1], tuple(train.classes), 4, True, mean, std)
 
 
-def _torchvision(cls: type, name: str, data_dir: Path):  # noqa: ANN202
+def _torchvision(cls: Any, name: str, data_dir: Path) -> tuple[Any, ...]:
     """Read both parts through torchvision, downloading them on first use."""
     try:
         return tuple(cls(str(data_dir), train=part, download=False) for part in (True, False))
@@ -150,7 +151,7 @@ def _torchvision(cls: type, name: str, data_dir: Path):  # noqa: ANN202
     except Exception as error:  # torchvision raises whatever its download meets
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"--data {name} is not in {data_dir} and could not be downloaded ({reason}); name its folder with --data-dir"
+            f"--data {name} is not in {data_dir} and cannot be downloaded ({reason}); name its folder with --data-dir"
         ) from None
 
 
@@ -162,7 +163,9 @@ def _load_npz(name: str, path: Path) -> ImageSet:
         with np.load(path, allow_pickle=False) as archive:
             missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in archive.files]
             if missing:
-                raise InputError(f"--data {name}: {path} lacks {', '.join(missing)}; it needs x_ and y_, train and test")
+                raise InputError(
+                    f"--data {name}: {path} lacks {', '.join(missing)}; it needs x_ and y_, train and test"
+                )
             x_train, y_train, x_test, y_test = (archive[k] for k in ("x_train", "y_train", "x_test", "y_test"))
     except InputError:
         raise

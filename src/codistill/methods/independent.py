@@ -1,6 +1,6 @@
 """Independent peers: the baseline of equal cost ("Ind" of OKDDip's tables; one peer is their "Baseline").
 
-    L = sum_i CE(z_i, y)
+L = sum_i CE(z_i, y)
 """
 
 from __future__ import annotations

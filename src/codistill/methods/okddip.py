@@ -86,7 +86,9 @@ class OKDDip(Method):
             self.deployed = seed % num_peers
         if ablation in ("none", "no_leader"):
             if feature_dim < 8:
-                raise InputError(f"okddip projects features from D to D // 8; --model has D = {feature_dim}, give a wider one")
+                raise InputError(
+                    f"okddip projects D features to D // 8; --model has D = {feature_dim}, give a wider one"
+                )
             self.query = nn.Linear(feature_dim, feature_dim // 8, bias=False)
             self.key = nn.Linear(feature_dim, feature_dim // 8, bias=False)
 
@@ -97,7 +99,7 @@ class OKDDip(Method):
         auxiliary = info.feature_dims if config.ablation == "no_leader" else info.feature_dims[:-1]
         if len(set(auxiliary)) > 1 and config.ablation in ("none", "no_leader", "symmetric"):
             raise InputError(
-                f"okddip's attention compares the auxiliary peers' features; --model gives widths {', '.join(map(str, auxiliary))}: "
+                f"okddip compares auxiliary peers' features; --model gives widths {', '.join(map(str, auxiliary))}: "
                 "give them one width (the leader, last, may differ), or --method.ablation mean"
             )
         return cls(info.num_peers, auxiliary[0], seed=info.seed, **dataclasses.asdict(config))
@@ -110,7 +112,9 @@ class OKDDip(Method):
         ce_P = cross_entropy(z_PBC, targets_B)
         if self.ablation == "entropy":
             distill_A = torch.zeros_like(ce_P[:num_auxiliary])
-            ce_P = torch.cat((ce_P[:num_auxiliary] - self.entropy_weight * entropy(z_ABC) / num_auxiliary, ce_P[num_auxiliary:]))
+            ce_P = torch.cat(
+                (ce_P[:num_auxiliary] - self.entropy_weight * entropy(z_ABC) / num_auxiliary, ce_P[num_auxiliary:])
+            )
             targets, log_attention = [], None
         else:
             log_attention = self._log_attention(outputs.features[:num_auxiliary], z_ABC)

@@ -76,9 +76,7 @@ class ResNet(nn.Module):
     head_path = "fc"
     branch_at = "layer3"  # OKDDip, ONE, PCL: a branch is the last stage and the classifier
 
-    def __init__(
-        self, block: type, counts: tuple[int, int, int], num_classes: int = 100, in_channels: int = 3
-    ) -> None:
+    def __init__(self, block: type, counts: tuple[int, int, int], num_classes: int = 100, in_channels: int = 3) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(in_channels, 16, 3, 1, 1, bias=False)
         self.bn1 = nn.BatchNorm2d(16)

@@ -13,13 +13,21 @@ from codistill.reproduce.table import markdown, table_rows
 from codistill.run import write_atomically, write_json
 
 
+LEGEND = (
+    "top-1: the member deployed, mean ± deviation; vs equal cost: paired over seeds, ± 95 % t-interval, n.s. = no "
+    "significant difference; ECE: expected calibration error, 15 bins; diversity: mean L2 distance of the peers' softmaxes."
+)
+
+
 def plan(methods: list[str], config: CompareConfig) -> list[Cell]:
     """Return the rows: one plain network, then for each topology independent peers and the methods asked for.
 
     Raises:
         InputError: a method is unknown or fits none of the topologies.
     """
-    shared = {f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in ("method", "topology")}
+    shared = {
+        f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in ("method", "topology")
+    }
     cells = [Cell("one plain network", _run(shared, "independent", "networks", peers=1))]
     topologies = ("networks", "branches") if config.topology == "both" else (config.topology,)
     for name in methods:
@@ -56,13 +64,17 @@ def compare(methods: list[str], config: CompareConfig) -> int:
     describe(cells, config, folder)
     with progress_bar(err) as bar:
         task = bar.add_task(f"{len(cells)} rows x {config.seeds} seeds, epochs", total=None, note="")
-        run_grid(cells, config.seeds, folder, config.workers, lambda done, total: bar.update(task, completed=done, total=total))
+        run_grid(
+            cells,
+            config.seeds,
+            folder,
+            config.workers,
+            lambda done, total: bar.update(task, completed=done, total=total),
+        )
     rows = table_rows(cells)
     title = f"{config.data}, {config.epochs} epochs, test set, last epoch, {config.seeds} seeds"
     print_rows(rows, title)
-    out.print("top-1: the member deployed, mean ± deviation; vs equal cost: paired over seeds, ± 95 % t-interval, "
-              "n.s. = no significant difference; ECE: expected calibration error, 15 bins; diversity: mean L2 distance "
-              "of the peers' softmaxes.")  # fmt: skip
+    out.print(LEGEND)
     out.print(f"{time.perf_counter() - began:.0f} s in all; runs and table in {folder}")
     failures = [f"{cell.label}, seed {seed}: {reason}" for cell in cells for seed, reason in cell.failures.items()]
     write_json(folder / "table.json", {"title": title, "rows": rows, "failures": failures})
@@ -80,8 +92,9 @@ def describe(cells: list[Cell], config: CompareConfig, folder: Path) -> None:
     data = load_set(config.data, config.data_dir, config.image_size)
     resolved = [cell.run_config(folder, 0) for cell in cells]
     splits = make_splits(data, resolved[0].val_fraction, 0.0, config.train_per_class)
-    err.print(f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; augmentation: "
-              f"{data.describe_augmentation(config.augment, config.cutout)}; {' + '.join(config.model)}, {config.epochs} epochs, "
-              f"batch {config.batch_size}, lr {config.lr:g}", style="dim", markup=False)  # fmt: skip
-
-
+    note = (
+        f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; "
+        f"augmentation: {data.describe_augmentation(config.augment, config.cutout)}; "
+        f"{' + '.join(config.model)}, {config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
+    )
+    err.print(note, style="dim", markup=False)

@@ -1,6 +1,6 @@
 """A grid of runs in a folder: cells x seeds, resumable, nothing trained twice, failures kept apart.
 
-    FOLDER/CELL/seedN    one run folder each
+FOLDER/CELL/seedN    one run folder each
 """
 
 from __future__ import annotations
@@ -34,7 +34,9 @@ class Cell:
     def run_config(self, folder: Path, seed: int) -> Config:
         """Return the config of one seed's run."""
         slug = re.sub(r"[^a-z0-9.]+", "-", self.label.lower()).strip("-")
-        return dataclasses.replace(self.config, seed=seed, out=str(folder / slug / f"seed{seed}"), resume="auto").resolved()
+        return dataclasses.replace(
+            self.config, seed=seed, out=str(folder / slug / f"seed{seed}"), resume="auto"
+        ).resolved()
 
 
 def run_grid(
@@ -64,10 +66,10 @@ def run_grid(
                 watch(sum(_epochs_done(config) for _, _, config in jobs), total)
         for cell, seed, answer in pending:
             figures, failure = answer.get()
-            if failure is None:
+            if figures is not None:
                 cell.results[seed] = figures
             else:
-                cell.failures[seed] = failure
+                cell.failures[seed] = failure or "no result"
 
 
 def _begin_worker() -> None:
@@ -83,7 +85,8 @@ def _begin_worker() -> None:
 
 def _train(config: Config) -> tuple[dict[str, Any] | None, str | None]:
     """Train one run in a worker; a failure becomes a sentence."""
-    from codistill.train import Stopped, train
+    from codistill.signals import Stopped
+    from codistill.train import train
 
     assert config.out is not None
     try:

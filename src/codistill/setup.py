@@ -1,0 +1,195 @@
+"""Everything a run works with, built from its config: device, data, peers, method, optimiser.
+
+`setup` builds it, `load_run` builds it and fills in the weights of a run folder.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codistill.config import Config, Device, InputError, MethodConfig
+from codistill.data import DeviceLoader, ImageSet, Splits, load_set, make_splits
+from codistill.data.loader import Augmentation
+from codistill.guard import FiniteGuard
+from codistill.methods import Method, build_method
+from codistill.peers import BranchPeers, NetworkPeers, Peers
+from codistill.run import load_checkpoint, restore_rng
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+
+
+@dataclass
+class Training:
+    """Everything a run works with."""
+
+    config: Config
+    device: torch.device
+    data: ImageSet
+    splits: Splits
+    loader: DeviceLoader
+    peers: Peers
+    method: Method
+    optimizer: torch.optim.Optimizer
+    guard: FiniteGuard
+    epoch: int = 0
+    step: int = 0
+    """Steps done in this epoch."""
+    seconds: float = 0.0
+    best: dict[str, Any] | None = None
+    """Figures of the best test epoch (protocol paper only)."""
+    sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def state(self) -> dict[str, Any]:
+        """Return all that a continuation needs."""
+        return {
+            "peers": self.peers.state_dict(),
+            "method": self.method.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "epoch": self.epoch,
+            "step": self.step,
+            "seconds": self.seconds,
+            "best": self.best,
+            "sums": self.sums,
+        }
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Continue from what `state` returned."""
+        self.peers.load_state_dict(state["peers"])
+        self.method.load_state_dict(state["method"])
+        self.optimizer.load_state_dict(state["optimizer"])
+        self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
+        self.best = state["best"]
+        self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
+        restore_rng(state["rng"])
+
+
+def pick_device(name: str) -> torch.device:
+    """Return the device asked for; `auto` takes a GPU if there is one.
+
+    Raises:
+        InputError: the device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if name == "auto":
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
+    if not there[name]:
+        raise InputError(f"--device {name}: this machine has none that torch can use; give --device auto")
+    return torch.device(name)
+
+
+def build_peers(config: Config, data: ImageSet) -> Peers:
+    """Build the peers of a resolved config for a data set's classes, channels and size."""
+    assert config.peers is not None
+    about = {"seed": config.seed, "in_channels": data.channels, "image_size": data.image_size}
+    num_classes = len(data.classes)
+    if config.topology == "networks":
+        return NetworkPeers(list(config.model), config.peers, num_classes, **about)
+    fork = {"branch_at": config.branch_at, "fan_out": config.fan_out}
+    return BranchPeers(config.model[0], config.peers, num_classes, **fork, **about)
+
+
+def setup(config: Config) -> Training:
+    """Build data, peers, method and optimiser of a resolved config.
+
+    Raises:
+        InputError: some part of the config cannot be had.
+    """
+    assert isinstance(config.method, MethodConfig)
+    device = pick_device(config.device)
+    torch.use_deterministic_algorithms(config.deterministic)
+    torch.manual_seed(config.seed)
+    data = load_set(config.data, config.data_dir, config.image_size)
+    splits = make_splits(data, config.val_fraction, 0.0, config.train_per_class)
+    if config.batch_size > len(splits.train):
+        raise InputError(
+            f"--batch-size {config.batch_size} is more than the {len(splits.train)} training images; give a smaller one"
+        )
+    peers = build_peers(config, data)
+    method = build_method(config.method, peers, config.seed)
+    if isinstance(peers, BranchPeers):
+        peers.set_rescale(method.rescale_trunk)
+    peers.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
+    peers.to(device=device, dtype=DTYPES[config.dtype])
+    if config.channels_last:
+        peers.to(memory_format=torch.channels_last)  # pyrefly: ignore
+    method.to(device, DTYPES[config.dtype])
+    parameters = [*peers.parameters(), *method.parameters()]
+    optimizer = torch.optim.SGD(
+        parameters, config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov, fused=True
+    )
+    augmentation = Augmentation(data.pad if config.augment else 0, data.flip and config.augment, config.cutout)
+    views = peers.num_peers if "views" in method.needs else 1
+    part = (data.x_train[splits.train], data.y_train[splits.train])
+    loader = make_loader(config, data, part, device, augmentation, views)
+    guard = FiniteGuard(peers, method, optimizer, device)
+    return Training(config, device, data, splits, loader, peers, method, optimizer, guard)
+
+
+def make_loader(
+    config: Config,
+    data: ImageSet,
+    part: tuple[Any, Any],
+    device: torch.device,
+    augmentation: Augmentation | None = None,
+    views: int = 1,
+) -> DeviceLoader:
+    """Return batches of `part`, normalised by the statistics of `data`; in order, where nothing is augmented."""
+    return DeviceLoader(
+        *part,
+        data.mean,
+        data.std,
+        batch_size=config.batch_size if augmentation else max(config.batch_size, 256),
+        augmentation=augmentation,
+        views=views,
+        seed=config.seed,
+        device=device,
+        dtype=DTYPES[config.dtype],
+        channels_last=config.channels_last,
+    )
+
+
+def curve_loader(t: Training) -> DeviceLoader | None:
+    """Return the set that is looked at during training: validation, or the test set under the papers' protocol."""
+    if t.config.protocol == "paper":
+        return test_loader(t)
+    if not len(t.splits.val):
+        return None
+    return make_loader(t.config, t.data, (t.data.x_train[t.splits.val], t.data.y_train[t.splits.val]), t.device)
+
+
+def test_loader(t: Training) -> DeviceLoader:
+    """Return the test set."""
+    return make_loader(t.config, t.data, (t.data.x_test, t.data.y_test), t.device)
+
+
+def count_parameters(module: nn.Module) -> int:
+    """Return the number of trainable numbers; shared ones count once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
+
+def load_run(path: str | Path, data_dir: str | None = None, device: Device = "auto") -> Training:
+    """Build the peers of a run folder with the weights of its newest checkpoint, for evaluation and export.
+
+    Args:
+        path: The run folder.
+        data_dir: Where the data lies now; default where the run found it.
+        device: Where to run.
+
+    Raises:
+        InputError: there is no such run, or its checkpoint is missing or damaged.
+    """
+    path = Path(path)
+    if not (path / "config.json").exists():
+        raise InputError(f"{path} is no run folder (it has no config.json)")
+    config = Config.from_file(path)
+    config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir).resolved()
+    state = load_checkpoint(path / "last.pt")
+    t = setup(config)
+    t.load_state(state)
+    return t
