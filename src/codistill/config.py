@@ -14,7 +14,8 @@ import tomllib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from types import UnionType
+from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 
@@ -197,7 +198,8 @@ class Config:
         assert isinstance(method, MethodConfig)
         _check_numbers(full)
         if full.peers is None:
-            full.peers = math.prod(full.fan_out) if full.fan_out else max(method.default_peers, len(full.model))
+            full.peers = len(full.model) if len(full.model) > 1 else method.default_peers
+            full.peers = math.prod(full.fan_out) if full.fan_out else full.peers
         _check_peers(full, method)
         if full.protocol == "paper":
             full.val_fraction = 0.0
@@ -253,30 +255,33 @@ class Config:
 
 def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
     """Check names and types of `values` against the dataclass `cls`; lists become tuples."""
-    fields = {f.name: f for f in dataclasses.fields(cls)}
+    kinds = {name: kind for name, kind in get_type_hints(cls).items() if get_origin(kind) is not ClassVar}
     checked = {}
     for key, value in values.items():
-        if key not in fields:
-            raise InputError(f'--config: unknown option "{prefix}{key}"{suggest(key, fields)}')
+        if key not in kinds:
+            raise InputError(f'--config: unknown option "{prefix}{key}"{suggest(key, kinds)}')
         value = tuple(value) if isinstance(value, list) else value
-        kind = str(fields[key].type)
-        if not _fits(value, kind):
+        if not _fits(value, kinds[key]):
+            kind = getattr(kinds[key], "__name__", None) or str(kinds[key]).replace("typing.", "")
             raise InputError(f"--config: {prefix}{key} = {value!r} does not fit; it takes {kind}")
         checked[key] = value
     return checked
 
 
-def _fits(value: Any, kind: str) -> bool:
-    """Say whether a plain value fits an annotation written as text."""
-    if value is None:
-        return "None" in kind
-    if isinstance(value, bool):
-        return "bool" in kind
-    if isinstance(value, str):
-        return f'"{value}"' in kind or f"'{value}'" in kind if "Literal" in kind else "str" in kind
-    if isinstance(value, tuple):
-        return "tuple" in kind and all(type(v).__name__ in kind for v in value)
-    return "float" in kind if isinstance(value, float) else ("int" in kind or "float" in kind)
+def _fits(value: Any, kind: Any) -> bool:
+    """Say whether a plain value fits an annotation."""
+    origin, parts = get_origin(kind), get_args(kind)
+    if origin in (Union, UnionType):
+        return any(_fits(value, part) for part in parts)
+    if origin is Literal:
+        return value in parts
+    if origin is tuple:
+        return isinstance(value, tuple) and all(_fits(v, parts[0]) for v in value)
+    if kind is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool)
+    return isinstance(value, kind)
 
 
 def _check_numbers(c: Config) -> None:

@@ -12,10 +12,9 @@ from codistill.reproduce.grid import Cell, run_grid
 from codistill.reproduce.table import markdown, table_rows
 from codistill.run import write_atomically, write_json
 
-
 LEGEND = (
     "top-1: the member deployed, mean ± deviation; vs equal cost: paired over seeds, ± 95 % t-interval, n.s. = no "
-    "significant difference; ECE: expected calibration error, 15 bins; diversity: mean L2 distance of the peers' softmaxes."
+    "significant difference; ECE: expected calibration error, 15 bins; diversity: mean L2 distance of softmaxes."
 )
 
 
