@@ -1,6 +1,5 @@
-# make demo     install, then train peers on real images and print what it buys (DATA=digits|fashion-mnist|cifar100)
+# make demo     install, then train peers on real images and print what it buys (DATA=digits|fashion-mnist|cifar100, DATA_DIR=...)
 # make test     install, then lint, type-check and test
-# make bench    the benchmarks that fit on two cores
 # make clean    remove the environment and what the demo wrote
 PYTHON ?= $(shell for v in python3.13 python3.12 python3.11 python3; do command -v $$v >/dev/null && $$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$v && break; done)
 VENV   ?= .venv
@@ -26,7 +25,7 @@ install: $(VENV)/.made
 install-dev: $(VENV)/.made-dev
 
 demo: install
-	$(BIN)/codistill demo --data $(DATA) --out $(OUT)
+	$(BIN)/codistill demo --data $(DATA) --out $(OUT) $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 
 lint: install-dev
 	$(BIN)/ruff check .

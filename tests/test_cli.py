@@ -7,9 +7,9 @@ import time
 
 import numpy as np
 import pytest
-from helpers import read_json
 
 from codistill.cli import main
+from helpers import read_json
 
 SMALL = ["--model", "resnet8", "--train-per-class", "6", "--batch-size", "16", "--epochs", "2"]
 
@@ -204,7 +204,8 @@ def test_a_config_file_with_a_wrong_key_or_type_is_refused(tmp_path, capsys):
 
 def test_a_toml_file_is_a_config_too(tmp_path):
     (tmp_path / "run.toml").write_text(
-        'method = {name = "okddip", temperature = 2.0}\nmodel = ["resnet8"]\nepochs = 1\nbatch_size = 16\ntrain_per_class = 6\n'
+        'method = {name = "okddip", temperature = 2.0}\n'
+        'model = ["resnet8"]\nepochs = 1\nbatch_size = 16\ntrain_per_class = 6\n'
     )
     assert main(["train", "--config", str(tmp_path / "run.toml"), "--out", str(tmp_path / "run"), "--peers", "3"]) == 0
     assert read_json(tmp_path / "run" / "config.json")["method"]["temperature"] == 2.0

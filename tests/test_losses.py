@@ -2,12 +2,12 @@
 
 import math
 
-import oracles
 import pytest
 import torch
-from helpers import close, golden, random_peers
 
+import oracles
 from codistill import losses
+from helpers import close, golden, random_peers
 
 
 def test_ramp_takes_the_published_values():

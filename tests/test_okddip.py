@@ -2,14 +2,14 @@
 
 import itertools
 
-import oracles
 import pytest
 import torch
-from helpers import close, golden, random_peers
 
+import oracles
 from codistill.config import InputError, OKDDipConfig
 from codistill.methods import OKDDip, PeerInfo
 from codistill.peers import PeerOutputs
+from helpers import close, golden, random_peers
 
 
 def run(method, z, h, y, weight=0.37):

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from helpers import read_json
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.config import Config, InputError, MachineError
@@ -18,6 +17,7 @@ from codistill.run import RunFolder
 from codistill.setup import setup
 from codistill.signals import Stopped
 from codistill.train import Reporter, lr_at, train, train_step
+from helpers import read_json
 
 
 def tiny(**options) -> Config:
@@ -125,7 +125,7 @@ def test_a_folder_that_holds_something_else_is_refused(tmp_path):
     train(config)
     with pytest.raises(InputError, match="holds this run already"):
         train(config)
-    with pytest.raises(InputError, match="--lr was 0.1, now 0.2"):
+    with pytest.raises(InputError, match=r"--lr was 0.1, now 0.2"):
         train(dataclasses.replace(config, lr=0.2, resume="auto"))
     with pytest.raises(InputError, match="there is no run there"):
         train(dataclasses.replace(config, resume=str(tmp_path / "nothing")))

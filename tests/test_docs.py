@@ -1,0 +1,52 @@
+"""The README is true: its Python runs, and every command in it parses."""
+
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from codistill.cli_options import COMMANDS, parse
+
+ROOT = Path(__file__).parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+
+
+def blocks(language: str) -> list[str]:
+    return [b for page in PAGES for b in re.findall(rf"```{language}\n(.*?)```", page.read_text(), re.DOTALL)]
+
+
+@pytest.mark.parametrize("code", blocks("python"))
+def test_python_in_the_documents_runs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    exec(compile(code, "document", "exec"), {})
+
+
+def commands() -> list[str]:
+    joined = [line for block in blocks("sh") for line in block.replace("\\\n", " ").splitlines()]
+    return [line for line in joined if line.startswith("codistill ")]
+
+
+@pytest.mark.parametrize("line", commands())
+def test_commands_in_the_documents_parse(line, tmp_path, monkeypatch):
+    words = shlex.split(line, comments=True)[1:]
+    assert words[0] in COMMANDS
+    monkeypatch.chdir(tmp_path)
+    if "--config" in words:
+        from codistill.config import Config
+        from codistill.run import write_json
+
+        place = Path(words[words.index("--config") + 1])
+        write_json(place if place.suffix else place / "config.json", Config().resolved().to_dict())
+    parse(words[0], words[1:])
+
+
+def test_the_doctests_run():
+    import doctest
+
+    from codistill import losses, peers
+
+    for module in (losses, peers):
+        result = doctest.testmod(module, optionflags=doctest.ELLIPSIS, extraglobs={"torch": __import__("torch")})
+        assert result.attempted
+        assert not result.failed
