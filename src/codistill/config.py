@@ -7,98 +7,29 @@ page. Nothing here imports torch, so that `codistill --help` answers at once.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import tomllib
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
+from codistill.errors import InputError, MachineError, suggest
+from codistill.method_configs import METHODS, MethodConfig, method_config
+
+__all__ = [
+    "METHODS",
+    "CompareConfig",
+    "Config",
+    "Device",
+    "InputError",
+    "MachineError",
+    "MethodConfig",
+    "method_config",
+]
+
 Device = Literal["auto", "cpu", "cuda", "mps"]
-
-
-class InputError(ValueError):
-    """The user's input cannot be used; the message is one sentence that names the flag and the mend (exit code 2)."""
-
-
-class MachineError(RuntimeError):
-    """The machine or the run failed (disk full, out of memory, non-finite loss); one sentence (exit code 1)."""
-
-
-def suggest(word: str, known: Iterable[str]) -> str:
-    """Return ` (did you mean "x"?)` for the nearest of `known`, or the list of them."""
-    known = sorted(known)
-    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
-    return f' (did you mean "{near[0]}"?)' if near else f" (there are: {', '.join(known)})"
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# Methods: one class a method. `None` means "as the variant says" or "scaled with the run".
-
-
-@dataclass(kw_only=True)
-class MethodConfig:
-    """What all methods share."""
-
-    name: ClassVar[str]
-    default_peers: ClassVar[int]
-    least_peers: ClassVar[int]
-    topologies: ClassVar[tuple[str, ...]] = ("networks", "branches")
-
-
-@dataclass(kw_only=True)
-class IndependentConfig(MethodConfig):
-    """Peers trained by cross-entropy alone; one peer is the papers' Baseline, branches are their "Ind"."""
-
-    name: ClassVar[str] = "independent"
-    default_peers: ClassVar[int] = 4
-    least_peers: ClassVar[int] = 1
-
-    rescale: bool = False
-    """Divide the gradient that enters the shared trunk by the number of branches (CL's rescaling)."""
-
-
-@dataclass(kw_only=True)
-class OKDDipConfig(MethodConfig):
-    """Online distillation with diverse peers (Chen et al., AAAI 2020): attention among peers, and a leader."""
-
-    name: ClassVar[str] = "okddip"
-    default_peers: ClassVar[int] = 4
-    least_peers: ClassVar[int] = 3
-
-    variant: Literal["paper", "okddip_code"] = "paper"
-    """`paper` mixes softened probabilities, as the equation has it; `okddip_code` mixes logits, as the code does."""
-    temperature: float = 3.0
-    """Softening temperature T of both levels of distillation."""
-    weight: float = 1.0
-    """Weight of the distillation terms once the ramp is over."""
-    ramp_epochs: float | None = None
-    """Length of the ramp of that weight; default 80/300 of the epochs."""
-    detach: Literal["none", "peers", "all"] = "none"
-    """Which targets are constants: none (both sources), the peers' predictions (the attention still learns), or all."""
-    mask_self: bool = False
-    """Leave a peer's own prediction out of its target (removes the optimum in which every peer attends to itself)."""
-    ablation: Literal["none", "random", "entropy", "mean", "symmetric", "no_leader"] = "none"
-    """The ablations of the paper's Table 5. `no_leader` is also the ensemble form of its Table 4."""
-    entropy_weight: float = 0.1
-    """Weight of the entropy term of `--method.ablation entropy` (a guess: the paper gives no value)."""
-
-
-METHODS: dict[str, type[MethodConfig]] = {c.name: c for c in MethodConfig.__subclasses__()}
-
-
-def method_config(name: str) -> MethodConfig:
-    """Return the default config of the method called `name`."""
-    if name not in METHODS:
-        raise InputError(f'unknown method "{name}"{suggest(name, METHODS)}')
-    return METHODS[name]()
-
-
-# ----------------------------------------------------------------------------------------------------------------------
-# A run
 
 
 @dataclass
@@ -124,14 +55,16 @@ class Config:
     cutout: int = 0
     """Side in pixels of a random square set to the mean colour (0 = off)."""
 
-    topology: Literal["networks", "branches"] = "networks"
-    """Whole networks as peers, or branches on one shared trunk."""
+    topology: Literal["networks", "branches"] | None = None
+    """Whole networks as peers, or branches on one shared trunk; default the method's own."""
     branch_at: tuple[str, ...] = ()
     """First module that every branch has for itself, by its path; several make a tree. Default: the paper's place."""
     fan_out: tuple[int, ...] = ()
     """Number of children at each `--branch-at`; their product is the number of peers."""
     peers: int | None = None
     """Number of peers, the leader included; default the method's own."""
+    deploy: str = "member"
+    """What is deployed and judged: member (the method's own), a member's number, ensemble, or ema (pcl alone)."""
     protocol: Literal["honest", "paper"] = "honest"
     """honest: choose on validation, read the test set once, last; paper: train on all, last and best test epoch."""
 
@@ -197,6 +130,7 @@ class Config:
         method = full.method
         assert isinstance(method, MethodConfig)
         _check_numbers(full)
+        full.topology = full.topology or method.topologies[0]  # type: ignore[assignment]
         if full.peers is None:
             full.peers = len(full.model) if len(full.model) > 1 else method.default_peers
             full.peers = math.prod(full.fan_out) if full.fan_out else full.peers
@@ -206,7 +140,7 @@ class Config:
         if full.milestones is None:
             full.milestones = (full.epochs // 2, full.epochs * 3 // 4) if full.schedule == "step" else ()
         if getattr(method, "ramp_epochs", 0.0) is None:
-            method.ramp_epochs = full.epochs * 80 / 300  # type: ignore[attr-defined]
+            method.ramp_epochs = full.epochs * 80 / 300 if method.default_ramp() else 0.0  # type: ignore[attr-defined]
         if full.out is None:
             name = "-".join([full.data.replace(":", "-").replace("/", "_"), method.name, full.topology, *full.model])
             full.out = f"runs/{name}-seed{full.seed}"
@@ -305,10 +239,14 @@ def _check_numbers(c: Config) -> None:
     ]
     method = c.method
     for name, fine, words in (
-        ("temperature", lambda v: math.isfinite(v) and v > 0, "a number above 0"),
+        ("temperature", lambda v: v is None or (math.isfinite(v) and v > 0), "a number above 0"),
         ("weight", lambda v: math.isfinite(v) and v >= 0, "0 or more"),
         ("ramp_epochs", lambda v: v is None or (math.isfinite(v) and v >= 0), "0 or more"),
         ("entropy_weight", math.isfinite, "a number"),
+        ("alpha", lambda v: v is None or 0 <= v <= 1, "from 0 to 1"),
+        ("beta", lambda v: 0 <= v <= 1, "from 0 to 1"),
+        ("ema_decay", lambda v: 0 <= v < 1, "from 0 to below 1"),
+        ("holdout_fraction", lambda v: 0 < v < 1, "a number between 0 and 1"),
     ):
         if hasattr(method, name):
             rules.append((f"method.{name}", fine(getattr(method, name)), words))
@@ -324,15 +262,22 @@ def _check_peers(c: Config, method: MethodConfig) -> None:
     """Raise where peers, models, topology and method contradict each other."""
     assert c.peers is not None
     if c.topology not in method.topologies:
-        raise InputError(f"{method.name} works on {' or '.join(method.topologies)} only; drop --topology {c.topology}")
+        raise InputError(f"{method.name} needs a trunk, so it works on branches only; drop --topology {c.topology}")
     if c.peers < method.least_peers:
         what = " (auxiliary peers and the leader)" if method.name == "okddip" else ""
         raise InputError(f"--peers is {c.peers}; {method.name} needs at least {method.least_peers}{what}")
+    numbers = [str(p) for p in range(c.peers)]
+    if c.deploy not in ("member", "ensemble", "ema", *numbers):
+        raise InputError(f"--deploy {c.deploy}: give member, ensemble, ema, or a number from 0 to {c.peers - 1}")
+    if c.deploy == "ema" and method.name != "pcl":
+        raise InputError(f"--deploy ema: {method.name} keeps no mean teachers; pcl does")
     if len(c.model) > 1 and len(c.model) != c.peers:
         raise InputError(f"--model is given {len(c.model)} times for --peers {c.peers}; give one, or one a peer")
     if c.topology == "branches":
         if len(c.model) > 1:
             raise InputError("--topology branches takes one --model: branches share a trunk; use --topology networks")
+        if getattr(method, "update", None) == "alternating":
+            raise InputError("--method.update alternating steps one network at a time; branches share a trunk, drop it")
     elif c.branch_at or c.fan_out:
         raise InputError("--branch-at and --fan-out shape branches; add --topology branches")
     if c.fan_out and math.prod(c.fan_out) != c.peers:
@@ -351,8 +296,8 @@ def _check_peers(c: Config, method: MethodConfig) -> None:
 class CompareConfig(Config):
     """Several methods on the same data, with baselines of equal cost, over seeds."""
 
-    topology: Literal["networks", "branches", "both"] = "networks"  # type: ignore[assignment]
-    """Whole networks as peers, branches on one shared trunk, or a row for each."""
+    topology: Literal["networks", "branches", "both"] | None = None  # type: ignore[assignment]
+    """Whole networks as peers, branches on one shared trunk, or a row for each; default every method's own."""
     seeds: int = 3
     """Number of seeds: 0 .. n-1."""
     workers: int = 1

@@ -73,6 +73,16 @@ def kl_divergence(student_logits: Tensor, target_logits: Tensor, temperature: fl
     return kl_from_log_probs(student_logits, soften(target_logits, temperature), temperature)
 
 
+def soft_cross_entropy(student_logits: Tensor, target_log_probs: Tensor, temperature: float = 1.0) -> Tensor:
+    """Return -T^2 sum_c t_c log softmax(student / T)_c, mean over the batch: its gradient is that of the KL."""
+    return -(target_log_probs.exp() * soften(student_logits, temperature)).sum(-1).mean(-1) * temperature**2
+
+
+def leave_one_out_mean(logits_PBC: Tensor) -> Tensor:
+    """Return mean_{j != i} z_j for every peer i, `P x B x C`."""
+    return (logits_PBC.sum(0) - logits_PBC) / (len(logits_PBC) - 1)
+
+
 def attention_log_weights(query_PBD: Tensor, key_PBD: Tensor, mask_self: bool = False) -> Tensor:
     """Return log alpha_ab, alpha_ab = softmax_b(q_a . k_b), as `B x P x P` (OKDDip, eq. 4; unscaled dot products).
 
@@ -147,10 +157,12 @@ __all__ = [
     "entropy",
     "kl_divergence",
     "kl_from_log_probs",
+    "leave_one_out_mean",
     "mix_log_probs",
     "mix_logits",
     "peer_distance",
     "scale_gradient",
     "sigmoid_ramp",
+    "soft_cross_entropy",
     "soften",
 ]

@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
-from codistill.config import MethodConfig
+from codistill.method_configs import MethodConfig
 from codistill.methods.base import Method, PeerInfo, Terms
+from codistill.methods.cl_ilr import CLILR
+from codistill.methods.dml import DML
 from codistill.methods.independent import Independent
+from codistill.methods.kd import KD
+from codistill.methods.kdcl import KDCL
 from codistill.methods.okddip import OKDDip
+from codistill.methods.one import ONE
+from codistill.methods.pcl import PCL
 from codistill.peers import Peers
 
 CLASSES: dict[str, type[Method]] = {
     "independent": Independent,
+    "kd": KD,
+    "dml": DML,
+    "cl_ilr": CLILR,
+    "one": ONE,
     "okddip": OKDDip,
+    "pcl": PCL,
+    "kdcl": KDCL,
 }
 
 
@@ -23,4 +35,18 @@ def build_method(config: MethodConfig, peers: Peers, seed: int = 0) -> Method:
     return CLASSES[config.name].build(config, PeerInfo.of(peers, seed))
 
 
-__all__ = ["CLASSES", "Independent", "Method", "OKDDip", "PeerInfo", "Terms", "build_method"]
+__all__ = [
+    "CLASSES",
+    "CLILR",
+    "DML",
+    "KD",
+    "KDCL",
+    "ONE",
+    "PCL",
+    "Independent",
+    "Method",
+    "OKDDip",
+    "PeerInfo",
+    "Terms",
+    "build_method",
+]

@@ -21,6 +21,7 @@ class Independent(Method):
         rescale: Divide the gradient that enters the trunk by the number of branches.
     """
 
+    name = "independent"
     citation = "the baseline of equal cost"
 
     def __init__(self, num_peers: int, rescale: bool = False) -> None:

@@ -21,7 +21,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from codistill.config import InputError, MethodConfig, OKDDipConfig
+from codistill.errors import InputError
 from codistill.losses import (
     attention_log_weights,
     cross_entropy,
@@ -31,6 +31,7 @@ from codistill.losses import (
     mix_logits,
     soften,
 )
+from codistill.method_configs import MethodConfig, OKDDipConfig
 from codistill.methods.base import Method, PeerInfo, Terms, join
 from codistill.peers import PeerOutputs
 
@@ -57,7 +58,7 @@ class OKDDip(Method):
         InputError: the features are too narrow to project.
     """
 
-    needs = frozenset({"features"})
+    name = "okddip"
     citation = "Chen, Mei, Wang, Feng, Chen: Online Knowledge Distillation with Diverse Peers. AAAI 2020"
 
     def __init__(
@@ -75,6 +76,7 @@ class OKDDip(Method):
         seed: int = 0,
     ) -> None:
         super().__init__(num_peers)
+        self.needs = frozenset({"features"} if ablation in ("none", "symmetric", "no_leader") else ())
         self.variant, self.temperature, self.detach = variant, temperature, detach
         self.weight, self.ramp_epochs = weight, 80.0 if ramp_epochs is None else ramp_epochs
         self.mask_self, self.ablation, self.entropy_weight = mask_self, ablation, entropy_weight
@@ -106,6 +108,7 @@ class OKDDip(Method):
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms; `attention_BAA` and `targets_PBC` are for inspection."""
+        self.check(outputs)
         z_PBC = outputs.logits_PBC
         num_auxiliary = len(self.group)
         z_ABC = z_PBC[:num_auxiliary]
@@ -127,7 +130,7 @@ class OKDDip(Method):
             targets.append(self._mix(uniform, z_ABC))
             distill_P = torch.cat((distill_A, self._kl(z_PBC[-1:], targets[-1])))
         attention = None if log_attention is None else log_attention.exp()
-        return join(ce_P, distill_P, weight, targets_PBC=torch.cat(targets), attention_BAA=attention)
+        return join(ce_P, distill_P, weight * self.weight, targets_PBC=torch.cat(targets), attention_BAA=attention)
 
     def _log_attention(self, features: list[Tensor], z_ABC: Tensor) -> Tensor:
         """Return log alpha, `B x A x A`."""

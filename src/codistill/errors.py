@@ -1,0 +1,21 @@
+"""What can go wrong, as the user is told: one sentence that names the flag and the mend."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """The user's input cannot be used; the message is one sentence that names the flag and the mend (exit code 2)."""
+
+
+class MachineError(RuntimeError):
+    """The machine or the run failed (disk full, out of memory, non-finite loss); one sentence (exit code 1)."""
+
+
+def suggest(word: str, known: Iterable[str]) -> str:
+    """Return ` (did you mean "x"?)` for the nearest of `known`, or the list of them."""
+    known = sorted(known)
+    near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
+    return f' (did you mean "{near[0]}"?)' if near else f" (there are: {', '.join(known)})"

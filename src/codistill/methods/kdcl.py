@@ -1,0 +1,117 @@
+"""KDCL: online distillation via collaborative learning (Guo et al., CVPR 2020): one teacher made of all networks.
+
+    L = sum_i CE(z_i, y) + l sum_i T^2 KL(sg softmax(z_t / T) || softmax(z_i / T)),   T = 2, l = 1
+
+    naive     z_t = z_k, k = argmin_i CE(z_i, y)                       per sample
+    linear    z_t = sum_i a_i z_i, a = argmin CE(sum_i a_i z_i, y)     a on the simplex, per sample (or per batch)
+    minlogit  z_t[c] = min_i (z_i[c] - z_i[y])                         per sample
+    general   f_t = sum_i w_i f_i, w = argmin w' C w, sum w = 1,       once an epoch, on a holdout:
+              C_ij = E[(f_i - t) . (f_j - t)]                          f softmax outputs, t one-hot labels
+
+Each network has a view of its own of every image (invariant collaborative learning), and all learn one target. The paper
+writes `general`'s error on the outputs, its slides weigh logits: `mix` says which the teacher mixes. Networks may differ.
+Shapes: P peers, B batch, C classes, N holdout samples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Self
+
+import torch
+from torch import Tensor
+
+from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mix_logits, soften
+from codistill.method_configs import KDCLConfig, MethodConfig
+from codistill.methods.base import Method, PeerInfo, Terms, join
+from codistill.peers import PeerOutputs
+from codistill.simplex import best_mixture, quadratic_on_simplex
+
+
+class KDCL(Method):
+    """All networks learn from one teacher made of their logits; see the module's docstring.
+
+    Args:
+        num_peers: Networks, at least 2.
+        target: `naive`, `linear`, `minlogit` or `general`.
+        temperature: T.
+        weight: l.
+        own_views: Whether every network has a view of its own.
+        granularity: `sample` or `batch`, for `linear`.
+        mix: `probs` or `logits`, for `general`.
+        holdout_fraction: Part of the training set held out, for `general`.
+    """
+
+    name = "kdcl"
+    citation = "Guo et al.: Online Knowledge Distillation via Collaborative Learning. CVPR 2020"
+
+    def __init__(
+        self,
+        num_peers: int,
+        target: str = "minlogit",
+        temperature: float = 2.0,
+        weight: float = 1.0,
+        own_views: bool = True,
+        granularity: str = "sample",
+        mix: str = "probs",
+        holdout_fraction: float = 0.05,
+    ) -> None:
+        super().__init__(num_peers)
+        self.needs = frozenset(({"views"} if own_views else set()) | ({"holdout"} if target == "general" else set()))
+        self.target, self.temperature, self.weight = target, temperature, weight
+        self.granularity, self.mix = granularity, mix
+        self.holdout_fraction = holdout_fraction if target == "general" else 0.0
+        self.weights_P: Tensor
+        if target == "general":  # uniform until the first epoch's holdout has been seen
+            self.register_buffer("weights_P", torch.full((num_peers,), 1.0 / num_peers))
+
+    @classmethod
+    def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
+        """Build it for any peers."""
+        assert isinstance(config, KDCLConfig)
+        return cls(info.num_peers, **dataclasses.asdict(config))
+
+    def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
+        """Return the terms; `weights_BP` (all but minlogit) and `targets_PBC` are for inspection."""
+        self.check(outputs)
+        z_PBC = outputs.logits_PBC
+        log_target_BC, weights_BP = self.teacher(z_PBC.detach(), targets_B)
+        ce_P = cross_entropy(z_PBC, targets_B)
+        distill_P = kl_from_log_probs(z_PBC, log_target_BC, self.temperature)
+        terms = join(ce_P, distill_P, weight * self.weight, weights_BP=weights_BP)
+        return terms | {"targets_PBC": log_target_BC.expand_as(z_PBC)}
+
+    @torch.no_grad()
+    def teacher(self, z_PBC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return the teacher's softened log-probabilities, `B x C`, and the members' weights, `B x P`, if it has any."""
+        own_PB1 = z_PBC.gather(-1, targets_B.expand(z_PBC.shape[:2]).unsqueeze(-1))
+        if self.target == "minlogit":
+            return soften((z_PBC - own_PB1).min(0).values, self.temperature), None
+        if self.target == "general":
+            weights_BP = self.weights_P.to(z_PBC.dtype).expand(z_PBC.shape[1], -1)
+        elif self.target == "naive":
+            best_B = (z_PBC.logsumexp(-1) - own_PB1.squeeze(-1)).argmin(0)
+            weights_BP = torch.nn.functional.one_hot(best_B, self.num_peers).to(z_PBC.dtype)
+        else:
+            weights_BP = self._linear_weights(z_PBC - own_PB1)
+        if self.target == "general" and self.mix == "probs":
+            return mix_log_probs(weights_BP.log().unsqueeze(1), z_PBC, self.temperature)[0], weights_BP
+        return soften(mix_logits(weights_BP.unsqueeze(1), z_PBC)[0], self.temperature), weights_BP
+
+    def _linear_weights(self, margins_PBC: Tensor) -> Tensor:
+        """Return argmin_a CE(sum_i a_i z_i, y) for each sample, or one for the batch, as `B x P`."""
+        margins_BPC = margins_PBC.transpose(0, 1)
+        if self.granularity == "sample":
+            return best_mixture(margins_BPC.unsqueeze(1)).to(margins_PBC.dtype)
+        return best_mixture(margins_BPC.unsqueeze(0)).to(margins_PBC.dtype).expand(margins_PBC.shape[1], -1)
+
+    @torch.no_grad()
+    def after_epoch(self, holdout_logits_PNC: Tensor, holdout_targets_N: Tensor) -> None:
+        """Solve for `general`'s weights on the holdout's outputs."""
+        if self.target != "general":
+            return
+        probs_PNC = holdout_logits_PNC.double().softmax(-1)
+        labels_NC = torch.nn.functional.one_hot(holdout_targets_N, probs_PNC.shape[-1]).double()
+        error_PNC = probs_PNC - labels_NC
+        covariance_PP = torch.einsum("inc,jnc->ij", error_PNC, error_PNC) / len(holdout_targets_N)
+        self.weights_P.copy_(quadratic_on_simplex(covariance_PP))
