@@ -7,7 +7,7 @@ from collections.abc import Callable
 from torch import nn
 
 from codistill.config import InputError, suggest
-from codistill.models import resnet
+from codistill.models import densenet, resnet, vgg
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": resnet.resnet8,
@@ -15,7 +15,15 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet32": resnet.resnet32,
     "resnet56": resnet.resnet56,
     "resnet110": resnet.resnet110,
+    "resnet110_basic": resnet.resnet110_basic,
     "wrn16_2": resnet.wrn16_2,
+    "wrn40_2": resnet.wrn40_2,
+    "wrn20_8": resnet.wrn20_8,
+    "vgg16": vgg.vgg16,
+    "vgg19": vgg.vgg19,
+    "densenet40_12": densenet.densenet40_12,
+    "densenet40_12_plain": densenet.densenet40_12_plain,
+    "densenet100_12": densenet.densenet100_12,
 }
 
 

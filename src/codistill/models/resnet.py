@@ -1,6 +1,6 @@
 """ResNets for small images (He et al., 2016, section 4.2), and wide ones, as the online-distillation papers use them.
 
-This file imports torch alone: `codistill export` writes it beside the weights, so that they can be used without codistill.
+This file imports torch alone: `codistill export` writes it beside the weights, for use without codistill.
 Sizes from 8 x 8 up; any number of input channels.
 """
 
@@ -50,6 +50,13 @@ class Bottleneck(nn.Module):
         return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x), inplace=True)
 
 
+class WideBottleneck(Bottleneck):
+    """A bottleneck whose inner width is eight times the usual one (base width 512 instead of 64); outputs as usual."""
+
+    def __init__(self, in_channels: int, channels: int, stride: int) -> None:
+        super().__init__(in_channels, channels, stride, 8 * channels)
+
+
 def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     if stride == 1 and in_channels == out_channels:
         return nn.Identity()
@@ -67,7 +74,7 @@ class ResNet(nn.Module):
     """A stem of 16 channels, three stages, average pooling and a linear classifier.
 
     Args:
-        block: BasicBlock or Bottleneck.
+        block: BasicBlock, Bottleneck or WideBottleneck.
         counts: Blocks a stage.
         num_classes: Classes C.
         in_channels: Channels of the images.
@@ -193,6 +200,21 @@ def resnet110(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
     return ResNet(Bottleneck, (12, 12, 12), num_classes, in_channels)
 
 
+def resnet110_basic(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
+    """Eighteen basic blocks a stage, as He et al. have it; 1,736,564 parameters at 100 classes."""
+    return ResNet(BasicBlock, (18, 18, 18), num_classes, in_channels)
+
+
+def wrn20_8(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
+    """Two wide bottlenecks a stage, as OKDDip and PCL have it; 6,871,220 parameters at 100 classes."""
+    return ResNet(WideBottleneck, (2, 2, 2), num_classes, in_channels)
+
+
 def wrn16_2(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
     """Depth 16, twice as wide; 703,284 parameters at 100 classes."""
     return WideResNet(16, 2, num_classes, in_channels)
+
+
+def wrn40_2(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
+    """Depth 40, twice as wide; 2,255,156 parameters at 100 classes."""
+    return WideResNet(40, 2, num_classes, in_channels)
