@@ -95,3 +95,129 @@ def okddip(
             uniform = [torch.tensor(-math.log(aux), dtype=torch.float64)] * aux
             loss = loss + weight * kl_row(target(uniform, b), z[-1][b], temperature, guard) / batch
     return loss, attention
+
+
+def soft_ce(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """-T^2 sum_c q_c log s_c, mean over the batch; target is B x C logits."""
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(len(student)):
+        log_s, log_q = log_softmax(student[b] / temperature), log_softmax(target[b] / temperature)
+        total = total - sum(torch.exp(lq) * ls for lq, ls in zip(log_q, log_s))
+    return temperature**2 * total / len(student)
+
+
+def others_mean(z: Tensor, i: int) -> Tensor:
+    return sum(z[j] for j in range(len(z)) if j != i) / (len(z) - 1)
+
+
+def kd(z, teacher, y, *, variant, temperature, alpha):
+    teacher = teacher.detach()
+    if variant == "paper":
+        return sum((1 - alpha) * ce(s, y) + alpha * kl(s, teacher, temperature) for s in z)
+    return sum(ce(s, y) + alpha * kl(s, teacher, temperature, 1e-7) for s in z)
+
+
+def dml(z, y, *, variant, target, temperature, weight):
+    """Sum of the members' losses, each as its own network sees it (the others constant, unless the code does not)."""
+    total = torch.zeros((), dtype=torch.float64)
+    for i in range(len(z)):
+        source = z if variant == "okddip_code" else z.detach()
+        guard = 1e-7 if variant == "okddip_code" else 0.0
+        if target == "mean":
+            distill = _authors_kl(z[i], others_mean(source, i), temperature) if variant == "authors" else None
+            distill = kl(z[i], others_mean(source, i), temperature, guard) if distill is None else distill
+        else:
+            distill = torch.zeros((), dtype=torch.float64)
+            for j in range(len(z)):
+                if j == i:
+                    continue
+                if variant == "authors":
+                    distill = distill + _authors_kl(z[i], source[j], temperature)
+                else:
+                    distill = distill + kl(z[i], source[j], temperature, guard) / (len(z) - 1)
+        total = total + ce(z[i], y) + weight * distill
+    return total
+
+
+def _authors_kl(student: Tensor, target: Tensor, temperature: float) -> Tensor:
+    """mean_b sum p_j log(1e-8 + p_j / (p_i + 1e-8))"""
+    total = torch.zeros((), dtype=torch.float64)
+    for b in range(len(student)):
+        p_i = [torch.exp(v) for v in log_softmax(student[b] / temperature)]
+        p_j = [torch.exp(v) for v in log_softmax(target[b] / temperature)]
+        total = total + sum(pj * torch.log(1e-8 + pj / (pi + 1e-8)) for pi, pj in zip(p_i, p_j))
+    return temperature**2 * total / len(student)
+
+
+def cl_ilr(z, y, *, variant, temperature, beta, weight):
+    total = torch.zeros((), dtype=torch.float64)
+    for h in range(len(z)):
+        if variant == "paper":
+            target = others_mean(z.detach(), h)
+            total = total + beta * ce(z[h], y) + weight * (1 - beta) * soft_ce(z[h], target, temperature)
+        else:
+            total = total + ce(z[h], y) + weight * kl(z[h], others_mean(z, h), temperature, 1e-7)
+    return total
+
+
+def one(z, gate_logits, y, *, variant, temperature, weight):
+    """gate_logits are what goes into the softmax, B x P."""
+    rows = []
+    for b in range(z.shape[1]):
+        gate = [torch.exp(v) for v in log_softmax(gate_logits[b])]
+        rows.append(sum(g * z[i][b] for i, g in enumerate(gate)))
+    teacher = torch.stack(rows)
+    constant = teacher if variant == "okddip_code" else teacher.detach()
+    guard = 0.0 if variant == "paper" else 1e-7
+    distill = sum(kl(z[i], constant, temperature, guard) for i in range(len(z)))
+    return sum(ce(z[i], y) for i in range(len(z))) + ce(teacher, y) + weight * distill
+
+
+def one_gate(trunk, weight, bias, norm_weight, norm_bias, eps=1e-5):
+    """ReLU(BatchNorm(W t + b)), with the batch's own statistics."""
+    scores = [[(weight[p] * trunk[b]).sum() + bias[p] for p in range(len(weight))] for b in range(len(trunk))]
+    columns = []
+    for p in range(len(weight)):
+        column = [row[p] for row in scores]
+        mean = sum(column) / len(column)
+        variance = sum((v - mean) ** 2 for v in column) / len(column)
+        columns.append(
+            [torch.relu((v - mean) / torch.sqrt(variance + eps) * norm_weight[p] + norm_bias[p]) for v in column]
+        )
+    return torch.stack([torch.stack([columns[p][b] for p in range(len(weight))]) for b in range(len(trunk))])
+
+
+def pcl(z, h, ema, classifier_weight, classifier_bias, y, *, temperature, weight):
+    rows = [classifier_weight @ torch.cat([f[b] for f in h]) + classifier_bias for b in range(z.shape[1])]
+    ensemble = torch.stack(rows)
+    total = ce(ensemble, y) + sum(ce(z[i], y) for i in range(len(z)))
+    for i in range(len(z)):
+        total = total + weight * kl(z[i], ensemble.detach(), temperature)
+        for j in range(len(z)):
+            if j != i:
+                total = total + weight / (len(z) - 1) * kl(z[i], ema[j].detach(), temperature)
+    return total
+
+
+def kdcl(z, y, *, target, temperature, weight, mixture=None, mix="probs"):
+    """`mixture` holds the weights of linear (B x P) or general (P); naive and minlogit find their own."""
+    fixed = z.detach()
+    total = sum(ce(z[i], y) for i in range(len(z)))
+    for b in range(z.shape[1]):
+        label = int(y[b])
+        rows = [fixed[i][b] for i in range(len(z))]
+        if target == "naive":
+            losses = [float(-log_softmax(row)[label]) for row in rows]
+            log_t = log_softmax(rows[losses.index(min(losses))] / temperature)
+        elif target == "minlogit":
+            lowest = [min(float(row[c] - row[label]) for row in rows) for c in range(len(rows[0]))]
+            log_t = log_softmax(torch.tensor(lowest, dtype=torch.float64) / temperature)
+        else:
+            weights = mixture if mixture.dim() == 1 else mixture[b]
+            if target == "general" and mix == "probs":
+                log_t = mixed_log_probs([torch.log(w) for w in weights], rows, temperature)
+            else:
+                log_t = log_softmax(sum(w * row for w, row in zip(weights, rows)) / temperature)
+        for i in range(len(z)):
+            total = total + weight * kl_row(log_t, z[i][b], temperature) / z.shape[1]
+    return total

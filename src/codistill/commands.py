@@ -26,12 +26,10 @@ def train(parsed: Parsed) -> int:
         result = run(one, RichReporter())
         figures = result.figures
         title = f"test set, last epoch ({figures['epochs']} epochs, {figures['seconds']:.0f} s)"
-        out.print(members_table(figures["test"], figures["deployed"], title))
+        out.print(members_table(figures["test"], figures["deployed"], title, figures.get("test_ema")))
         if "best_test" in figures:
             best = figures["best_test"]
-            line = (
-                f"best test epoch ({best['epoch']}, chosen on the test set): {best['top1'][figures['deployed']]:.2f} %"
-            )
+            line = f"best test epoch ({best['epoch']}, chosen on the test set): {best['top1']:.2f} %"
             out.print(line)
         out.print(f"run folder: {result.folder}")
     return 0
@@ -40,8 +38,8 @@ def train(parsed: Parsed) -> int:
 def evaluate(parsed: Parsed) -> int:
     """Measure a run's members on one of its splits, or on another set."""
     from codistill.data import load_set
-    from codistill.setup import curve_loader, load_run, make_loader, test_loader
-    from codistill.train import validate
+    from codistill.setup import curve_loader, deployed_name, load_run, make_loader, test_loader
+    from codistill.train import measure
 
     options: EvaluateOptions = parsed.options
     t = load_run(parsed.words[0], data_dir=options.data_dir, device=options.device)
@@ -57,12 +55,12 @@ def evaluate(parsed: Parsed) -> int:
     else:
         loader = test_loader(t)
     assert loader is not None
-    figures = validate(t.peers, t.method, loader)
+    measured = measure(t, loader)
     if options.json:
-        print(json.dumps(figures | {"deployed": t.method.deployed}))
+        print(json.dumps(measured | {"deployed": deployed_name(t)}))
     else:
-        what = options.data or f"{t.config.data} {options.split}"
-        out.print(members_table(figures, t.method.deployed, f"{what}, {figures['samples']:,} images"))
+        title = f"{options.data or f'{t.config.data} {options.split}'}, {loader.num_samples:,} images"
+        out.print(members_table(measured["members"], deployed_name(t), title, measured["ema"]))
     return 0
 
 

@@ -130,7 +130,8 @@ class Config:
         method = full.method
         assert isinstance(method, MethodConfig)
         _check_numbers(full)
-        full.topology = full.topology or method.topologies[0]  # type: ignore[assignment]
+        topology = full.topology or method.topologies[0]
+        full.topology = topology  # type: ignore[assignment]
         if full.peers is None:
             full.peers = len(full.model) if len(full.model) > 1 else method.default_peers
             full.peers = math.prod(full.fan_out) if full.fan_out else full.peers
@@ -142,7 +143,7 @@ class Config:
         if getattr(method, "ramp_epochs", 0.0) is None:
             method.ramp_epochs = full.epochs * 80 / 300 if method.default_ramp() else 0.0  # type: ignore[attr-defined]
         if full.out is None:
-            name = "-".join([full.data.replace(":", "-").replace("/", "_"), method.name, full.topology, *full.model])
+            name = "-".join([full.data.replace(":", "-").replace("/", "_"), method.name, topology, *full.model])
             full.out = f"runs/{name}-seed{full.seed}"
         return full
 

@@ -53,16 +53,18 @@ class RichReporter(Reporter):
         self.bar.stop()
 
 
-def members_table(figures: dict[str, Any], deployed: int, title: str) -> Table:
-    """Return a table with a row a member, and the ensemble."""
+def members_table(figures: dict[str, Any], deployed: str, title: str, ema: dict[str, Any] | None = None) -> Table:
+    """Return a table with a row a member, a mean teacher, and the ensemble; `deployed` names one of them."""
     top5 = "top5" in figures
     table = Table(title=title, title_justify="left")
     for name in ("member", "top-1 %", *(["top-5 %"] if top5 else []), "NLL", "calibration error"):
         table.add_column(name, justify="left" if name == "member" else "right")
-    for index, accuracy in enumerate(figures["top1"]):
-        name = f"{index} (deployed)" if index == deployed else str(index)
-        five = [f"{figures['top5'][index]:.2f}"] if top5 else []
-        table.add_row(name, f"{accuracy:.2f}", *five, f"{figures['nll'][index]:.4f}", f"{figures['ece'][index]:.4f}")
+    for kind, part in (("member", figures), *([("mean teacher", ema)] if ema else [])):
+        for index, accuracy in enumerate(part["top1"]):
+            name = f"{kind} {index}"
+            five = [f"{part['top5'][index]:.2f}"] if top5 else []
+            row = f"{accuracy:.2f}", *five, f"{part['nll'][index]:.4f}", f"{part['ece'][index]:.4f}"
+            table.add_row(name + (" (deployed)" if name == deployed else ""), *row)
     if len(figures["top1"]) > 1:
         five = [f"{figures['ensemble_top5']:.2f}"] if top5 else []
         row = (
@@ -71,7 +73,7 @@ def members_table(figures: dict[str, Any], deployed: int, title: str) -> Table:
             f"{figures['ensemble_nll']:.4f}",
             f"{figures['ensemble_ece']:.4f}",
         )
-        table.add_row("ensemble", *row)
+        table.add_row("ensemble" + (" (deployed)" if deployed == "ensemble" else ""), *row)
     return table
 
 

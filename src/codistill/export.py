@@ -11,7 +11,7 @@ import torch
 from codistill.config import InputError
 from codistill.models import MODELS, source_of
 from codistill.run import write_atomically
-from codistill.setup import Training
+from codistill.setup import Training, deployed_index, deployed_network
 
 LOADER = '''
 
@@ -51,7 +51,7 @@ def about_student(t: Training) -> dict[str, Any]:
     """Return what a user of the weights must know."""
     return {
         "format": "codistill student",
-        "model": t.config.model[t.method.deployed if len(t.config.model) > 1 else 0],
+        "model": t.config.model[deployed_index(t) if len(t.config.model) > 1 else 0],
         "classes": list(t.data.classes),
         "channels": t.data.channels,
         "image_size": t.data.image_size,
@@ -75,11 +75,13 @@ def export_safetensors(t: Training, path: Path) -> float:
     """
     from safetensors.torch import load, save
 
+    if t.config.deploy == "ensemble":
+        raise InputError("this run deploys its ensemble, which is no plain network; export a run with --deploy member")
     if path.suffix != ".safetensors":
         raise InputError(f"--out {path} must end in .safetensors")
     if path.exists():
         raise InputError(f"--out {path} exists; remove it or name another file")
-    student = t.method.deploy(t.peers).eval().cpu()
+    student = deployed_network(t).cpu()
     tensors = {name: value.contiguous().clone() for name, value in student.state_dict().items()}
     about = about_student(t)
     data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
@@ -104,8 +106,9 @@ def largest_difference(t: Training, student: torch.nn.Module) -> float:
     """Return the largest difference of logits between the student and the deployed member, on test images."""
     from codistill.setup import test_loader
 
-    t.peers.eval().cpu()
-    t.peers.autocast = None
+    peers = t.ema.peers if t.config.deploy == "ema" and t.ema is not None else t.peers
+    peers.eval().cpu()
+    peers.autocast = None
     views, _ = next(test_loader(t).epoch())
     views = views[:, :64].cpu()
-    return float((t.peers(views).logits_PBC[t.method.deployed] - student(views[0])).abs().max())
+    return float((peers(views).logits_PBC[deployed_index(t)] - student(views[0])).abs().max())

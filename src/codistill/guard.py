@@ -7,29 +7,31 @@ those of the last look.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
 
 class FiniteGuard:
-    """Watches losses and gradients of one optimiser.
+    """Watches losses and gradients.
 
     Args:
-        peers: Its buffers are kept safe.
-        method: Likewise.
-        optimizer: A fused one; it is given the flag as `found_inf`, the protocol of gradient scaling.
+        modules: Their buffers are kept safe.
+        optimizers: Fused ones; they are given the flag as `found_inf`, the protocol of gradient scaling.
         device: Where the flag lives.
     """
 
     def __init__(
-        self, peers: nn.Module, method: nn.Module, optimizer: torch.optim.Optimizer, device: torch.device
+        self, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], device: torch.device
     ) -> None:
-        self.optimizer = optimizer
         self.flag = torch.zeros((), dtype=torch.float32, device=device)
-        optimizer.grad_scale = None  # type: ignore[attr-defined]
-        optimizer.found_inf = self.flag  # type: ignore[attr-defined]
-        self.parameters = [p for group in optimizer.param_groups for p in group["params"]]
-        self.buffers = [b for m in (peers, method) for b in m.buffers() if b.is_floating_point()]
+        for optimizer in optimizers:
+            optimizer.grad_scale = None  # type: ignore[attr-defined]
+            optimizer.found_inf = self.flag  # type: ignore[attr-defined]
+        groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+        self.parameters = [p for group in groups for p in group["params"]]
+        self.buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
         self.kept = [b.clone() for b in self.buffers]
         self.names: list[str] = []
         self.terms: Tensor | None = None
@@ -50,6 +52,9 @@ class FiniteGuard:
         self.terms = torch.where(self.flag > 0, self.terms, now)
         bad = ~now[:2].isfinite().all()
         self.flag.copy_(torch.maximum(self.flag, bad.to(self.flag.dtype)))
+
+    def count(self) -> None:
+        """Count a step, if it was good."""
         self.steps_good += self.flag == 0
 
     def look(self) -> tuple[int, dict[str, float]] | None:

@@ -25,6 +25,10 @@ class MethodConfig:
         """Say whether the variant ramps its distillation weight up."""
         return True
 
+    def needs_holdout(self) -> bool:
+        """Say whether a part of the training set is to be held out for the method."""
+        return False
+
 
 @dataclass(kw_only=True)
 class IndependentConfig(MethodConfig):
@@ -198,6 +202,10 @@ class KDCLConfig(MethodConfig):
     """What the weights of `general` mix."""
     holdout_fraction: float = 0.05
     """Part of the training set kept for the weights of `general` (the paper keeps a number a class; a guess)."""
+
+    def needs_holdout(self) -> bool:
+        """Hold out where the weights are solved for."""
+        return self.target == "general"
 
 
 METHODS: dict[str, type[MethodConfig]] = {c.name: c for c in MethodConfig.__subclasses__()}

@@ -40,14 +40,15 @@ class PeerMetrics:
         self.pairs = torch.zeros(3, dtype=torch.float64, device=device)  # L2 distance, disagreement, both wrong
 
     @torch.no_grad()
-    def update(self, logits_PBC: Tensor, targets_B: Tensor) -> None:
-        """Add a batch. The ensemble is the mean of the group's probabilities."""
+    def update(self, logits_PBC: Tensor, targets_B: Tensor, ensemble_log_probs_BC: Tensor | None = None) -> None:
+        """Add a batch. The ensemble is the group's mean probabilities, unless its log-probabilities are given."""
         log_probs_PBC = logits_PBC.to(torch.promote_types(logits_PBC.dtype, torch.float32)).log_softmax(-1)
         probs_PBC = log_probs_PBC.exp()
         group_GBC = probs_PBC if self._whole else probs_PBC[self.group]
-        ensemble_BC = group_GBC.mean(0)
-        probs_MBC = torch.cat((probs_PBC, ensemble_BC.unsqueeze(0)))
-        log_MBC = torch.cat((log_probs_PBC, ensemble_BC.clamp_min(1e-30).log().unsqueeze(0)))
+        if ensemble_log_probs_BC is None:
+            ensemble_log_probs_BC = group_GBC.mean(0).clamp_min(1e-30).log()
+        log_MBC = torch.cat((log_probs_PBC, ensemble_log_probs_BC.to(log_probs_PBC.dtype).unsqueeze(0)))
+        probs_MBC = torch.cat((probs_PBC, log_MBC[-1:].exp()))
         index_MB1 = targets_B.expand(probs_MBC.shape[:2]).unsqueeze(-1)
         confidence_MB, guess_MB = probs_MBC.max(-1)
         hit_MB = guess_MB == targets_B

@@ -15,7 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from codistill.config import InputError
+from codistill.config import Config
+from codistill.errors import InputError
 from codistill.models import resolve
 from codistill.sharing import Entry, Shared, plain_copy, share_until
 
@@ -194,11 +195,24 @@ class NetworkPeers(Peers):
             example = _example(self, in_channels, image_size)
             self._check([m(example)[1].shape[-1] for m in self.members], num_classes)
 
-    def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
-        """Run every member on its view (or all on the only one)."""
+    def forward(self, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
+        """Run every member on its view (or all on the only one).
+
+        Args:
+            views_VBCHW: Images; V is 1 or the number of peers.
+            only: The one member that is trained now: the others get no gradient, and their running statistics stay.
+        """
         views = self._views(views_VBCHW)
+        own_views = views.shape[0] > 1
+        pairs = []
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
-            pairs = [m(views[p if views.shape[0] > 1 else 0]) for p, m in enumerate(self.members)]
+            for p, member in enumerate(self.members):
+                x_BCHW = views[p if own_views else 0]
+                if only in (None, p):
+                    pairs.append(member(x_BCHW))
+                else:
+                    with torch.no_grad(), running_statistics_kept(member):
+                        pairs.append(member(x_BCHW))
         return self._stack(pairs, None)
 
 
@@ -260,7 +274,8 @@ class BranchPeers(Peers):
         with eval_mode(self), torch.no_grad():
             outputs, unshared = self(example), self(example.expand(num_peers, *example.shape))
         assert outputs.trunk_BD is not None
-        if not torch.allclose(outputs.logits_PBC, unshared.logits_PBC, rtol=1e-3, atol=1e-4):
+        gap = (outputs.logits_PBC - unshared.logits_PBC).abs().max()
+        if gap > 1e-3 * unshared.logits_PBC.abs().max():
             raise InputError(
                 f'--branch-at "{forks[0]}": the network changes its trunk in place; fork at another module'
             )
@@ -301,6 +316,62 @@ class BranchPeers(Peers):
             trunk = None if own_views else self._trunk_output().to(pairs[0][0].dtype)
         self._forget()
         return self._stack(pairs, trunk)
+
+
+def build_peers(config: Config, num_classes: int, in_channels: int, image_size: int) -> Peers:
+    """Build the peers of a resolved config."""
+    assert config.peers is not None
+    about = {"seed": config.seed, "in_channels": in_channels, "image_size": image_size}
+    if config.topology == "networks":
+        return NetworkPeers(list(config.model), config.peers, num_classes, **about)
+    fork = {"branch_at": config.branch_at, "fan_out": config.fan_out}
+    return BranchPeers(config.model[0], config.peers, num_classes, **fork, **about)
+
+
+class MeanTeacher(nn.Module):
+    """An exponential moving average of peers: phi = min(1 - 1/(g + 1), decay) at step g (PCL, section 3.3).
+
+    While training it normalises by batch statistics and leaves its running ones alone; those are averaged from the
+    peers' own, for evaluation.
+
+    Args:
+        peers: What is averaged; copied.
+        decay: Most that the average keeps of itself.
+    """
+
+    def __init__(self, peers: Peers, decay: float) -> None:
+        super().__init__()
+        self.peers = copy.deepcopy(peers).requires_grad_(False)
+        self.decay = decay
+        for module in self.peers.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.track_running_stats = False  # in training: batch statistics, nothing recorded
+
+    @torch.no_grad()
+    def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
+        """Return what the averaged peers say; no gradient."""
+        return self.peers(views_VBCHW)
+
+    @torch.no_grad()
+    def update(self, peers: Peers, step: int) -> None:
+        """Average in the peers as they are after step `step`, counted from 0 (which copies them)."""
+        keep = min(1.0 - 1.0 / (step + 1), self.decay)
+        ours = [*self.peers.parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
+        theirs = [*peers.parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
+        torch._foreach_lerp_(ours, theirs, 1.0 - keep)
+
+
+@contextmanager
+def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm use batch statistics without recording them."""
+    tracking = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    for m in tracking:
+        m.track_running_stats = False
+    try:
+        yield
+    finally:
+        for m in tracking:
+            m.track_running_stats = True
 
 
 def _example(module: nn.Module, in_channels: int, image_size: int) -> Tensor:

@@ -17,9 +17,11 @@ from codistill.config import Config, Device, InputError, MethodConfig
 from codistill.data import DeviceLoader, ImageSet, Splits, load_set, make_splits
 from codistill.data.loader import Augmentation
 from codistill.guard import FiniteGuard
+from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
-from codistill.peers import BranchPeers, NetworkPeers, Peers
+from codistill.peers import BranchPeers, MeanTeacher, Peers, build_peers
 from codistill.run import load_checkpoint, restore_rng
+from codistill.teacher import load_teacher
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
@@ -35,8 +37,11 @@ class Training:
     loader: DeviceLoader
     peers: Peers
     method: Method
-    optimizer: torch.optim.Optimizer
+    optimizers: list[torch.optim.Optimizer]
+    """One over everything, or one a member where the method alternates."""
     guard: FiniteGuard
+    teacher: nn.Module | None = None
+    ema: MeanTeacher | None = None
     epoch: int = 0
     step: int = 0
     """Steps done in this epoch."""
@@ -50,7 +55,8 @@ class Training:
         return {
             "peers": self.peers.state_dict(),
             "method": self.method.state_dict(),
-            "optimizer": self.optimizer.state_dict(),
+            "ema": None if self.ema is None else self.ema.state_dict(),
+            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
@@ -62,7 +68,10 @@ class Training:
         """Continue from what `state` returned."""
         self.peers.load_state_dict(state["peers"])
         self.method.load_state_dict(state["method"])
-        self.optimizer.load_state_dict(state["optimizer"])
+        if self.ema is not None:
+            self.ema.load_state_dict(state["ema"])
+        for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(held)
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.best = state["best"]
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
@@ -83,19 +92,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def build_peers(config: Config, data: ImageSet) -> Peers:
-    """Build the peers of a resolved config for a data set's classes, channels and size."""
-    assert config.peers is not None
-    about = {"seed": config.seed, "in_channels": data.channels, "image_size": data.image_size}
-    num_classes = len(data.classes)
-    if config.topology == "networks":
-        return NetworkPeers(list(config.model), config.peers, num_classes, **about)
-    fork = {"branch_at": config.branch_at, "fan_out": config.fan_out}
-    return BranchPeers(config.model[0], config.peers, num_classes, **fork, **about)
-
-
-def setup(config: Config) -> Training:
+def setup(config: Config, teacher: nn.Module | None = None) -> Training:
     """Build data, peers, method and optimiser of a resolved config.
+
+    Args:
+        config: A resolved config.
+        teacher: A trained network for a method that needs one, instead of the one its config names.
 
     Raises:
         InputError: some part of the config cannot be had.
@@ -105,12 +107,13 @@ def setup(config: Config) -> Training:
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     data = load_set(config.data, config.data_dir, config.image_size)
-    splits = make_splits(data, config.val_fraction, 0.0, config.train_per_class)
+    holdout_fraction = getattr(config.method, "holdout_fraction", 0.0) if config.method.needs_holdout() else 0.0
+    splits = make_splits(data, config.val_fraction, holdout_fraction, config.train_per_class)
     if config.batch_size > len(splits.train):
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {len(splits.train)} training images; give a smaller one"
         )
-    peers = build_peers(config, data)
+    peers = build_peers(config, len(data.classes), data.channels, data.image_size)
     method = build_method(config.method, peers, config.seed)
     if isinstance(peers, BranchPeers):
         peers.set_rescale(method.rescale_trunk)
@@ -119,16 +122,23 @@ def setup(config: Config) -> Training:
     if config.channels_last:
         peers.to(memory_format=torch.channels_last)  # pyrefly: ignore
     method.to(device, DTYPES[config.dtype])
-    parameters = [*peers.parameters(), *method.parameters()]
-    optimizer = torch.optim.SGD(
-        parameters, config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov, fused=True
-    )
+    if "teacher" in method.needs:
+        assert isinstance(config.method, KDConfig)
+        teacher = load_teacher(config.method, data) if teacher is None else teacher
+        teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
+    ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
+    if method.update == "alternating":
+        shares = [[*member.parameters()] for member in peers.members]
+    else:
+        shares = [[*peers.parameters(), *method.parameters()]]
+    options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(share, *options, fused=True) for share in shares]
     augmentation = Augmentation(data.pad if config.augment else 0, data.flip and config.augment, config.cutout)
     views = peers.num_peers if "views" in method.needs else 1
     part = (data.x_train[splits.train], data.y_train[splits.train])
     loader = make_loader(config, data, part, device, augmentation, views)
-    guard = FiniteGuard(peers, method, optimizer, device)
-    return Training(config, device, data, splits, loader, peers, method, optimizer, guard)
+    guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device)
+    return Training(config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema)
 
 
 def make_loader(
@@ -160,12 +170,50 @@ def curve_loader(t: Training) -> DeviceLoader | None:
         return test_loader(t)
     if not len(t.splits.val):
         return None
-    return make_loader(t.config, t.data, (t.data.x_train[t.splits.val], t.data.y_train[t.splits.val]), t.device)
+    return part_loader(t, t.splits.val)
 
 
 def test_loader(t: Training) -> DeviceLoader:
     """Return the test set."""
     return make_loader(t.config, t.data, (t.data.x_test, t.data.y_test), t.device)
+
+
+def part_loader(t: Training, part: Any) -> DeviceLoader:
+    """Return a part of the training set (indices), in order and as it is."""
+    return make_loader(t.config, t.data, (t.data.x_train[part], t.data.y_train[part]), t.device)
+
+
+def deployed_network(t: Training) -> nn.Module:
+    """Return what `Config.deploy` names, as one network in evaluation mode."""
+    if t.config.deploy == "ensemble":
+        return t.method.deploy_ensemble(t.peers).eval()
+    if t.config.deploy == "ema":
+        assert t.ema is not None
+        return t.ema.peers.export_member(t.method.deployed).eval()
+    index = deployed_index(t)
+    return (t.method.deploy(t.peers) if index == t.method.deployed else t.peers.export_member(index)).eval()
+
+
+def deployed_index(t: Training) -> int:
+    """Return the number of the member (or of the mean teacher) that is deployed."""
+    return int(t.config.deploy) if t.config.deploy.isdigit() else t.method.deployed
+
+
+def deployed_name(t: Training) -> str:
+    """Return it in words: `member 3`, `ensemble`, `mean teacher 0`."""
+    if t.config.deploy == "ensemble":
+        return "ensemble"
+    return f"{'mean teacher' if t.config.deploy == 'ema' else 'member'} {deployed_index(t)}"
+
+
+def deployed_figures(t: Training, figures: dict[str, Any], ema_figures: dict[str, Any] | None) -> dict[str, float]:
+    """Pick the deployed network's figures out of those of all members."""
+    names = [name for name in ("top1", "top5", "nll", "ece") if name in figures]
+    if t.config.deploy == "ensemble":
+        return {name: figures[f"ensemble_{name}"] for name in names}
+    index = deployed_index(t)
+    source = ema_figures if t.config.deploy == "ema" and ema_figures is not None else figures
+    return {name: source[name][index] for name in names}
 
 
 def count_parameters(module: nn.Module) -> int:

@@ -21,9 +21,19 @@ from codistill.config import Config, MachineError, MethodConfig
 from codistill.data import DeviceLoader
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
-from codistill.peers import Peers, eval_mode
+from codistill.peers import PeerOutputs, Peers, eval_mode
 from codistill.run import RunFolder, Tracker, write_json
-from codistill.setup import Training, count_parameters, curve_loader, setup, test_loader
+from codistill.setup import (
+    Training,
+    count_parameters,
+    curve_loader,
+    deployed_figures,
+    deployed_name,
+    deployed_network,
+    part_loader,
+    setup,
+    test_loader,
+)
 from codistill.signals import Stopped, caught_signals
 
 
@@ -50,13 +60,17 @@ class Result:
     folder: Path
     figures: dict[str, Any]
     """What result.json holds."""
-    peers: Peers
-    method: Method
+    training: Training
+
+    @property
+    def peers(self) -> Peers:
+        """All members, as they ended."""
+        return self.training.peers
 
     @property
     def student(self) -> nn.Module:
         """The one plain network that is deployed."""
-        return self.method.deploy(self.peers).eval()
+        return deployed_network(self.training)
 
 
 def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
@@ -71,18 +85,53 @@ def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
 
 def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> dict[str, Tensor]:
     """Do one step and return the method's terms; the host waits for nothing here."""
-    outputs = t.peers(views_VBCHW)
-    terms = t.method(outputs, targets_B, weight)
-    terms["loss"].backward()
-    t.guard.watch(terms)
-    t.optimizer.step()
-    t.optimizer.zero_grad(set_to_none=True)
-    t.method.after_step(t.peers, t.epoch * len(t.loader) + t.step)
-    hits_P = (outputs.logits_PBC.detach().argmax(-1) == targets_B).sum(-1)
+    if t.method.update == "alternating":
+        terms, hits_P = _alternate(t, views_VBCHW, targets_B, weight)
+    else:
+        outputs = _outputs(t, views_VBCHW)
+        terms = t.method(outputs, targets_B, weight)
+        terms["loss"].backward()
+        _update(t, t.optimizers[0], terms)
+        hits_P = (outputs.logits_PBC.detach().argmax(-1) == targets_B).sum(-1)
+    t.guard.count()
+    if t.ema is not None:
+        t.ema.update(t.peers, t.epoch * len(t.loader) + t.step)
     t.sums["loss"] += terms["loss"].detach().double() * len(targets_B)
     t.sums["hits_P"] += hits_P
     t.sums["distill_P"] += terms["distill_P"].double() * len(targets_B)
     return terms
+
+
+def _outputs(t: Training, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
+    """Run the peers, and whatever else the method needs to hear."""
+    outputs = t.peers(views_VBCHW) if only is None else t.peers(views_VBCHW, only=only)
+    if t.ema is not None:
+        outputs.ema_logits_PBC = t.ema(views_VBCHW).logits_PBC
+    if t.teacher is not None:
+        autocast = t.peers.autocast
+        with torch.no_grad(), torch.autocast(t.device.type, autocast, enabled=autocast is not None):
+            outputs.teacher_logits_BC = t.teacher(views_VBCHW[0]).to(outputs.logits_PBC.dtype)
+    return outputs
+
+
+def _update(t: Training, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor]) -> None:
+    t.guard.watch(terms)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _alternate(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> tuple[dict[str, Tensor], Tensor]:
+    """Step one member after the other, each on fresh predictions of all; its figures are those of its turn."""
+    turns, hits = [], []
+    for p, optimizer in enumerate(t.optimizers):
+        outputs = _outputs(t, views_VBCHW, only=p)
+        terms = t.method(outputs, targets_B, weight)
+        terms["loss_P"][p].backward()
+        _update(t, optimizer, terms)
+        turns.append((terms["loss_P"][p].detach(), terms["distill_P"][p]))
+        hits.append((outputs.logits_PBC[p].detach().argmax(-1) == targets_B).sum())
+    loss_P, distill_P = (torch.stack(values) for values in zip(*turns))
+    return {"loss": loss_P.sum(), "distill_P": distill_P}, torch.stack(hits)
 
 
 def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> None:
@@ -118,8 +167,10 @@ def _run_epoch(t: Training, folder: RunFolder, reporter: Reporter, caught: list[
     t.peers.train()
     t.method.train()
     for views_VBCHW, targets_B in t.loader.epoch(t.epoch, t.step):
-        for group in t.optimizer.param_groups:
-            group["lr"] = lr_at(config, t.epoch, t.step, steps)
+        rate = lr_at(config, t.epoch, t.step, steps)
+        for optimizer in t.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = rate
         train_step(t, views_VBCHW, targets_B, weight)
         t.step += 1
         last = t.step == steps
@@ -156,11 +207,13 @@ def _zero_sums(t: Training) -> dict[str, Tensor]:
 
 def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
     """Return the epoch's line: schedule, training figures, and the curve's set where it is due."""
+    if "holdout" in t.method.needs:
+        t.method.after_epoch(*_holdout_outputs(t))
     count = t.loader.num_samples
     line: dict[str, Any] = {
         "epoch": t.epoch,
         "lr": lr_at(t.config, t.epoch),
-        "weight": t.method.weight_at(t.epoch),
+        "weight": t.method.weight * t.method.weight_at(t.epoch),
         "train": {
             "loss": t.sums["loss"].item() / count,
             "top1": (t.sums["hits_P"] * 100 / count).tolist(),
@@ -169,30 +222,49 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
     }
     due = (t.epoch + 1) % t.config.eval_every_epochs == 0 or t.epoch + 1 == t.config.epochs
     if curve is not None and due:
-        figures = validate(t.peers, t.method, curve)
         part = "test" if t.config.protocol == "paper" else "val"
-        line[part] = figures
-        deployed = t.method.deployed
-        if part == "test" and (t.best is None or figures["top1"][deployed] > t.best["top1"][deployed]):
-            t.best = figures | {"epoch": t.epoch}
+        figures = measure(t, curve)
+        line |= {part: figures["members"], f"{part}_student": figures["student"]}
+        if figures["ema"] is not None:
+            line[f"{part}_ema"] = figures["ema"]
+        if part == "test" and (t.best is None or figures["student"]["top1"] > t.best["top1"]):
+            t.best = figures["student"] | {"epoch": t.epoch}
     return line
 
 
+@torch.inference_mode()
+def _holdout_outputs(t: Training) -> tuple[Tensor, Tensor]:
+    """Return every member's logits on the holdout, `P x N x C`, in evaluation mode, and the labels."""
+    with eval_mode(t.peers):
+        batches = [(t.peers(views).logits_PBC, targets) for views, targets in part_loader(t, t.splits.holdout).epoch()]
+    logits, targets = zip(*batches)
+    return torch.cat(logits, 1), torch.cat(targets)
+
+
 def validate(peers: Peers, method: Method, loader: DeviceLoader) -> dict[str, Any]:
-    """Measure every member and the ensemble of the method's group on a set."""
+    """Measure every member and the method's ensemble on a set."""
     metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device)
-    with eval_mode(peers), torch.inference_mode():
+    with eval_mode(peers), eval_mode(method), torch.inference_mode():
         for views_VBCHW, targets_B in loader.epoch():
-            metrics.update(peers(views_VBCHW).logits_PBC, targets_B)
+            outputs = peers(views_VBCHW)
+            metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
     return metrics.compute()
 
 
-def train(config: Config, reporter: Reporter | None = None) -> Result:
+def measure(t: Training, loader: DeviceLoader) -> dict[str, Any]:
+    """Return the figures of the `members`, of their mean teachers (`ema`, else None) and of the deployed `student`."""
+    members = validate(t.peers, t.method, loader)
+    ema = validate(t.ema.peers, t.method, loader) if t.ema is not None else None
+    return {"members": members, "ema": ema, "student": deployed_figures(t, members, ema)}
+
+
+def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module | None = None) -> Result:
     """Train one run in its folder and read the test set once, at the end.
 
     Args:
         config: What to train.
         reporter: Told of the progress; default silent.
+        teacher: A trained network, for kd; default the one its config names.
 
     Returns:
         The peers as they ended, the deployed student, and the figures that result.json holds.
@@ -207,7 +279,7 @@ def train(config: Config, reporter: Reporter | None = None) -> Result:
     reporter = reporter or Reporter()
     config = config.resolved()
     folder = RunFolder(config)
-    t = setup(config)
+    t = setup(config, teacher)
     state = folder.load()
     if state is not None:
         t.load_state(state)
@@ -221,7 +293,7 @@ def train(config: Config, reporter: Reporter | None = None) -> Result:
     tracker.close()
     figures = _read_result(folder)
     reporter.end(figures)
-    return Result(folder.path, figures, t.peers, t.method)
+    return Result(folder.path, figures, t)
 
 
 def _read_result(folder: RunFolder) -> dict[str, Any]:
@@ -230,16 +302,20 @@ def _read_result(folder: RunFolder) -> dict[str, Any]:
 
 def _result(t: Training) -> dict[str, Any]:
     """Read the test set and gather the run's figures."""
+    measured = measure(t, test_loader(t))
     figures: dict[str, Any] = {
-        "deployed": t.method.deployed,
+        "deployed": deployed_name(t),
+        "student": measured["student"],
         "protocol": t.config.protocol,
         "epochs": t.config.epochs,
-        "test": validate(t.peers, t.method, test_loader(t)),
+        "test": measured["members"],
         "parameters_trained": count_parameters(t.peers) + count_parameters(t.method),
-        "parameters_deployed": count_parameters(t.method.deploy(t.peers)),
+        "parameters_deployed": count_parameters(deployed_network(t)),
         "split": t.splits.describe(t.data),
         "seconds": round(t.seconds, 3),
     }
+    if measured["ema"] is not None:
+        figures["test_ema"] = measured["ema"]
     if t.best is not None:
         figures["best_test"] = t.best
     return figures
@@ -250,10 +326,10 @@ def describe(t: Training, resumed: bool = False) -> list[str]:
     config, method = t.config, t.method
     assert isinstance(config.method, MethodConfig)
     members = f"{t.peers.num_peers} {config.topology}" if t.peers.num_peers > 1 else "1 network"
-    trained, deployed = count_parameters(t.peers) + count_parameters(method), count_parameters(method.deploy(t.peers))
+    trained, deployed = count_parameters(t.peers) + count_parameters(method), count_parameters(deployed_network(t))
     notes = [
         f"{config.method.name}: {members} of {' + '.join(config.model)}, {trained:,} parameters trained; "
-        f"deployed: member {method.deployed} ({deployed:,})",
+        f"deployed: {deployed_name(t)} ({deployed:,})",
         f"{config.data}: {t.splits.describe(t.data)}; augmentation: "
         f"{t.data.describe_augmentation(config.augment, config.cutout)}; protocol {config.protocol}",
         f"{config.epochs} epochs of {len(t.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
@@ -263,9 +339,9 @@ def describe(t: Training, resumed: bool = False) -> list[str]:
     if method.ramp_epochs:
         notes.append(f"distillation weight ramps up to {method.weight:g} over {method.ramp_epochs:g} epochs")
         reached = method.weight_at(config.epochs - 1)
-        if reached < 0.99 * method.weight:
+        if reached < 0.99:
             warnings.warn(
-                f"the distillation weight only reaches {reached:.3g} of {method.weight:g} in {config.epochs} epochs; "
+                f"the distillation weight only reaches {reached:.3g} of its full value in {config.epochs} epochs; "
                 "shorten --method.ramp-epochs",
                 stacklevel=2,
             )

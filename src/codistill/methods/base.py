@@ -27,10 +27,10 @@ Terms = dict[str, Tensor]
 
 _LACKS = {
     "trunk": ("trunk_BD", "the shared trunk's output; use BranchPeers (--topology branches) with one view"),
-    "ema": ("ema_logits_PBC", "the mean teachers' logits; fill PeerOutputs.ema_logits_PBC from a codistill.peers.MeanTeacher"),
+    "ema": ("ema_logits_PBC", "the mean teachers' logits; fill PeerOutputs.ema_logits_PBC from a MeanTeacher"),
     "teacher": ("teacher_logits_BC", "a trained teacher; give --method.teacher, or fill PeerOutputs.teacher_logits_BC"),
     "features": ("features", "the peers' features; fill PeerOutputs.features, one B x D tensor a peer"),
-}  # fmt: skip
+}
 
 
 @dataclass(frozen=True)
@@ -99,7 +99,7 @@ class Method(nn.Module):
             raise InputError(f"{self.name} was built for {self.num_peers} peers, not {outputs.logits_PBC.shape[0]}")
 
     def ensemble(self, outputs: PeerOutputs) -> Tensor:
-        """Return the ensemble's log-probabilities, `B x C`: the mean of the group's probabilities, or the method's own."""
+        """Return the ensemble's log-probabilities, `B x C`: of the group's mean probabilities, or the method's own."""
         log_probs_PBC = outputs.logits_PBC.log_softmax(-1)
         if len(self.group) < self.num_peers:
             log_probs_PBC = log_probs_PBC[list(self.group)]

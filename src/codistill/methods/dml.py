@@ -4,9 +4,9 @@
     target=mean:  L_i = CE(z_i, y) + T^2 KL(softmax(m_i / T) || softmax(z_i / T)),   m_i = mean_{j != i} z_j
 
 Where the sources differ: the authors' code sums over the others, and guards its logarithm,
-KL = sum p_j log(1e-8 + p_j / (p_i + 1e-8)) (`variant="authors"`); OKDDip's code uses T = 3, adds 1e-7 to the target, steps
-all networks at once and detaches nothing (`variant="okddip_code"`). The paper updates one network after the other, each
-on fresh predictions (`update="alternating"`). T other than 1 comes with T^2.
+KL = sum p_j log(1e-8 + p_j / (p_i + 1e-8)) (`variant="authors"`); OKDDip's code uses T = 3, adds 1e-7 to the target,
+steps all networks at once and detaches nothing (`variant="okddip_code"`). The paper updates one network after the
+other, each on fresh predictions (`update="alternating"`). T other than 1 comes with T^2.
 Shapes: P peers (K in the paper), B batch, C classes.
 """
 

@@ -8,7 +8,6 @@ The teacher z_T is in evaluation mode and gets no gradient. Several members each
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Self
 
 from torch import Tensor
@@ -49,9 +48,7 @@ class KD(Method):
     def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
         """Build it; the teacher is the loop's affair."""
         assert isinstance(config, KDConfig)
-        options = dataclasses.asdict(config)
-        del options["teacher"], options["teacher_model"]
-        return cls(info.num_peers, **options)
+        return cls(info.num_peers, config.variant, config.temperature, config.alpha)
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms; `outputs.teacher_logits_BC` holds the teacher's logits."""

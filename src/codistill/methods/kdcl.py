@@ -8,8 +8,9 @@
     general   f_t = sum_i w_i f_i, w = argmin w' C w, sum w = 1,       once an epoch, on a holdout:
               C_ij = E[(f_i - t) . (f_j - t)]                          f softmax outputs, t one-hot labels
 
-Each network has a view of its own of every image (invariant collaborative learning), and all learn one target. The paper
-writes `general`'s error on the outputs, its slides weigh logits: `mix` says which the teacher mixes. Networks may differ.
+Each network has a view of its own of every image (invariant collaborative learning), and all learn one target. The
+paper writes `general`'s error on the outputs, its slides weigh logits: `mix` says which the teacher mixes. Networks may
+differ in kind and size.
 Shapes: P peers, B batch, C classes, N holdout samples.
 """
 
@@ -83,7 +84,7 @@ class KDCL(Method):
 
     @torch.no_grad()
     def teacher(self, z_PBC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return the teacher's softened log-probabilities, `B x C`, and the members' weights, `B x P`, if it has any."""
+        """Return the teacher's softened log-probabilities, `B x C`, and the members' weights, `B x P`, if any."""
         own_PB1 = z_PBC.gather(-1, targets_B.expand(z_PBC.shape[:2]).unsqueeze(-1))
         if self.target == "minlogit":
             return soften((z_PBC - own_PB1).min(0).values, self.temperature), None

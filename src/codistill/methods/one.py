@@ -4,9 +4,9 @@
     z_t = sum_i g_i z_i
     L   = sum_i CE(z_i, y) + CE(z_t, y) + w(e) sum_i T^2 KL(softmax(z_t / T) || softmax(z_i / T))
 
-The teacher z_t is a constant in the last term: the gate learns from CE(z_t, y) alone. The paper's formula has no ramp; the
-authors' scripts have one, and their code adds 1e-7 to the target (`variant="authors"`). OKDDip's code does that too, and
-detaches nothing (`variant="okddip_code"`).
+The teacher z_t is a constant in the last term: the gate learns from CE(z_t, y) alone. The paper's formula has no ramp;
+the authors' scripts have one, and their code adds 1e-7 to the target (`variant="authors"`). OKDDip's code does that
+too, and detaches nothing (`variant="okddip_code"`).
 Shapes: P branches, B batch, C classes, D channels of the trunk.
 """
 
@@ -66,10 +66,12 @@ class ONE(Method):
         return cls(info.num_peers, info.trunk_dim, **dataclasses.asdict(config))
 
     def gate_logits(self, trunk_BD: Tensor) -> Tensor:
-        """Return ReLU(BatchNorm(W_g t + b_g)), `B x P`; a batch of one sample is normalised by the running statistics."""
+        """Return ReLU(BatchNorm(W_g t + b_g)), `B x P`; one sample alone is normalised by the running statistics."""
         scores_BP, norm = self.gate(trunk_BD), self.gate_norm
         if self.training and len(scores_BP) == 1:
-            scores_BP = F.batch_norm(scores_BP, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+            scores_BP = F.batch_norm(
+                scores_BP, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps
+            )
         else:
             scores_BP = norm(scores_BP)
         return scores_BP.relu()

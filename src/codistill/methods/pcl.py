@@ -6,9 +6,10 @@
         + w(e) 1/(m-1) sum_i sum_{j != i} T^2 KL(sg z_j^mt || z_i)      every other peer's mean teacher
     theta_mt <- phi theta_mt + (1 - phi) theta,  phi = min(1 - 1/(g + 1), 0.999),  step g = 0, 1, ...
 
-View i of an image, augmented on its own, goes to peer i and to its mean teacher. Teachers use batch statistics when they
-make targets; their running statistics are averaged like the weights, for evaluation. w(e) ramps up over epochs: never
-epoch / lambda, as in a public re-implementation. Deployed is peer 0; its mean teacher and the ensemble are options.
+View i of an image, augmented on its own, goes to peer i and to its mean teacher. Teachers use batch statistics when
+they make targets; their running statistics are averaged like the weights, for evaluation. w(e) ramps up over epochs
+(never epoch / lambda, as in a public re-implementation). Deployed is peer 0; its mean teacher and the ensemble are
+options.
 Shapes: P peers (m), B batch, C classes.
 """
 

@@ -28,18 +28,23 @@ def plan(methods: list[str], config: CompareConfig) -> list[Cell]:
         f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in ("method", "topology")
     }
     cells = [Cell("one plain network", _run(shared, "independent", "networks", peers=1))]
-    topologies = ("networks", "branches") if config.topology == "both" else (config.topology,)
-    for name in methods:
-        method_config(name)
-    for topology in topologies:
-        baseline = f"independent {topology}"
-        for name in ["independent", *(m for m in dict.fromkeys(methods) if m != "independent")]:
-            if topology not in METHODS[name].topologies:
-                if len(topologies) == 1:
-                    raise InputError(f"{name} works on {METHODS[name].topologies[0]} only; drop --topology {topology}")
-                continue
-            run = _run(shared, name, topology, peers=config.peers or 4)
-            cells.append(Cell(f"{name} {topology}", run, None if name == "independent" else baseline))
+    names = [method_config(name).name for name in dict.fromkeys(methods) if name != "independent"]
+    if "kd" in names:
+        raise InputError("compare trains peers without a teacher; train kd by itself: train kd --method.teacher RUN")
+    asked = config.topology
+    for name in names:
+        if asked in ("networks", "branches") and asked not in METHODS[name].topologies:
+            raise InputError(f"{name} works on {METHODS[name].topologies[0]} only; drop --topology {asked}")
+    for topology in ("networks", "branches"):
+        if asked is None:  # every method where its paper has it
+            wanted = [name for name in names if METHODS[name].topologies[0] == topology]
+        else:
+            wanted = [name for name in names if asked in (topology, "both") and topology in METHODS[name].topologies]
+        if wanted or asked in (topology, "both") or (not names and topology == "networks" and asked is None):
+            baseline = f"independent {topology}"
+            cells.append(Cell(baseline, _run(shared, "independent", topology, config.peers or 4)))
+            rows = [(name, _run(shared, name, topology, config.peers or 4)) for name in wanted]
+            cells += [Cell(f"{name} {topology}", run, baseline) for name, run in rows]
     return cells
 
 

@@ -41,7 +41,7 @@ def say_difference(difference: tuple[float, float, int] | None) -> str:
 
 def accuracy_by_seed(cell: Cell) -> dict[int, float]:
     """Return the last epoch's test accuracy of the deployed member, by seed."""
-    return {seed: r["test"]["top1"][r["deployed"]] for seed, r in cell.results.items()}
+    return {seed: r["student"]["top1"] for seed, r in cell.results.items()}
 
 
 def table_rows(cells: list[Cell]) -> list[dict[str, str]]:
@@ -50,17 +50,18 @@ def table_rows(cells: list[Cell]) -> list[dict[str, str]]:
     top5 = any("top5" in r["test"] for cell in cells for r in cell.results.values())
     rows = []
     for cell in cells:
-        tests = [(r["test"], r["deployed"]) for r in cell.results.values()]
-        several = any(len(t["top1"]) > 1 for t, _ in tests)
+        tests = [r["test"] for r in cell.results.values()]
+        students = [r["student"] for r in cell.results.values()]
+        several = any(len(t["top1"]) > 1 for t in tests)
         row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": mean_std(list(accuracy_by_seed(cell).values()))}
         if top5:
-            row["top-5 %"] = mean_std([t["top5"][d] for t, d in tests])
+            row["top-5 %"] = mean_std([s["top5"] for s in students])
         baseline = by_label.get(cell.baseline or "")
         compared = paired_difference(accuracy_by_seed(cell), accuracy_by_seed(baseline)) if baseline else None
         row["vs equal cost"] = say_difference(compared)
-        row["ensemble %"] = mean_std([t["ensemble_top1"] for t, _ in tests]) if several else "-"
-        row["diversity"] = mean_std([t["diversity"] for t, _ in tests], 3) if several else "-"
-        row["ECE"] = mean_std([t["ece"][d] for t, d in tests], 3)
+        row["ensemble %"] = mean_std([t["ensemble_top1"] for t in tests]) if several else "-"
+        row["diversity"] = mean_std([t["diversity"] for t in tests], 3) if several else "-"
+        row["ECE"] = mean_std([s["ece"] for s in students], 3)
         any_result = next(iter(cell.results.values()), None)
         row["parameters trained"] = f"{any_result['parameters_trained']:,}" if any_result else "-"
         row["deployed"] = f"{any_result['parameters_deployed']:,}" if any_result else "-"

@@ -1,0 +1,92 @@
+"""A trained network as the teacher of classic distillation: from a run folder, an exported student, or a state dict."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import torch
+from torch import nn
+
+from codistill.config import Config, MethodConfig
+from codistill.data import ImageSet
+from codistill.errors import InputError, suggest
+from codistill.method_configs import KDConfig
+from codistill.methods import build_method
+from codistill.models import resolve
+from codistill.peers import build_peers
+from codistill.run import load_checkpoint
+
+WAYS = ("a run folder", "an exported .safetensors file", "a .pt or .pth state dict with --method.teacher-model")
+
+
+def load_teacher(config: KDConfig, data: ImageSet) -> nn.Module:
+    """Load the teacher that `config` names, for the classes and channels of `data`.
+
+    Raises:
+        InputError: none is named, it is missing or damaged, or it does not fit the data.
+    """
+    if config.teacher is None:
+        raise InputError(f"kd needs a teacher; give --method.teacher: {', '.join(WAYS)}")
+    path = Path(config.teacher)
+    if not path.exists():
+        raise InputError(f"--method.teacher {path} does not exist; give {', '.join(WAYS)}")
+    try:
+        if path.is_dir():
+            return _from_run(path, data)
+        if path.suffix == ".safetensors":
+            return _from_export(path, data)
+        return _from_state_dict(path, config.teacher_model, data)
+    except RuntimeError as error:
+        reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
+        raise InputError(
+            f"--method.teacher {path} does not fit this data ({len(data.classes)} classes, {data.channels} channels) "
+            f"or network: {reason}"
+        ) from None
+
+
+def _from_run(path: Path, data: ImageSet) -> nn.Module:
+    if not (path / "config.json").exists():
+        raise InputError(f"--method.teacher {path} is no run folder (it has no config.json)")
+    config = Config.from_file(path).resolved()
+    assert isinstance(config.method, MethodConfig)
+    peers = build_peers(config, len(data.classes), data.channels, data.image_size)
+    method = build_method(config.method, peers, config.seed)
+    state = load_checkpoint(path / "last.pt")
+    peers.load_state_dict(state["peers"])
+    method.load_state_dict(state["method"])
+    if config.deploy == "ensemble":
+        return method.deploy_ensemble(peers)
+    return peers.export_member(int(config.deploy)) if config.deploy.isdigit() else method.deploy(peers)
+
+
+def _from_export(path: Path, data: ImageSet) -> nn.Module:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, "pt") as archive:
+            about = {key: json.loads(value) for key, value in (archive.metadata() or {}).items()}
+            tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
+    except (SafetensorError, ValueError) as error:
+        raise InputError(f"--method.teacher {path} is damaged or was not exported by codistill ({error})") from None
+    if "model" not in about:
+        raise InputError(f"--method.teacher {path} does not name its network; it was not exported by codistill")
+    teacher = resolve(about["model"])(num_classes=len(data.classes), in_channels=data.channels)
+    teacher.load_state_dict(tensors)
+    return teacher
+
+
+def _from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.Module:
+    if model is None:
+        from codistill.models import MODELS
+
+        raise InputError(f"--method.teacher {path} is a bare state dict; name its network: --method.teacher-model NAME"
+                         f"{suggest('', MODELS)}")  # fmt: skip
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # a damaged file fails in many ways
+        raise InputError(f"--method.teacher {path} cannot be read ({str(error).splitlines()[0]})") from None
+    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    teacher = resolve(model)(num_classes=len(data.classes), in_channels=data.channels)
+    teacher.load_state_dict(state)
+    return teacher
