@@ -41,7 +41,8 @@ def test_the_way_of_a_newcomer(tmp_path, capsys, monkeypatch):
     assert read_json("run/config.json")["method"]["temperature"] == 2.0
     assert main(["evaluate", "run", "--json"]) == 0
     figures = json.loads(capsys.readouterr().out)
-    assert figures["top1"] == read_json("run/result.json")["test"]["top1"]
+    assert figures["members"]["top1"] == read_json("run/result.json")["test"]["top1"]
+    assert figures["deployed"] == "member 3"
     assert main(["evaluate", "run", "--split", "val"]) == 0
     assert "101 images" in capsys.readouterr().out
     assert main(["export", "run", "--out", "out/student.safetensors"]) == 0

@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import oracles
-from codistill.config import InputError, OKDDipConfig
+from codistill.errors import InputError
+from codistill.method_configs import OKDDipConfig
 from codistill.methods import OKDDip, PeerInfo
 from codistill.peers import PeerOutputs
 from helpers import close, golden, random_peers
