@@ -6,6 +6,7 @@ Shapes: M rows (every member, then the ensemble), P peers, B batch, C classes, K
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -43,17 +44,18 @@ class PeerMetrics:
     def update(self, logits_PBC: Tensor, targets_B: Tensor, ensemble_log_probs_BC: Tensor | None = None) -> None:
         """Add a batch. The ensemble is the group's mean probabilities, unless its log-probabilities are given."""
         log_probs_PBC = logits_PBC.to(torch.promote_types(logits_PBC.dtype, torch.float32)).log_softmax(-1)
-        probs_PBC = log_probs_PBC.exp()
-        group_GBC = probs_PBC if self._whole else probs_PBC[self.group]
         if ensemble_log_probs_BC is None:
-            ensemble_log_probs_BC = group_GBC.mean(0).clamp_min(1e-30).log()
+            # In log space, which stays right where probabilities underflow.
+            log_group_GBC = log_probs_PBC if self._whole else log_probs_PBC[self.group]
+            ensemble_log_probs_BC = log_group_GBC.logsumexp(0) - math.log(len(self.group))
         log_MBC = torch.cat((log_probs_PBC, ensemble_log_probs_BC.to(log_probs_PBC.dtype).unsqueeze(0)))
-        probs_MBC = torch.cat((probs_PBC, log_MBC[-1:].exp()))
+        probs_MBC = log_MBC.exp()
+        group_GBC = probs_MBC[:-1] if self._whole else probs_MBC[:-1][self.group]
         index_MB1 = targets_B.expand(probs_MBC.shape[:2]).unsqueeze(-1)
         confidence_MB, guess_MB = probs_MBC.max(-1)
         hit_MB = guess_MB == targets_B
-        # Rank of the label without sorting: how many classes score higher.
-        rank_MB = (log_MBC > log_MBC.gather(-1, index_MB1)).sum(-1)
+        # Rank of the label without sorting: how many classes score higher (all, where the scores are not numbers).
+        rank_MB = (~(log_MBC <= log_MBC.gather(-1, index_MB1))).sum(-1)
         self.count += targets_B.shape[0]
         self.correct_M += hit_MB.sum(-1)
         self.correct5_M += (rank_MB < 5).sum(-1)
@@ -74,7 +76,7 @@ class PeerMetrics:
         first, second = torch.triu_indices(len(probs_GBC), len(probs_GBC), 1, device=probs_GBC.device)
         disagree = (guess_GB[first] != guess_GB[second]).double().mean(0).sum()
         both_wrong = (~hit_GB[first] & ~hit_GB[second]).double().mean(0).sum()
-        self.pairs += torch.stack((peer_distance(probs_GBC).sum().double(), disagree, both_wrong))
+        self.pairs += torch.stack((peer_distance(probs_GBC).sum(dtype=torch.float64), disagree, both_wrong))
 
     def compute(self) -> dict[str, Any]:
         """Return plain numbers (this waits for the device): percentages, nats, and lists with one entry a member."""
