@@ -23,21 +23,27 @@ def load_folder(path: Path, image_size: int | None) -> ImageSet:
         raise InputError(f"--data {name}: there is no such folder")
     test_dir = next((path / part for part in ("test", "val") if (path / part).is_dir()), None)
     if (path / "train").is_dir() and test_dir is not None:
-        x_train, y_train, classes = _read(path / "train", image_size)
-        x_test, y_test, test_classes = _read(test_dir, image_size)
+        x_train, y_train, classes, gray = _read(path / "train", image_size)
+        x_test, y_test, test_classes, test_gray = _read(test_dir, image_size)
+        gray = gray and test_gray
         if classes != test_classes:
             odd = sorted(set(classes) ^ set(test_classes))
             raise InputError(f"--data {name}: train and {test_dir.name} differ in their classes ({', '.join(odd[:5])})")
+    elif [part.name for part in path.iterdir() if part.is_dir()] == ["train"]:
+        raise InputError(f"--data {name} holds a folder train, but none called test (or val) beside it")
     else:
-        images, labels, classes = _read(path, image_size)
+        images, labels, classes, gray = _read(path, image_size)
         test = balanced_part(labels, 0.2, seed=0)
         x_train, y_train, x_test, y_test = images[~test], labels[~test], images[test], labels[test]
+    if gray:
+        x_train, x_test = x_train[..., :1], x_test[..., :1]
     return ImageSet(
         name, x_train, y_train, x_test, y_test, tuple(classes), pad=max(1, x_train.shape[1] // 8), flip=True
     )
 
 
-def _read(path: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, list[str]]:
+def _read(path: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, list[str], bool]:
+    """Return RGB images, labels, the classes' names, and whether all images are gray."""
     from PIL import Image, ImageOps
     from torchvision.datasets import ImageFolder
 
@@ -51,18 +57,20 @@ def _read(path: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, l
             with Image.open(file) as image:
                 upright = ImageOps.exif_transpose(image)
                 modes.add(upright.mode)
+                if upright.mode[0] in "IF":  # Pillow would clip them
+                    raise InputError(f"--data folder: {file} has more than 8 bits a pixel; convert it to 8 bits")
                 upright = upright.convert("RGB")
                 if image_size is not None:
                     upright = upright.resize((image_size, image_size), Image.Resampling.BILINEAR)
                 images.append(np.asarray(upright))
-        except (OSError, ValueError, SyntaxError) as error:
+        except InputError:
+            raise
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
             raise InputError(f"--data folder: {file} cannot be read as an image ({error}); mend or remove it") from None
         if images[-1].shape != images[0].shape:
             raise InputError(
                 f"--data folder: {file} is {images[-1].shape[1]} x {images[-1].shape[0]}, others are "
                 f"{images[0].shape[1]} x {images[0].shape[0]}; give --image-size"
             )
-    stack = np.stack(images)
-    if modes <= {"L", "1"}:
-        stack = stack[..., :1]
-    return stack, np.asarray([label for _, label in folder.samples], dtype=np.int64), folder.classes
+    labels = np.asarray([label for _, label in folder.samples], dtype=np.int64)
+    return np.stack(images), labels, folder.classes, modes <= {"L", "1"}

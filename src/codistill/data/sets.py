@@ -22,6 +22,8 @@ SETS = {
     "folder:PATH": "your images: one folder a class, in PATH/train and PATH/test, or in PATH (then split 80/20)",
 }
 
+MOST_CLASSES = 1_000_000
+
 
 @dataclass(frozen=True)
 class ImageSet:
@@ -44,7 +46,7 @@ class ImageSet:
     std: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
-        if not self.mean:
+        if not self.mean and len(self.x_train):
             pixels = self.x_train.reshape(-1, self.channels)
             mean = [float(pixels[:, c].mean(dtype=np.float64) / 255) for c in range(self.channels)]
             std = [float(pixels[:, c].std(dtype=np.float64) / 255) or 1.0 for c in range(self.channels)]
@@ -143,16 +145,21 @@ def _torchvision(cls: Any, name: str, data_dir: Path) -> tuple[Any, ...]:
     """Read both parts through torchvision, downloading them on first use."""
     try:
         return tuple(cls(str(data_dir), train=part, download=False) for part in (True, False))
-    except (RuntimeError, OSError):
+    except Exception:  # not there, or damaged, which torchvision may meet with an assertion
         pass
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         return tuple(cls(str(data_dir), train=part, download=True) for part in (True, False))
     except Exception as error:  # torchvision raises whatever its download meets
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise InputError(
-            f"--data {name} is not in {data_dir} and cannot be downloaded ({reason}); name its folder with --data-dir"
+            f"--data {name} can neither be read from {data_dir} nor downloaded ({_reason(error)}); "
+            "name its folder with --data-dir"
         ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Return the first line of an error, or its kind where it has no words."""
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _load_npz(name: str, path: Path) -> ImageSet:
@@ -170,7 +177,7 @@ def _load_npz(name: str, path: Path) -> ImageSet:
     except InputError:
         raise
     except Exception as error:  # a damaged archive fails in many ways
-        raise InputError(f"--data {name}: {path} cannot be read ({str(error).splitlines()[0]})") from None
+        raise InputError(f"--data {name}: {path} cannot be read ({_reason(error)})") from None
     parts = [_pixels(x, key, path) for x, key in ((x_train, "x_train"), (x_test, "x_test"))]
     labels = [_labels(y, key, path) for y, key in ((y_train, "y_train"), (y_test, "y_test"))]
     num_classes = int(max((y.max() for y in labels if len(y)), default=-1)) + 1
@@ -188,23 +195,28 @@ def _pixels(x: np.ndarray, key: str, path: Path) -> np.ndarray:
 
 def _labels(y: np.ndarray, key: str, path: Path) -> np.ndarray:
     y = y.reshape(-1)
-    if not np.issubdtype(y.dtype, np.integer) or (len(y) and y.min() < 0):
-        raise InputError(f"{path}: {key} must be whole numbers from 0 up")
+    if not np.issubdtype(y.dtype, np.integer) or (len(y) and not 0 <= y.min() <= y.max() < MOST_CLASSES):
+        raise InputError(f"{path}: {key} must be whole numbers from 0 up, and below {MOST_CLASSES:,}")
     return y.astype(np.int64)
 
 
 def _check(data: ImageSet) -> ImageSet:
     """Raise where a set cannot be trained on."""
     flag = f"--data {data.name}"
+    mend = "; give --image-size" if data.name.startswith("folder:") else ""
     for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
         if not len(x):
             raise InputError(f"{flag} has no {part} images")
         if len(x) != len(y):
             raise InputError(f"{flag} has {len(x)} {part} images but {len(y)} labels")
     if data.x_train.shape[1:] != data.x_test.shape[1:]:
-        raise InputError(f"{flag}: training images are {data.x_train.shape[1:]}, test images {data.x_test.shape[1:]}")
+        raise InputError(
+            f"{flag}: training images are {data.x_train.shape[1:]}, test images {data.x_test.shape[1:]}{mend}"
+        )
     if data.x_train.shape[1] != data.x_train.shape[2]:
-        raise InputError(f"{flag}: images are {data.x_train.shape[1]} x {data.x_train.shape[2]}; they must be square")
+        raise InputError(
+            f"{flag}: images are {data.x_train.shape[1]} x {data.x_train.shape[2]}; they must be square{mend}"
+        )
     if data.image_size < 8:
         raise InputError(f"{flag}: images of {data.image_size} x {data.image_size} are too small; 8 x 8 is the least")
     found = len(np.unique(data.y_train))
