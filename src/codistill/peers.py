@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import inspect
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -73,7 +74,9 @@ def split_head(model: nn.Module) -> SplitMember:
             raise InputError(f"--model {type(model).__name__} has no nn.Linear inside to take as its classifier head")
         path = linears[-1]
     head = model.get_submodule(path)
-    first = next(module for module in head.modules() if isinstance(module, nn.Linear))
+    first = next((module for module in head.modules() if isinstance(module, nn.Linear)), None)
+    if first is None:
+        raise InputError(f'--model {type(model).__name__}: its head_path "{path}" leads to no nn.Linear')
     model.set_submodule(path, nn.Identity())
     return SplitMember(model, head, path, first.in_features)
 
@@ -91,10 +94,20 @@ def _build(spec: Spec, seed: int, member: int, num_classes: int | None, in_chann
     offers = {"num_classes": num_classes, "in_channels": in_channels}
     accepted = inspect.signature(factory).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    known = {"num_classes"} if open_ended else set(accepted)
+    known = {"num_classes", *accepted} if open_ended else set(accepted)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(member_seed(seed, member))
         return factory(**{k: v for k, v in offers.items() if k in known and v is not None})
+
+
+def _build_all(specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int) -> list[nn.Module]:
+    """Build member p from `specs[p]`."""
+    if not specs:
+        raise InputError("0 peers are asked for; give one or more")
+    built = [_build(spec, seed, p, num_classes, in_channels) for p, spec in enumerate(specs)]
+    if len({id(b) for b in built}) != len(built):
+        raise InputError("the same built model is given twice; give every peer one of its own")
+    return built
 
 
 class Peers(nn.Module):
@@ -187,13 +200,10 @@ class NetworkPeers(Peers):
             specs *= num_peers
         if len(specs) != num_peers:
             raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one a peer")
-        built = [_build(s, seed, p, num_classes, in_channels) for p, s in enumerate(specs)]
-        if len({id(b) for b in built}) != len(built):
-            raise InputError("the same built model is given twice; give every peer one of its own")
-        self.members = nn.ModuleList(split_head(b) for b in built)
-        with eval_mode(self), torch.no_grad():
-            example = _example(self, in_channels, image_size)
-            self._check([m(example)[1].shape[-1] for m in self.members], num_classes)
+        members = [split_head(b) for b in _build_all(specs, seed, num_classes, in_channels)]
+        self.members = nn.ModuleList(members)
+        example = _example(self, in_channels, image_size)
+        self._check([_try(m, example) for m in members], num_classes)
 
     def forward(self, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
         """Run every member on its view (or all on the only one).
@@ -255,7 +265,7 @@ class BranchPeers(Peers):
         super().__init__()
         if isinstance(spec, nn.Module):
             raise InputError("one built model cannot be several branches; give a name or a callable that builds it")
-        built = [_build(spec, seed, p, num_classes, in_channels) for p in range(num_peers)]
+        built = _build_all([spec] * num_peers, seed, num_classes, in_channels)
         forks = [branch_at] if isinstance(branch_at, str) else list(branch_at)
         forks = forks or [getattr(built[0], "branch_at", "")]
         if forks == [""]:
@@ -265,22 +275,29 @@ class BranchPeers(Peers):
             raise InputError(f"--fan-out {fan_out} does not make {num_peers} branches at --branch-at {' '.join(forks)}")
         members = [split_head(b) for b in built]
         example = _example(members[0], in_channels, image_size)
+        _try(members[0], example)
         share_until([m.body for m in members], forks, fan_out, example)
         self.members = nn.ModuleList(members)
         # Found once: walking the tree of modules at every step would cost more than a small branch.
         self._shared = [m for m in self.modules() if isinstance(m, Shared)]
-        self._entries = [m for m in self.modules() if isinstance(m, Entry)]
-        self.set_rescale(rescale)
-        with eval_mode(self), torch.no_grad():
-            outputs, unshared = self(example), self(example.expand(num_peers, *example.shape))
+        first = members[0].body.get_submodule(forks[0])
+        first = first.inner if isinstance(first, Shared) else first
+        assert isinstance(first, Entry)
+        self._entries = [first, *(m for m in self.modules() if isinstance(m, Entry) and m is not first)]
+        with eval_mode(self):
+            with torch.no_grad():
+                outputs, unshared = self(example), self(example.expand(num_peers, *example.shape))
+                gap = (outputs.logits_PBC - unshared.logits_PBC).abs().max()
+                if gap > 1e-3 * unshared.logits_PBC.abs().max() or self._writes_into_trunk(example):
+                    raise InputError(
+                        f'--branch-at "{forks[0]}": the network changes its trunk in place for every branch; '
+                        "fork at another module, or build it with inplace=False"
+                    )
+            self._rescalable = self._rescaling_is_whole(example)
         assert outputs.trunk_BD is not None
-        gap = (outputs.logits_PBC - unshared.logits_PBC).abs().max()
-        if gap > 1e-3 * unshared.logits_PBC.abs().max():
-            raise InputError(
-                f'--branch-at "{forks[0]}": the network changes its trunk in place; fork at another module'
-            )
         self._check([outputs.logits_PBC.shape[-1]], num_classes)
         self._trunk_dim = outputs.trunk_BD.shape[1]
+        self.set_rescale(rescale)
 
     @property
     def trunk_dim(self) -> int | None:
@@ -288,13 +305,54 @@ class BranchPeers(Peers):
         return self._trunk_dim
 
     def set_rescale(self, rescale: bool) -> None:
-        """Switch the rescaling of gradients at the forks on or off."""
+        """Switch the rescaling of gradients at the forks on or off.
+
+        Raises:
+            InputError: some of what the branches take goes past the forks' modules (a skip connection, say).
+        """
+        if rescale and not self._rescalable:
+            raise InputError(
+                "--branch-at: a path goes past the fork's module and would not be rescaled; fork elsewhere"
+            )
         for entry in self._entries:
             entry.rescale = rescale
 
     def _forget(self) -> None:
         for module in (*self._shared, *self._entries):
             module.forget()
+
+    def _writes_into_trunk(self, example: Tensor) -> bool:
+        """Say whether a member changes in place what a shared module has given to all, even to the same values."""
+        self._forget()
+        versions: dict[int, int] = {}
+        written = False
+        for member in self.members:
+            for shared in self._shared:
+                shared.rewind(keep=True)
+            member(example)
+            for tensor in (t for shared in self._shared for t in shared.tensors()):
+                written |= versions.setdefault(id(tensor), tensor._version) != tensor._version
+        self._forget()
+        return written
+
+    def _rescaling_is_whole(self, example: Tensor) -> bool:
+        """Say whether all gradient of what k members share comes through forks that divide it by k in the end."""
+        holders = Counter(id(p) for member in self.members for p in member.parameters())
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        slopes = []
+        for rescale in (False, True):
+            for entry in self._entries:
+                entry.rescale = rescale
+            with torch.enable_grad():
+                loss = self(example).logits_PBC.square().sum()
+                slopes.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+        found = [(p, *pair) for p, *pair in zip(parameters, *slopes) if pair[0] is not None]
+        noise = 1e-5 * max(plain.abs().max() for _, plain, _ in found)
+        gaps = (
+            (scaled * holders[id(p)] - plain).abs().max() > 1e-3 * plain.abs().max() + noise
+            for p, plain, scaled in found
+        )
+        return not any(gaps)
 
     def _trunk_output(self) -> Tensor:
         """Return what entered the first fork in this forward, pooled to `B x D`."""
@@ -379,6 +437,19 @@ def _example(module: nn.Module, in_channels: int, image_size: int) -> Tensor:
     parameter = next(module.parameters())
     noise = torch.linspace(-40.0, 40.0, in_channels * image_size**2).sin()
     return noise.view(1, in_channels, image_size, image_size).to(parameter)
+
+
+def _try(member: SplitMember, example: Tensor) -> int:
+    """Run one image through a member and return the number of classes it ends in."""
+    try:
+        with eval_mode(member), torch.no_grad():
+            return member(example)[1].shape[-1]
+    except RuntimeError as error:
+        name, shape = type(member.body).__name__, " x ".join(map(str, example.shape[1:]))
+        raise InputError(
+            f'--model {name} cannot take images of {shape} with "{member.head_path}" as its classifier head '
+            f"({str(error).splitlines()[0]}); if that is not its head, name the right one in the attribute head_path"
+        ) from error
 
 
 @contextmanager

@@ -9,11 +9,13 @@ token, say) are shared too. The fork's module itself sits in an `Entry`, where g
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from codistill.config import InputError
 from codistill.losses import scale_gradient
@@ -47,6 +49,10 @@ class Shared(_Wrapper):
             self._outputs.append(self.inner(*args, **kwargs))
         self._cursor += 1
         return self._outputs[self._cursor - 1]
+
+    def tensors(self) -> list[Tensor]:
+        """Return the tensors among the outputs kept."""
+        return [leaf for leaf in tree_leaves(self._outputs) if isinstance(leaf, Tensor)]
 
     def rewind(self, keep: bool) -> None:
         """Start again with the next copy, replaying (`keep`) or running anew."""
@@ -106,12 +112,12 @@ def share_until(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequ
             raise InputError(f'--branch-at "{fork}" is no module of the network; its top level has {", ".join(tops)}')
     calls = _call_spans(copies[0], example)
     starts = [calls[fork][0] if fork in calls else -1 for fork in forks]
-    if -1 in starts or starts != sorted(starts):
+    if -1 in starts or starts != sorted(set(starts)):
         raise InputError(f"--branch-at {' '.join(forks)}: these modules must run, and in this order")
     group, previous = len(copies), -1
-    for fork, start, children in zip(forks, starts, fan_out):
+    for level, (start, children) in enumerate(zip(starts, fan_out)):
         for first in range(0, len(copies), group):
-            _share_span(copies[first : first + group], fork, (previous, start), calls)
+            _share_span(copies[first : first + group], forks[: level + 1], (previous, start), calls)
         group //= children
         previous = start
     _place_entries(copies, forks, fan_out)
@@ -140,22 +146,21 @@ def _call_spans(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int
 
 
 def _share_span(
-    group: Sequence[nn.Module], fork: str, span: tuple[int, int], calls: dict[str, tuple[int, int]]
+    group: Sequence[nn.Module], forks: Sequence[str], span: tuple[int, int], calls: dict[str, tuple[int, int]]
 ) -> None:
-    """Share, within `group`, the modules that run in the span from one fork to the next."""
+    """Share, within `group`, the modules that run in the span from one fork to the next (the last of `forks`)."""
     previous, start = span
-    first = group[0]
+    first, fork = group[0], forks[-1]
 
     def visit(path: str, module: nn.Module) -> None:
         for name, parameter in module.named_parameters(recurse=False):
-            if previous < 0:
-                for other in group[1:]:
-                    setattr(other.get_submodule(path) if path else other, name, parameter)
+            for other in group[1:]:
+                setattr(other.get_submodule(path) if path else other, name, parameter)
         for name, child in list(module.named_children()):
             child_path = f"{path}.{name}" if path else name
             if isinstance(child, Shared):
                 continue
-            if _around(child_path, fork) or child_path not in calls:
+            if child_path not in calls or any(_around(child_path, f) for f in forks):
                 visit(child_path, child)  # a container that never runs itself (nn.ModuleList) cannot replay
                 continue
             began, ended = _subtree_span(child_path, calls)
@@ -184,9 +189,8 @@ def _subtree_span(path: str, calls: dict[str, tuple[int, int]]) -> tuple[int, in
 
 def _place_entries(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequence[int]) -> None:
     """Wrap each fork's module in an `Entry`; branches that share the module (a tree's inner fork) share the entry."""
-    group = len(copies)
-    for fork, children in zip(forks, fan_out):
-        group //= children
+    sizes = [len(copies) // math.prod(fan_out[: level + 1]) for level in range(len(forks))]
+    for fork, children, group in reversed(list(zip(forks, fan_out, sizes))):  # a fork may lie inside an earlier one
         for first in range(0, len(copies), group):
             members = copies[first : first + group]
             inner = members[0].get_submodule(fork)
