@@ -98,6 +98,13 @@ class Config:
     deterministic: bool = False
     """Use deterministic kernels only (on a CPU with one thread runs repeat bit for bit anyway)."""
 
+    mesh: str | None = None
+    """data=D,peer=P: D x P processes (torchrun starts them); D of them share out each batch, P of them the peers."""
+    sync_bn: bool = False
+    """Normalise by the statistics of the whole batch, over all processes of the axis `data`, not of each one's part."""
+    collective_timeout: float = 600.0
+    """Seconds after which a process that waits for another one in vain ends the job."""
+
     out: str | None = None
     """Run folder; default runs/DATA-METHOD-TOPOLOGY-MODEL-seedN."""
     resume: str | None = None
@@ -136,6 +143,7 @@ class Config:
             full.peers = len(full.model) if len(full.model) > 1 else method.default_peers
             full.peers = math.prod(full.fan_out) if full.fan_out else full.peers
         _check_peers(full, method)
+        _check_mesh(full)
         if full.protocol == "paper":
             full.val_fraction = 0.0
         if full.milestones is None:
@@ -235,6 +243,7 @@ def _check_numbers(c: Config) -> None:
         ("cutout", c.cutout >= 0, "0 or more"),
         ("checkpoint_every_steps", c.checkpoint_every_steps >= 0, "0 or more"),
         ("seed", 0 <= c.seed < 2**31, "from 0 to 2147483647"),
+        ("collective_timeout", math.isfinite(c.collective_timeout) and c.collective_timeout >= 1, "1 second or more"),
         ("milestones", all(m >= 1 for m in c.milestones or ()), "1 or more, each"),
         ("fan_out", all(f >= 1 for f in c.fan_out), "1 or more, each"),
     ]
@@ -287,6 +296,44 @@ def _check_peers(c: Config, method: MethodConfig) -> None:
         )
     if len(c.branch_at) > 1 and len(c.fan_out) != len(c.branch_at):
         raise InputError("--fan-out needs one number for each --branch-at")
+
+
+def mesh_shape(mesh: str | None) -> tuple[int, int]:
+    """Return (D, P) of `data=D,peer=P`; an axis that is not named has one process.
+
+    Raises:
+        InputError: the text is something else.
+
+    >>> mesh_shape("data=2,peer=4")
+    (2, 4)
+    """
+    sizes = {"data": 1, "peer": 1}
+    named: set[str] = set()
+    for part in (mesh or "").split(",") if mesh is not None else []:
+        axis, _, size = part.strip().partition("=")
+        if axis not in sizes or axis in named or not size.isdecimal() or int(size) < 1:
+            raise InputError(f'--mesh {mesh}: "{part}" is no axis; give data=D,peer=P with numbers of processes')
+        named.add(axis)
+        sizes[axis] = int(size)
+    return sizes["data"], sizes["peer"]
+
+
+def _check_mesh(c: Config) -> None:
+    """Raise where the mesh does not fit the peers or the batch."""
+    data, peer = mesh_shape(c.mesh)
+    assert c.peers is not None
+    if peer > 1 and c.topology == "branches":
+        raise InputError(
+            f"--mesh {c.mesh}: branches share a trunk, so they cannot be spread over the axis peer; "
+            f"give --mesh data={data * peer}, or --topology networks"
+        )
+    if c.peers % peer:
+        raise InputError(
+            f"--mesh {c.mesh}: {c.peers} peers cannot be shared out evenly among {peer} processes; "
+            f"give a peer=P that divides {c.peers}, or other --peers"
+        )
+    if data > c.batch_size:
+        raise InputError(f"--mesh {c.mesh}: --batch-size {c.batch_size} leaves processes without samples; raise it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

@@ -100,11 +100,13 @@ def _build(spec: Spec, seed: int, member: int, num_classes: int | None, in_chann
         return factory(**{k: v for k, v in offers.items() if k in known and v is not None})
 
 
-def _build_all(specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int) -> list[nn.Module]:
-    """Build member p from `specs[p]`."""
+def _build_all(
+    specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int, first: int = 0
+) -> list[nn.Module]:
+    """Build member `first + p` from `specs[p]`."""
     if not specs:
         raise InputError("0 peers are asked for; give one or more")
-    built = [_build(spec, seed, p, num_classes, in_channels) for p, spec in enumerate(specs)]
+    built = [_build(spec, seed, p, num_classes, in_channels) for p, spec in enumerate(specs, first)]
     if len({id(b) for b in built}) != len(built):
         raise InputError("the same built model is given twice; give every peer one of its own")
     return built
@@ -172,6 +174,7 @@ class NetworkPeers(Peers):
         seed: Member p is initialised from a seed made of (seed, p).
         in_channels: Channels of the images.
         image_size: Height and width used once, to check the networks.
+        first: Number of the first member, where these are a part of more peers (see `mesh.py`).
 
     Raises:
         InputError: one built instance is given for several peers, or the heads do not agree.
@@ -190,6 +193,7 @@ class NetworkPeers(Peers):
         seed: int = 0,
         in_channels: int = 3,
         image_size: int = 32,
+        first: int = 0,
     ) -> None:
         super().__init__()
         specs: list[Spec] = [spec] if isinstance(spec, str | nn.Module) or callable(spec) else list(spec)
@@ -200,7 +204,7 @@ class NetworkPeers(Peers):
             specs *= num_peers
         if len(specs) != num_peers:
             raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one a peer")
-        members = [split_head(b) for b in _build_all(specs, seed, num_classes, in_channels)]
+        members = [split_head(b) for b in _build_all(specs, seed, num_classes, in_channels, first)]
         self.members = nn.ModuleList(members)
         example = _example(self, in_channels, image_size)
         self._check([_try(m, example) for m in members], num_classes)
@@ -376,12 +380,16 @@ class BranchPeers(Peers):
         return self._stack(pairs, trunk)
 
 
-def build_peers(config: Config, num_classes: int, in_channels: int, image_size: int) -> Peers:
-    """Build the peers of a resolved config."""
+def build_peers(
+    config: Config, num_classes: int, in_channels: int, image_size: int, members: range | None = None
+) -> Peers:
+    """Build the peers of a resolved config, or (of networks) only those with the numbers `members`."""
     assert config.peers is not None
     about = {"seed": config.seed, "in_channels": in_channels, "image_size": image_size}
     if config.topology == "networks":
-        return NetworkPeers(list(config.model), config.peers, num_classes, **about)
+        members = range(config.peers) if members is None else members
+        specs = [config.model[p if len(config.model) > 1 else 0] for p in members]
+        return NetworkPeers(specs, len(members), num_classes, first=members.start, **about)
     fork = {"branch_at": config.branch_at, "fan_out": config.fan_out}
     return BranchPeers(config.model[0], config.peers, num_classes, **fork, **about)
 
