@@ -88,7 +88,7 @@ def backend_for(device: torch.device) -> str:
 
 
 class Mesh:
-    """This rank's place among D x P ranks, and what goes between them.
+    """The rank's place among D x P ranks, and what goes between them.
 
     Args:
         shape: (D, P).
@@ -190,14 +190,14 @@ class Mesh:
             padded = padded.new_zeros(most_rows, most_width)
             padded[: rows[index], : widths[index]] = x_RN.detach()
         gathered = padded.new_empty(len(rows), most_rows, most_width)
-        self._call(dist.all_gather_into_tensor, gathered, padded, group=group)
+        self._call(dist.all_gather, list(gathered.unbind()), padded, group=group)
         self.sent[f"{axis}: outputs"] += (len(rows) - 1) * padded.numel() * padded.element_size()
         return [x_RN if r == index else gathered[r, : rows[r], : widths[r]] for r in range(len(rows))]
 
     def gather_along_data(self, x_N: Tensor) -> Tensor:
         """Return every data rank's numbers, `ranks x N` (statistics of a normalisation)."""
         gathered = x_N.new_empty(self.num_data, x_N.numel())
-        self._call(dist.all_gather_into_tensor, gathered, x_N.contiguous(), group=self.data_group)
+        self._call(dist.all_gather, list(gathered.unbind()), x_N.contiguous(), group=self.data_group)
         self.sent["data: statistics"] += (self.num_data - 1) * x_N.numel() * x_N.element_size()
         return gathered
 
