@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from codistill.setup import setup
-from mesh_worker import config, run_steps, teacher
+from mesh_worker import STEPS, config, finish, run_steps, teacher
 
 
 class ChunkNorm(nn.BatchNorm2d):
@@ -20,7 +20,8 @@ class ChunkNorm(nn.BatchNorm2d):
         recorded, parts = [torch.zeros_like(k) for k in kept], []
         for part in x.tensor_split(self.chunks):  # as even as can be, the larger parts first
             mean, var = (k.clone() for k in kept)
-            parts.append(F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps))
+            if len(part):
+                parts.append(F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps))
             recorded = [r + new / self.chunks for r, new in zip(recorded, (mean, var))]
         if self.track_running_stats:
             self.running_mean.copy_(recorded[0])
@@ -29,18 +30,19 @@ class ChunkNorm(nn.BatchNorm2d):
         return torch.cat(parts)
 
 
-def one_process(case: str, chunks: int):
+def one_process(case: str, chunks: int, peers: int):
     """Train `case` in this process."""
-    t = setup(config(case), teacher(case))
+    t = setup(config(case, peers=peers), teacher(case))
     for module in (t.peers, t.ema):
         for norm in module.modules() if module is not None else ():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.__class__, norm.chunks = ChunkNorm, chunks
-    return run_steps(t)
+    return finish(t, run_steps(t, STEPS))
 
 
 def largest_difference(ours: dict, theirs: dict) -> float:
     """Compare two states: weights, statistics, mean teachers, the method's own, momenta, sums."""
+    assert [ours[k] for k in ("epoch", "step", "best")] == [theirs[k] for k in ("epoch", "step", "best")]
     worst = 0.0
     for part in ("peers", "method", "ema", "sums"):
         assert (ours[part] is None) == (theirs[part] is None)

@@ -1,0 +1,186 @@
+"""Meshes of processes against one process: exactness, checkpoints that change meshes, bytes, bad input.
+
+`CODISTILL_ALL_MESHES=1 pytest -s tests/test_mesh.py` compares every method on every mesh (half an hour) and prints the
+table of docs/distributed.md.
+"""
+
+import json
+import math
+import os
+import socket
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+
+from codistill.cli import main
+from codistill.config import Config, InputError, mesh_shape
+from codistill.mesh import backend_for, join_mesh
+from mesh_reference import largest_difference, one_process
+from mesh_worker import CASES, config, num_peers
+
+HERE = Path(__file__).parent
+# (processes, case, --sync-bn, meshes it goes through)
+QUICK = [
+    (2, "okddip", False, ["data=1,peer=2"]),
+    (2, "dml, alternating", False, ["data=1,peer=2"]),
+    (2, "cl_ilr, okddip_code", False, ["data=1,peer=2"]),
+    (2, "pcl", False, ["data=1,peer=2"]),
+    (2, "kdcl, general", False, ["data=1,peer=2"]),
+    (2, "kd", False, ["data=1,peer=2"]),
+    (2, "dml, okddip_code", False, ["data=2,peer=1"]),
+    (2, "one, okddip_code, branches", False, ["data=2,peer=1"]),
+    (2, "one, branches", True, ["data=2,peer=1"]),
+    (2, "pcl, branches", True, ["data=2,peer=1"]),
+    (2, "kdcl, linear a batch", False, ["data=2,peer=1"]),
+    (4, "okddip", False, ["data=1,peer=4"]),
+    (4, "okddip", True, ["data=2,peer=2"]),
+    (4, "one, branches", False, ["data=4,peer=1"]),
+    (4, "pcl", True, ["data=1,peer=4", "data=2,peer=2", "data=4,peer=1"]),
+    (4, "dml, alternating", True, ["data=4,peer=1", "data=1,peer=4"]),
+]
+
+
+def everything():
+    """All methods on all meshes of 2 and 4 processes that they admit."""
+    plan = []
+    for case, (_, _, topology) in CASES.items():
+        for mesh in ("data=1,peer=2", "data=2,peer=1", "data=1,peer=4", "data=2,peer=2", "data=4,peer=1"):
+            data, peer = mesh_shape(mesh)
+            if peer == 1 or topology == "networks":
+                plan += [(data * peer, case, sync, [mesh]) for sync in ((False, True) if data > 1 else (False,))]
+    return plan
+
+
+PLAN = everything() if "CODISTILL_ALL_MESHES" in os.environ else QUICK
+
+
+def free_port() -> int:
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        return place.getsockname()[1]
+
+
+def torchrun(processes: int, *words: str, options: tuple[str, ...] = ()) -> list[str]:
+    """Return the command line that starts so many processes on this machine."""
+    port = f"--master-port={free_port()}"
+    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", port, *options, *words]
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Run the whole plan, one job for each number of processes: starting a job costs more than a case."""
+    folder = tmp_path_factory.mktemp("mesh")
+    for processes in sorted({entry[0] for entry in PLAN}):
+        plan = [(n, *entry[1:]) for n, entry in enumerate(PLAN) if entry[0] == processes]
+        command = torchrun(processes, str(HERE / "mesh_worker.py"), json.dumps(plan), str(folder))
+        done = subprocess.run(command, capture_output=True, text=True, timeout=3600)
+        assert done.returncode == 0, done.stderr[-4000:]
+    return folder
+
+
+@cache
+def reference(case: str, chunks: int, peers: int):
+    return one_process(case, chunks, peers)
+
+
+@pytest.mark.parametrize("number", range(len(PLAN)), ids=[f"{c}-{'-'.join(m)}-{s}" for _, c, s, m in PLAN])
+def test_a_mesh_trains_what_one_process_trains(number, found):
+    _, case, sync, meshes = PLAN[number]
+    data = mesh_shape(meshes[0])[0]
+    ours = torch.load(found / f"{number}.pt", weights_only=False)
+    theirs = reference(case, 1 if sync else data, num_peers(case, meshes))
+    difference = largest_difference(ours["state"], theirs["state"])
+    print(f"| {case} | {' -> '.join(meshes)}{' --sync-bn' if sync else ''} | {difference:.1e} |")
+    assert difference <= 1e-9
+    assert ours["figures"]["samples"] == theirs["figures"]["samples"] == 797
+    assert ours["figures"]["top1"] == theirs["figures"]["top1"]
+    assert ours["figures"]["nll"] == pytest.approx(theirs["figures"]["nll"], abs=1e-9)
+    for one, other in zip(ours["lines"], theirs["lines"], strict=True):
+        assert one["top1"] == other["top1"]
+        assert one["loss"] == pytest.approx(other["loss"], abs=1e-9)
+    if len(meshes) == 1 and data == 1:
+        assert difference == 0.0  # not a digit differs: the same sums in the same order
+
+
+def test_peers_send_outputs_and_no_gradients(found):
+    number = PLAN.index((2, "kd", False, ["data=1,peer=2"]))
+    sent = torch.load(found / f"{number}.pt", weights_only=False)["sent"]
+    assert not any("gradients" in purpose for purpose in sent)
+    samples = 300 + 797  # 5 epochs of 60 images, and the test set once
+    assert sent["peer: outputs"] == samples * 10 * 8  # the logits of one member, float64
+
+
+def test_the_axis_data_sends_every_gradient_once(found):
+    number = PLAN.index((2, "dml, okddip_code", False, ["data=2,peer=1"]))
+    sent = torch.load(found / f"{number}.pt", weights_only=False)["sent"]
+    numbers = sum(v.numel() for k, v in reference("kd", 1, 2)["state"]["peers"].items() if k.endswith(("weight", "bias")))
+    assert sent["data: gradients"] == 20 * numbers * 8
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("--mesh data=2,pear=2", '"pear=2" is no axis; give data=D,peer=P'),
+        ("--mesh data=0", '"data=0" is no axis'),
+        ("--mesh peer=2,peer=2", '"peer=2" is no axis'),
+        ("--mesh peer=3", "4 peers cannot be shared out evenly among 3 processes"),
+        ("--mesh data=2,peer=2 --topology branches", "branches share a trunk"),
+        ("--mesh data=256", "--batch-size 128 leaves processes without samples"),
+        ("--mesh data=2,peer=2", "takes 4 processes, and there are 1; start them with torchrun --nproc-per-node 4"),
+        ("--collective-timeout 0", "give 1 second or more"),
+    ],
+)
+def test_a_mesh_that_does_not_fit_is_refused(words, sentence, capsys, tmp_path):
+    assert main(["train", "okddip", "--model", "resnet8", "--out", str(tmp_path / "run"), *words.split()]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said
+    assert said.count("\n") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_processes_without_a_mesh_or_with_another_number_are_refused(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(InputError, match="torchrun started 4 processes; say what they share with --mesh"):
+        join_mesh(Config().resolved(), torch.device("cpu"))
+    with pytest.raises(InputError, match="takes 2 processes, and there are 4; give a mesh of 4, or"):
+        join_mesh(Config(mesh="peer=2").resolved(), torch.device("cpu"))
+
+
+def test_a_missing_backend_is_named(monkeypatch):
+    with pytest.raises(InputError, match="--mesh on --device mps needs CPUs or CUDA GPUs; give --device cpu"):
+        backend_for(torch.device("mps"))
+    monkeypatch.setattr("torch.distributed.is_nccl_available", lambda: False)
+    with pytest.raises(InputError, match="needs a torch built with NCCL"):
+        backend_for(torch.device("cuda"))
+    monkeypatch.setattr("torch.distributed.is_gloo_available", lambda: False)
+    with pytest.raises(InputError, match="torch built with torch.distributed and gloo"):
+        backend_for(torch.device("cpu"))
+
+
+def test_one_process_needs_no_mesh_and_compare_takes_none(tmp_path, capsys):
+    assert join_mesh(Config(mesh="data=1,peer=1").resolved(), torch.device("cpu")) is None
+    assert main(["compare", "okddip", "--mesh", "peer=2", "--out", str(tmp_path / "grid")]) == 2
+    assert "drop --mesh" in capsys.readouterr().err
+
+
+def test_parts_of_a_batch_make_up_the_batch():
+    from codistill.setup import setup
+
+    t = setup(config("pcl", peers=2))
+    whole = list(t.loader.epoch(1))
+    for parts in (2, 4):
+        pieces = []
+        for index in range(parts):
+            loader = setup(config("pcl", peers=2)).loader
+            loader.share(index, parts, range(1, 2))
+            pieces.append(list(loader.epoch(1)))
+        for number, (views, targets) in enumerate(whole):
+            sizes = [math.ceil((len(targets) - index) / parts) for index in range(parts)]
+            own = torch.cat([pieces[i][number][0][:, : sizes[i]] for i in range(parts)], 1)
+            assert torch.equal(own, views[1:2])
+            assert all(torch.equal(pieces[i][number][1], targets) for i in range(parts))
