@@ -9,23 +9,24 @@ from mesh_worker import STEPS, config, finish, run_steps, teacher
 
 
 class ChunkNorm(nn.BatchNorm2d):
-    """Normalises each of `chunks` parts of a batch by its own statistics; records the mean of those."""
+    """Normalises each of `chunks` parts of a batch as a rank would; its own statistics are the mean of theirs."""
 
     chunks = 1
 
     def forward(self, x):
         if not self.training:
             return super().forward(x)
-        kept = [self.running_mean.clone(), self.running_var.clone()]
-        recorded, parts = [torch.zeros_like(k) for k in kept], []
-        for part in x.tensor_split(self.chunks):  # as even as can be, the larger parts first
-            mean, var = (k.clone() for k in kept)
+        if self.num_batches_tracked % 4 == 0:  # ranks take their mean at the end of an epoch
+            self.kept = [(self.running_mean.clone(), self.running_var.clone()) for _ in range(self.chunks)]
+        parts = []
+        for part, (mean, var) in zip(x.tensor_split(self.chunks), self.kept):  # even, the larger parts first
+            if not self.track_running_stats:
+                mean = var = None
             if len(part):
                 parts.append(F.batch_norm(part, mean, var, self.weight, self.bias, True, self.momentum, self.eps))
-            recorded = [r + new / self.chunks for r, new in zip(recorded, (mean, var))]
         if self.track_running_stats:
-            self.running_mean.copy_(recorded[0])
-            self.running_var.copy_(recorded[1])
+            self.running_mean.copy_(torch.stack([mean for mean, _ in self.kept]).mean(0))
+            self.running_var.copy_(torch.stack([var for _, var in self.kept]).mean(0))
             self.num_batches_tracked += 1
         return torch.cat(parts)
 

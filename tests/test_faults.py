@@ -13,10 +13,32 @@ from codistill.cli import main
 from helpers import read_json
 from test_mesh import torchrun
 
-TRAIN = (
-    "-m codistill train okddip --model resnet8 --data digits --train-per-class 6 --batch-size 16 --peers 4 --epochs 8 "
-    "--device cpu --checkpoint-every-steps 1 --log-every-steps 1 --mesh data=1,peer=2"
-).split()
+TRAIN = [
+    "-m",
+    "codistill",
+    "train",
+    "okddip",
+    "--model",
+    "resnet8",
+    "--data",
+    "digits",
+    "--train-per-class",
+    "6",
+    "--batch-size",
+    "16",
+    "--peers",
+    "4",
+    "--epochs",
+    "8",
+    "--device",
+    "cpu",
+    "--checkpoint-every-steps",
+    "1",
+    "--log-every-steps",
+    "1",
+    "--mesh",
+    "data=1,peer=2",
+]
 
 
 def start(out: Path, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen:

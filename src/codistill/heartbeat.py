@@ -12,6 +12,8 @@ import os
 import socket
 import threading
 import time
+import uuid
+from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store
 
@@ -19,6 +21,34 @@ from codistill.errors import ElsewhereError, MachineError
 
 INTERVAL = 0.5  # seconds between two beats
 SILENCE = 4  # beats that a living rank may miss
+
+
+def meet(store: Store, rank: int, world: int, patience: float) -> Store:
+    """Return a part of `store` that belongs to the processes that are here now.
+
+    After a restart torchrun may hand out the store of before, with the addresses of processes that are dead. Every
+    process therefore greets with a name that nobody had before it, until the first rank has answered all of them.
+
+    Raises:
+        MachineError: some rank has not come.
+    """
+    name, ends = uuid.uuid4().hex, time.monotonic() + patience
+    store.set(f"greeting/{rank}", name)
+    if rank:
+        store.wait([f"answer/{name}"], timedelta(seconds=patience))
+        common = store.get(f"answer/{name}").decode()
+        store.set(f"heard/{common}/{rank}", "")
+        return PrefixStore(common, store)
+    missing = set(range(1, world))
+    while missing:
+        for other in missing:
+            if store.check([f"greeting/{other}"]):  # perhaps of one that is dead, until the living one writes its own
+                store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
+        missing -= {other for other in missing if store.check([f"heard/{name}/{other}"])}
+        if time.monotonic() > ends:
+            raise MachineError(f"rank {', '.join(map(str, sorted(missing)))} did not come within {patience:g} seconds")
+        time.sleep(0.02)
+    return PrefixStore(name, store)
 
 
 class Heartbeat:

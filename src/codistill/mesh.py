@@ -26,7 +26,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from codistill.config import Config, mesh_shape
 from codistill.errors import ElsewhereError, InputError, MachineError
-from codistill.heartbeat import Heartbeat
+from codistill.heartbeat import Heartbeat, meet
 
 BUCKET = 25 * 2**20  # bytes of gradients that travel together
 Value = TypeVar("Value")
@@ -100,14 +100,14 @@ class Mesh:
         assert config.peers is not None
         timeout = timedelta(seconds=config.collective_timeout)
         backend = backend_for(device)
-        self.store = next(dist.rendezvous("env://", timeout=timeout))[0] if not dist.is_initialized() else None
-        if self.store is not None:
-            rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-            dist.init_process_group(backend, store=self.store, rank=rank, world_size=world, timeout=timeout)
-            _JOB.append(Heartbeat(self.store, rank, world))
+        if not dist.is_initialized():
+            store, rank, world = next(dist.rendezvous("env://", timeout=timeout))
+            store = meet(store, rank, world, config.collective_timeout)
+            dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=timeout)
+            _JOB.append(Heartbeat(store, rank, world))
         self.heartbeat = _JOB[-1]
         self.rank, self.world = dist.get_rank(), dist.get_world_size()
-        self.device, self.seed = device, config.seed
+        self.device, self.seed, self.sync_bn = device, config.seed, config.sync_bn
         self.num_data, self.num_peer = shape
         ranks = torch.arange(self.world).view(shape)
         # Made here and not by init_device_mesh, whose groups would wait for their backend's default time.

@@ -92,8 +92,8 @@ class MeshPeers(Peers):
 
     @contextmanager
     def _bystander(self) -> Iterator[None]:
-        """Record no statistics where the rank has no sample of the batch."""
-        if self.mesh.idle:
+        """Record no statistics of its own where the rank has no sample of the batch."""
+        if self.mesh.idle and not self.mesh.sync_bn:
             with running_statistics_kept(self):
                 yield
         else:
