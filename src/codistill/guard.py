@@ -12,6 +12,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from codistill.losses import wide_dtype
+
 
 class FiniteGuard:
     """Watches losses and gradients.
@@ -44,7 +46,7 @@ class FiniteGuard:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).sum()
         loss, ce_P, distill_P = terms["loss"].detach(), terms["ce_P"], terms["distill_P"]
-        now = torch.cat((loss.reshape(1), norm.reshape(1), ce_P, distill_P)).double()
+        now = torch.cat((loss.reshape(1), norm.reshape(1), ce_P, distill_P)).to(wide_dtype(loss.device))
         if self.terms is None:
             members = range(len(ce_P))
             self.names = ["loss", "gradient norm", *(f"ce[{p}]" for p in members), *(f"distill[{p}]" for p in members)]

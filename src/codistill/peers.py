@@ -96,7 +96,7 @@ def _build(spec: Spec, seed: int, member: int, num_classes: int | None, in_chann
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     known = {"num_classes", *accepted} if open_ended else set(accepted)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(member_seed(seed, member))
+        torch.default_generator.manual_seed(member_seed(seed, member))  # torch.manual_seed would touch GPUs too
         return factory(**{k: v for k, v in offers.items() if k in known and v is not None})
 
 
@@ -166,6 +166,7 @@ class NetworkPeers(Peers):
 
     Args:
         spec: A built-in name, a callable that builds one network, or a list of names, callables or modules, one a peer.
+            Modules are taken as they are and changed: their heads are cut off (`export_member` puts them back).
             A callable is given `num_classes` and `in_channels` if its signature takes them.
         num_peers: Number of members, the leader included; default the length of the list.
         num_classes: Number of classes; default what the networks end in.
@@ -263,8 +264,10 @@ class BranchPeers(Peers):
         image_size: int = 32,
     ) -> None:
         super().__init__()
-        if isinstance(spec, nn.Module):
-            raise InputError("one built model cannot be several branches; give a name or a callable that builds it")
+        if not isinstance(spec, str) and (isinstance(spec, nn.Module) or not callable(spec)):
+            raise InputError(
+                "branches are built from a name or a callable, once each; a built model or a list cannot be"
+            )
         built = _build_all([spec] * num_peers, seed, num_classes, in_channels)
         forks = [branch_at] if isinstance(branch_at, str) else list(branch_at)
         forks = forks or [getattr(built[0], "branch_at", "")]

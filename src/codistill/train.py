@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from codistill.config import Config, MachineError, MethodConfig
 from codistill.data import DeviceLoader
+from codistill.losses import wide_dtype
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
 from codistill.peers import PeerOutputs, Peers, eval_mode
@@ -96,9 +97,9 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
     t.guard.count()
     if t.ema is not None:
         t.ema.update(t.peers, t.epoch * len(t.loader) + t.step)
-    t.sums["loss"] += terms["loss"].detach().double() * len(targets_B)
+    t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * len(targets_B)
     t.sums["hits_P"] += hits_P
-    t.sums["distill_P"] += terms["distill_P"].double() * len(targets_B)
+    t.sums["distill_P"] += terms["distill_P"].to(t.sums["distill_P"].dtype) * len(targets_B)
     return terms
 
 
@@ -201,7 +202,7 @@ def _look(t: Training, folder: RunFolder) -> None:
 
 
 def _zero_sums(t: Training) -> dict[str, Tensor]:
-    zeros = torch.zeros(t.peers.num_peers, dtype=torch.float64, device=t.device)
+    zeros = torch.zeros(t.peers.num_peers, dtype=wide_dtype(t.device), device=t.device)
     return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
 
 

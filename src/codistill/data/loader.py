@@ -62,8 +62,8 @@ class DeviceLoader:
         self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
         # (x / 255 - mean) / std as one multiplication and one addition.
         scale = 1.0 / (255.0 * np.asarray(std, dtype=np.float64))
-        self.scale_C = torch.tensor(scale, device=device).to(dtype)
-        self.shift_C = torch.tensor(-np.asarray(mean) / np.asarray(std), device=device).to(dtype)
+        self.scale_C = torch.tensor(scale).to(dtype).to(device)
+        self.shift_C = torch.tensor(-np.asarray(mean) / np.asarray(std)).to(dtype).to(device)
 
     def __len__(self) -> int:
         """Return the number of batches an epoch."""
