@@ -95,6 +95,9 @@ class Config:
     """Where to train; auto takes a GPU if there is one."""
     channels_last: bool = True
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
+    execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
+    """How peers run in training: loop, one after the other; stacked, as one network (equal peers; wins where launches
+    cost more than the arithmetic); measure tries both; auto takes loop."""
     deterministic: bool = False
     """Use deterministic kernels only (on a CPU with one thread runs repeat bit for bit anyway)."""
 

@@ -280,8 +280,8 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
     reporter = reporter or Reporter()
     config = config.resolved()
     folder = RunFolder(config)
-    t = setup(config, teacher)
     state = folder.load()
+    t = setup(config, teacher, None if state is None else state.get("execution"))
     if state is not None:
         t.load_state(state)
     tracker = Tracker(config.tracker, folder.path)
@@ -314,6 +314,7 @@ def _result(t: Training) -> dict[str, Any]:
         "parameters_deployed": count_parameters(deployed_network(t)),
         "split": t.splits.describe(t.data),
         "seconds": round(t.seconds, 3),
+        "execution": t.execution,
     }
     if measured["ema"] is not None:
         figures["test_ema"] = measured["ema"]
@@ -335,7 +336,7 @@ def describe(t: Training, resumed: bool = False) -> list[str]:
         f"{t.data.describe_augmentation(config.augment, config.cutout)}; protocol {config.protocol}",
         f"{config.epochs} epochs of {len(t.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
-        f"{config.dtype} on {t.device}, seed {config.seed}",
+        f"{config.dtype} on {t.device}, execution {t.execution}, seed {config.seed}",
     ]
     if method.ramp_epochs:
         notes.append(f"distillation weight ramps up to {method.weight:g} over {method.ramp_epochs:g} epochs")
