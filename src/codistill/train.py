@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from codistill.config import Config, MachineError, MethodConfig
 from codistill.data import DeviceLoader
+from codistill.folding import folded_for_evaluation
 from codistill.losses import wide_dtype
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
@@ -246,8 +247,9 @@ def validate(peers: Peers, method: Method, loader: DeviceLoader) -> dict[str, An
     """Measure every member and the method's ensemble on a set."""
     metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device)
     with eval_mode(peers), eval_mode(method), torch.inference_mode():
+        folded = folded_for_evaluation(peers, loader.first()[0][:2])
         for views_VBCHW, targets_B in loader.epoch():
-            outputs = peers(views_VBCHW)
+            outputs = folded(views_VBCHW)
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
     return metrics.compute()
 
