@@ -29,13 +29,22 @@ from codistill.method_configs import method_config
 from codistill.setup import setup
 from codistill.train import _zero_sums, train_step
 
-KINDS = {"one process": None, "data=1,peer=2": "data=1,peer=2", "data=2,peer=1": "data=2,peer=1", "DDP": "data=2,peer=1"}
+KINDS = {
+    "one process": None,
+    "data=1,peer=2": "data=1,peer=2",
+    "data=2,peer=1": "data=2,peer=1",
+    "DDP": "data=2,peer=1",
+}
 
 
 def loopback_bytes() -> int:
     """Return how many bytes this machine has sent to itself; 0 where that cannot be read."""
     devices = Path("/proc/net/dev")
-    lines = [line for line in devices.read_text().splitlines() if line.strip().startswith("lo:")] if devices.exists() else []
+    lines = (
+        [line for line in devices.read_text().splitlines() if line.strip().startswith("lo:")]
+        if devices.exists()
+        else []
+    )
     return int(lines[0].split(":")[1].split()[8]) if lines else 0
 
 
@@ -137,7 +146,10 @@ def main() -> None:
             said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
             name, counted, lo, seconds = json.loads(said.splitlines()[-1])
             alone = alone or seconds
-            print(f"| {name} | {counted / 1e3:,.1f} | {lo / 1e3:,.1f} | {seconds:.3f} | {seconds / alone:.2f} |", flush=True)
+            print(
+                f"| {name} | {counted / 1e3:,.1f} | {lo / 1e3:,.1f} | {seconds:.3f} | {seconds / alone:.2f} |",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":

@@ -50,3 +50,19 @@ def test_the_doctests_run():
         result = doctest.testmod(module, optionflags=doctest.ELLIPSIS, extraglobs={"torch": __import__("torch")})
         assert result.attempted
         assert not result.failed
+
+
+def test_the_six_commands_of_okddips_repository_run(tmp_path, monkeypatch):
+    from codistill.cli import main
+
+    monkeypatch.chdir(tmp_path)
+    page = (ROOT / "docs" / "okddip-commands.md").read_text()
+    lines = [b.replace("\\\n", " ") for b in re.findall(r"```sh\n(.*?)```", page, re.DOTALL)]
+    runs = [line for block in lines for line in block.splitlines()]
+    assert len(runs) == 9
+    small = ["--data", "digits", "--train-per-class", "6", "--batch-size", "16", "--epochs", "2"]
+    for line in runs:
+        words = shlex.split(line)[1:]
+        for flag, value in (("--data", "digits"), ("--model", "resnet8")):
+            words[words.index(flag) + 1] = value
+        assert main([*words, *small[2:]]) == 0, line

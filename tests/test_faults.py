@@ -1,4 +1,4 @@
-"""A job of several processes through the real command: the same run as one process, and what happens when ranks fail."""
+"""A job of several processes through the real command: what one process does, and what happens when ranks fail."""
 
 import os
 import signal
@@ -14,30 +14,9 @@ from helpers import read_json
 from test_mesh import torchrun
 
 TRAIN = [
-    "-m",
-    "codistill",
-    "train",
-    "okddip",
-    "--model",
-    "resnet8",
-    "--data",
-    "digits",
-    "--train-per-class",
-    "6",
-    "--batch-size",
-    "16",
-    "--peers",
-    "4",
-    "--epochs",
-    "8",
-    "--device",
-    "cpu",
-    "--checkpoint-every-steps",
-    "1",
-    "--log-every-steps",
-    "1",
-    "--mesh",
-    "data=1,peer=2",
+    *("-m", "codistill", "train", "okddip", "--model", "resnet8", "--data", "digits", "--train-per-class", "6"),
+    *("--batch-size", "16", "--peers", "4", "--epochs", "8", "--device", "cpu", "--checkpoint-every-steps", "1"),
+    *("--log-every-steps", "1", "--mesh", "data=1,peer=2"),
 ]
 
 

@@ -159,7 +159,7 @@ def test_a_missing_backend_is_named(monkeypatch):
     with pytest.raises(InputError, match="needs a torch built with NCCL"):
         backend_for(torch.device("cuda"))
     monkeypatch.setattr("torch.distributed.is_gloo_available", lambda: False)
-    with pytest.raises(InputError, match="torch built with torch.distributed and gloo"):
+    with pytest.raises(InputError, match=r"torch built with torch\.distributed and gloo"):
         backend_for(torch.device("cpu"))
 
 

@@ -160,6 +160,22 @@ def test_the_ensemble_means_probabilities_and_not_logits():
     assert figures["ensemble_top1"] == 100.0
 
 
+def test_an_ensemble_that_is_given_takes_the_place_of_the_mean():
+    logits, targets = some_logits(4, 17)
+    given = torch.randn(61, 17, dtype=torch.float64) + logits[1]
+    metrics = PeerMetrics(4, 17, (1, 2, 3), "cpu")
+    for start in range(0, 61, 20):
+        part = slice(start, start + 20)
+        metrics.update(logits[:, part], targets[part], given[part].log_softmax(-1))
+    figures = metrics.compute()
+    expected = slow_figures(logits, targets, (1, 2, 3))
+    alone = slow_figures(given.unsqueeze(0), targets, (0,))
+    for name in ("top1", "top5", "nll", "ece"):
+        assert figures[name] == pytest.approx(expected[name], rel=1e-12, abs=1e-12), name
+        assert figures[f"ensemble_{name}"] == pytest.approx(alone[name][0], rel=1e-12, abs=1e-12), name
+    assert figures["diversity"] == pytest.approx(expected["diversity"], rel=1e-12)
+
+
 def test_members_outside_the_group_change_neither_ensemble_nor_diversity():
     logits, targets = some_logits(4, 17)
     other = logits.clone()

@@ -474,6 +474,24 @@ def test_every_network_sees_its_own_view():
         torch.testing.assert_close(outputs.logits_PBC[p], plains[p](views[p]), rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("views", [None, 3])
+def test_where_one_network_alone_is_trained_the_others_speak_but_do_not_change(views):
+    peers, plains = networks(3), [plain_network(p) for p in range(3)]
+    images = some_images(views=views)
+    logits = torch.stack([plains[p](images if views is None else images[p]) for p in range(3)])
+    before = copy.deepcopy(peers.state_dict())
+    outputs = peers(images, only=1)
+    torch.testing.assert_close(outputs.logits_PBC, logits, rtol=1e-12, atol=1e-12)  # batch statistics for all
+    loss_of(outputs.logits_PBC, outputs.features).backward()
+    for p in range(3):
+        for name, tensor in plains[p].named_buffers():
+            kept = before[f"members.{p}.body.{name}"]
+            torch.testing.assert_close(named(peers, p)[name], tensor if p == 1 else kept, rtol=1e-12, atol=1e-12)
+        for name, parameter in peers.members[p].named_parameters():
+            assert (parameter.grad is not None) == (p == 1), name
+    assert all(m.track_running_stats for m in peers.modules() if isinstance(m, nn.BatchNorm2d))
+
+
 @pytest.mark.parametrize("build", [networks, branches])
 def test_one_view_may_come_with_or_without_its_axis(build):
     peers, images = build(3).eval(), some_images()

@@ -13,6 +13,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from codistill.losses import wide_dtype
+
 if TYPE_CHECKING:
     from codistill.mesh import Mesh
 
@@ -54,7 +56,7 @@ class FiniteGuard:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else self.flag
         loss, ce_P, distill_P = terms["loss"].detach(), terms["ce_P"], terms["distill_P"]
-        now = torch.cat((loss.reshape(1), norm.reshape(1), ce_P, distill_P)).double()
+        now = torch.cat((loss.reshape(1), norm.reshape(1), ce_P, distill_P)).to(wide_dtype(loss.device))
         if self.terms is None:
             members = range(len(ce_P))
             self.names = ["loss", "gradient norm", *(f"ce[{p}]" for p in members), *(f"distill[{p}]" for p in members)]

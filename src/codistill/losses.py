@@ -13,6 +13,11 @@ import torch
 from torch import Tensor
 
 
+def wide_dtype(device: torch.device | str) -> torch.dtype:
+    """Return the dtype that sums are kept in: float64, or float32 on Apple's GPUs, which know no other."""
+    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+
+
 def sigmoid_ramp(epoch: float, length: float) -> float:
     """Return the ramp-up weight exp(-5 (1 - min(e, L)/L)^2) of Laine & Aila (2017), used by ONE, OKDDip and PCL.
 
@@ -165,4 +170,5 @@ __all__ = [
     "sigmoid_ramp",
     "soft_cross_entropy",
     "soften",
+    "wide_dtype",
 ]

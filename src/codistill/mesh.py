@@ -124,6 +124,7 @@ class Mesh:
         self.rows: list[int] = [0] * self.num_data
         """Samples of the present batch on each rank of the axis `data`."""
         self.step = self._draws = 0
+        self._over = False
 
     def __deepcopy__(self, memo: dict) -> Self:
         return self  # copies of what holds it talk through the same groups
@@ -274,9 +275,20 @@ class Mesh:
 
     def everybodys(self, value: Value) -> list[Value]:
         """Return a plain value of every rank (the host waits)."""
-        values: list[Any] = [None] * self.world
-        self._call(dist.all_gather_object, values, value)
-        return values
+        return self._tell(value, None)
+
+    def _tell(self, value: Any, failure: tuple[str, str] | None) -> list[Any]:
+        """Exchange values; a rank that has none for its failure ends all, wherever they are."""
+        told: list[Any] = [None] * self.world
+        self._call(dist.all_gather_object, told, (value, failure))
+        for rank, (_, said) in enumerate(told):
+            if said is not None:
+                self._over = True
+                kind = InputError if said[0] == "InputError" else MachineError
+                if self.rank:
+                    raise ElsewhereError(2 if kind is InputError else 1)
+                raise kind(said[1] if rank == 0 else f"rank {rank}: {said[1]}")
+        return [value for value, _ in told]
 
     def gather_peers(self, value: Value) -> list[Value] | None:
         """Return, on the first rank, a value of each rank of its axis `peer`; None elsewhere."""
@@ -288,19 +300,13 @@ class Mesh:
 
     def together(self, what: Callable[[], Value]) -> Value:
         """Run what may fail on every rank; if it fails on one, all fail, and the first such rank's reason is told."""
-        value: Any = None
-        failure: tuple[str, str] | None = None
         try:
             value = what()
         except (InputError, MachineError) as error:
-            failure = type(error).__name__, str(error)
-        failures = self.everybodys(failure)
-        for rank, said in enumerate(failures):
-            if said is not None:
-                kind = InputError if said[0] == "InputError" else MachineError
-                if self.rank:
-                    raise ElsewhereError(2 if kind is InputError else 1)
-                raise kind(said[1] if rank == 0 else f"rank {rank}: {said[1]}")
+            if not self._over:
+                self._tell(None, (type(error).__name__, str(error)))
+            raise
+        self._tell(None, None)
         return value
 
     def on_first(self, what: Callable[[], Value]) -> Value:

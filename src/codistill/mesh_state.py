@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from codistill.errors import InputError
 from codistill.mesh import Mesh
 from codistill.run import restore_rng
 
@@ -34,7 +35,7 @@ def gathered(t: Training, mesh: Mesh) -> State | None:
     parts = mesh.gather_peers(_on_host(part))
     if parts is None:
         return None
-    state = {name: getattr(t, name) for name in ("epoch", "step", "seconds", "best")}
+    state = {name: getattr(t, name) for name in ("execution", "epoch", "step", "seconds", "best")}
     return state | {
         "peers": {key: value for p in parts for key, value in p["peers"].items()},
         "method": t.method.state_dict(),
@@ -45,7 +46,13 @@ def gathered(t: Training, mesh: Mesh) -> State | None:
 
 
 def load(t: Training, mesh: Mesh, state: State) -> None:
-    """Take this rank's part of a checkpoint of any mesh."""
+    """Take this rank's part of a checkpoint of any mesh.
+
+    Raises:
+        InputError: its optimiser belongs to peers that ran as one network.
+    """
+    if state.get("execution", "loop") != "loop":
+        raise InputError("--resume: this run went on stacked (--execution), which takes one process; drop --mesh")
     counts = _member_parameters(t, mesh)
     t.peers.load_state_dict(_own_members(state["peers"], mesh))
     t.method.load_state_dict(state["method"])

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codistill.losses import peer_distance
+from codistill.losses import peer_distance, wide_dtype
 
 NUM_BINS = 15
 
@@ -33,12 +33,13 @@ class PeerMetrics:
         self._whole = self.group == list(range(num_peers))
         rows = num_peers + 1
         self.count = 0
-        self.correct_M = torch.zeros(rows, dtype=torch.float64, device=device)
+        self.wide = wide_dtype(device)
+        self.correct_M = torch.zeros(rows, dtype=self.wide, device=device)
         self.correct5_M = torch.zeros_like(self.correct_M)
         self.nll_M = torch.zeros_like(self.correct_M)
         # Per bin of confidence: samples, sum of confidences, sum of hits.
-        self.bins_3MK = torch.zeros(3, rows * NUM_BINS, dtype=torch.float64, device=device)
-        self.pairs = torch.zeros(3, dtype=torch.float64, device=device)  # L2 distance, disagreement, both wrong
+        self.bins_3MK = torch.zeros(3, rows * NUM_BINS, dtype=self.wide, device=device)
+        self.pairs = torch.zeros(3, dtype=self.wide, device=device)  # L2 distance, disagreement, both wrong
 
     @torch.no_grad()
     def update(self, logits_PBC: Tensor, targets_B: Tensor, ensemble_log_probs_BC: Tensor | None = None) -> None:
@@ -59,7 +60,7 @@ class PeerMetrics:
         self.count += targets_B.shape[0]
         self.correct_M += hit_MB.sum(-1)
         self.correct5_M += (rank_MB < 5).sum(-1)
-        self.nll_M -= log_MBC.gather(-1, index_MB1).squeeze(-1).sum(-1, dtype=torch.float64)
+        self.nll_M -= log_MBC.gather(-1, index_MB1).squeeze(-1).sum(-1, dtype=self.wide)
         self._update_bins(confidence_MB, hit_MB)
         self._update_pairs(group_GBC, hit_MB[:-1][self.group], guess_MB[:-1][self.group])
 
@@ -68,19 +69,19 @@ class PeerMetrics:
         bin_MB = (confidence_MB * NUM_BINS).long().clamp_(0, NUM_BINS - 1)
         place = (bin_MB + torch.arange(rows, device=bin_MB.device).unsqueeze(1) * NUM_BINS).flatten()
         values = torch.stack((torch.ones_like(confidence_MB), confidence_MB, hit_MB.to(confidence_MB.dtype)))
-        self.bins_3MK.index_add_(1, place, values.flatten(1).double())
+        self.bins_3MK.index_add_(1, place, values.flatten(1).to(self.wide))
 
     def _update_pairs(self, probs_GBC: Tensor, hit_GB: Tensor, guess_GB: Tensor) -> None:
         if len(probs_GBC) < 2:
             return
         first, second = torch.triu_indices(len(probs_GBC), len(probs_GBC), 1, device=probs_GBC.device)
-        disagree = (guess_GB[first] != guess_GB[second]).double().mean(0).sum()
-        both_wrong = (~hit_GB[first] & ~hit_GB[second]).double().mean(0).sum()
-        self.pairs += torch.stack((peer_distance(probs_GBC).sum(dtype=torch.float64), disagree, both_wrong))
+        disagree = (guess_GB[first] != guess_GB[second]).to(self.wide).mean(0).sum()
+        both_wrong = (~hit_GB[first] & ~hit_GB[second]).to(self.wide).mean(0).sum()
+        self.pairs += torch.stack((peer_distance(probs_GBC).sum(dtype=self.wide), disagree, both_wrong))
 
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
         """Take in what other processes have counted on their samples; `total` adds a tensor up over them."""
-        count = torch.tensor(self.count, dtype=torch.float64, device=self.correct_M.device)
+        count = torch.tensor(self.count, dtype=self.wide, device=self.correct_M.device)
         names = ("correct_M", "correct5_M", "nll_M", "bins_3MK", "pairs")
         held = [count, *(getattr(self, name) for name in names)]
         summed = total(torch.cat([value.flatten() for value in held])).split([value.numel() for value in held])

@@ -12,6 +12,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -20,6 +21,9 @@ from codistill.config import Config
 from codistill.errors import InputError
 from codistill.models import resolve
 from codistill.sharing import Entry, Shared, plain_copy, share_until
+
+if TYPE_CHECKING:
+    from codistill.stacked import StackedPeers
 
 Spec = str | Callable[..., nn.Module] | nn.Module
 
@@ -96,7 +100,7 @@ def _build(spec: Spec, seed: int, member: int, num_classes: int | None, in_chann
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     known = {"num_classes", *accepted} if open_ended else set(accepted)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(member_seed(seed, member))
+        torch.default_generator.manual_seed(member_seed(seed, member))  # torch.manual_seed would touch GPUs too
         return factory(**{k: v for k, v in offers.items() if k in known and v is not None})
 
 
@@ -119,6 +123,12 @@ class Peers(nn.Module):
     num_classes: int
     autocast: torch.dtype | None = None
     """Dtype of autocast around the members' bodies, if any."""
+    runner: StackedPeers | None = None
+    """Runs all members as one network in training (see codistill.stacked); None: one after the other."""
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return what an optimiser steps on: the members' parameters, or the stacked ones that they are views of."""
+        return list(self.parameters()) if self.runner is None else self.runner.parameters
 
     @property
     def num_peers(self) -> int:
@@ -168,6 +178,7 @@ class NetworkPeers(Peers):
 
     Args:
         spec: A built-in name, a callable that builds one network, or a list of names, callables or modules, one a peer.
+            Modules are taken as they are and changed: their heads are cut off (`export_member` puts them back).
             A callable is given `num_classes` and `in_channels` if its signature takes them.
         num_peers: Number of members, the leader included; default the length of the list.
         num_classes: Number of classes; default what the networks end in.
@@ -218,6 +229,8 @@ class NetworkPeers(Peers):
         """
         views = self._views(views_VBCHW)
         own_views = views.shape[0] > 1
+        if self.runner is not None and self.training and only is None:
+            return self.runner(views)
         pairs = []
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
             for p, member in enumerate(self.members):
@@ -267,8 +280,10 @@ class BranchPeers(Peers):
         image_size: int = 32,
     ) -> None:
         super().__init__()
-        if isinstance(spec, nn.Module):
-            raise InputError("one built model cannot be several branches; give a name or a callable that builds it")
+        if not isinstance(spec, str) and (isinstance(spec, nn.Module) or not callable(spec)):
+            raise InputError(
+                "branches are built from a name or a callable, once each; a built model or a list cannot be"
+            )
         built = _build_all([spec] * num_peers, seed, num_classes, in_channels)
         forks = [branch_at] if isinstance(branch_at, str) else list(branch_at)
         forks = forks or [getattr(built[0], "branch_at", "")]
@@ -368,6 +383,8 @@ class BranchPeers(Peers):
         """Run the trunk once and every branch; with one view a peer, the trunk runs once a view."""
         views = self._views(views_VBCHW)
         own_views = views.shape[0] > 1
+        if self.runner is not None and self.training and not own_views:
+            return self.runner(views)
         self._forget()
         pairs = []
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
@@ -422,8 +439,8 @@ class MeanTeacher(nn.Module):
     def update(self, peers: Peers, step: int) -> None:
         """Average in the peers as they are after step `step`, counted from 0 (which copies them)."""
         keep = min(1.0 - 1.0 / (step + 1), self.decay)
-        ours = [*self.peers.parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
-        theirs = [*peers.parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
+        ours = [*self.peers.trained_parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
+        theirs = [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
         torch._foreach_lerp_(ours, theirs, 1.0 - keep)
 
 

@@ -40,7 +40,7 @@ def describe(t: Training, resumed: bool = False) -> list[str]:
         f"{t.data.describe_augmentation(config.augment, config.cutout)}; protocol {config.protocol}",
         f"{config.epochs} epochs of {len(t.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
-        f"{config.dtype} on {where}, seed {config.seed}",
+        f"{config.dtype} on {where}, execution {t.execution}, seed {config.seed}",
     ]
     if method.ramp_epochs:
         notes.append(f"distillation weight ramps up to {method.weight:g} over {method.ramp_epochs:g} epochs")
@@ -52,7 +52,7 @@ def describe(t: Training, resumed: bool = False) -> list[str]:
                 stacklevel=2,
             )
     if isinstance(t.peers, MeshPeers) and t.mesh is not None:
-        example = next(t.loader.epoch())[0][0, :1]
+        example = t.loader.first()[0][:1]
         if (said := imbalance(t.peers, example)) is not None and t.mesh.rank == 0:
             warnings.warn(said, stacklevel=2)
     if resumed:

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 
 from codistill.config import Config, MachineError
 from codistill.data import DeviceLoader
+from codistill.losses import wide_dtype
 from codistill.mesh import Mesh, after_restart, join_mesh
+from codistill.mesh_peers import folded_members
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
 from codistill.peers import PeerOutputs, Peers, eval_mode
@@ -90,9 +92,9 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
     if t.ema is not None:
         t.ema.update(t.peers, number)
     if count:  # on a mesh, samples that other ranks count too are counted by one of them
-        t.sums["loss"] += terms["loss"].detach().double() * count
+        t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * count
         t.sums["hits_P"] += hits_P
-        t.sums["distill_P"] += terms["distill_P"].double() * count
+        t.sums["distill_P"] += terms["distill_P"].to(t.sums["loss"].dtype) * count
     return terms
 
 
@@ -242,7 +244,7 @@ def _look(t: Training, folder: RunFolder) -> None:
 
 
 def _zero_sums(t: Training) -> dict[str, Tensor]:
-    zeros = torch.zeros(t.peers.num_peers, dtype=torch.float64, device=t.device)
+    zeros = torch.zeros(t.peers.num_peers, dtype=wide_dtype(t.device), device=t.device)
     return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
 
 
@@ -292,8 +294,9 @@ def validate(peers: Peers, method: Method, loader: DeviceLoader, mesh: Mesh | No
     """Measure every member and the method's ensemble on a set; on a mesh, each rank on its part of it."""
     metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device)
     with eval_mode(peers), eval_mode(method), torch.inference_mode():
+        folded = folded_members(peers, loader)
         for views_VBCHW, targets_B in loader.epoch():
-            outputs = peers(views_VBCHW)
+            outputs = folded(views_VBCHW)
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
     if mesh is not None:
         metrics.add_up(mesh.sum_along_data)
@@ -329,19 +332,24 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
     mesh = join_mesh(config, pick_device(config.device))
     if mesh is None:
         folder = RunFolder(config)
-        return _train(setup(config, teacher), folder, reporter)
+        state = folder.load()
+        t = setup(config, teacher, None if state is None else state.get("execution"))
+        return _train(t, state, folder, reporter)
     with mesh.watched():
         folder = mesh.on_first(lambda: RunFolder(config))
-        t = mesh.together(lambda: setup(config, teacher, mesh))
-        return _train(t, folder, reporter) if mesh.rank == 0 else _train(t, SilentFolder(config), Reporter())
+        state = mesh.on_first(folder.load)
+        t = mesh.together(lambda: setup(config, teacher, mesh=mesh))
+        if mesh.rank:
+            folder, reporter = SilentFolder(config), Reporter()
+        return _train(t, state, folder, reporter)
 
 
-def _train(t: Training, folder: RunFolder, reporter: Reporter) -> Result:
-    """Train what is built, from where its folder stands."""
+def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporter: Reporter) -> Result:
+    """Train what is built, from `state` on if there is one."""
     first, on_first = t.mesh is None or t.mesh.rank == 0, _call if t.mesh is None else t.mesh.on_first
-    state, complete = on_first(lambda: (folder.load(), folder.complete))
+    complete = on_first(lambda: folder.complete)
     if state is not None:
-        t.load_state(state)
+        t.load_state(state) if t.mesh is None else t.mesh.together(lambda: t.load_state(state))
     tracker = Tracker(t.config.tracker if first else "none", folder.path)
     on_first(lambda: (folder.begin(), folder.keep_lines(t.epoch)))
     notes = describe(t, resumed=state is not None)
@@ -378,6 +386,7 @@ def _result(t: Training) -> dict[str, Any]:
         "parameters_deployed": deployed,
         "split": t.splits.describe(t.data),
         "seconds": round(t.seconds, 3),
+        "execution": t.execution,
     }
     if measured["ema"] is not None:
         figures["test_ema"] = measured["ema"]

@@ -64,8 +64,8 @@ class DeviceLoader:
         self._own_views = slice(None)
         # (x / 255 - mean) / std as one multiplication and one addition.
         scale = 1.0 / (255.0 * np.asarray(std, dtype=np.float64))
-        self.scale_C = torch.tensor(scale, device=device).to(dtype)
-        self.shift_C = torch.tensor(-np.asarray(mean) / np.asarray(std), device=device).to(dtype)
+        self.scale_C = torch.tensor(scale).to(dtype).to(device)
+        self.shift_C = torch.tensor(-np.asarray(mean) / np.asarray(std)).to(dtype).to(device)
 
     def share(self, index: int, parts: int, own_views: range) -> None:
         """Yield from now on part `index` of each batch's images (as even as can be), with all of its labels.
@@ -113,6 +113,10 @@ class DeviceLoader:
         first = window.start + index * (size // parts) + min(index, size % parts)
         count = size // parts + (index < size % parts)
         return slice(first, first + count) if count else slice(window.start, window.start + 1)
+
+    def first(self) -> Tensor:
+        """Return a batch of views to try things on; no draw of any epoch depends on it."""
+        return next(self.epoch())[0]
 
     def _draw(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw the epoch's order and, for every view and place in it, its crop, flip and cutout."""

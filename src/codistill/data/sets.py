@@ -133,7 +133,10 @@ def _cifar(name: str, data_dir: Path) -> ImageSet:
     mean, std = statistics[name]
     archive = data_dir / f"{name}.npz"
     if archive.exists():
-        return replace(_load_npz(name, archive), name=name, mean=mean, std=std, pad=4, flip=True)
+        data = _load_npz(name, archive)
+        if data.channels != 3:
+            raise InputError(f"--data {name}: {archive} has {data.channels} channels; photographs have 3")
+        return replace(data, name=name, mean=mean, std=std, pad=4, flip=True)
     from torchvision.datasets import CIFAR10, CIFAR100
 
     train, test = _torchvision({"cifar10": CIFAR10, "cifar100": CIFAR100}[name], name, data_dir)
