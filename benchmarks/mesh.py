@@ -74,6 +74,7 @@ class Whole(torch.nn.Module):
         self.peers, self.method = t.peers.local, t.method
 
     def forward(self, views, targets):
+        """Return the loss."""
         return self.method(self.peers(views), targets)["loss"]
 
 

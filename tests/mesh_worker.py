@@ -106,7 +106,7 @@ def walk(number: int, case: str, sync: bool, meshes: list[str], folder: Path) ->
         c = config(case, mesh=mesh_text, sync_bn=sync, peers=num_peers(case, meshes))
         mesh = join_mesh(c, torch.device("cpu"))
         assert mesh is not None
-        t = setup(c, teacher(case), mesh)
+        t = setup(c, teacher(case), mesh=mesh)
         if leg:
             t.load_state(torch.load(place, weights_only=True))
         lines += run_steps(t, STEPS * (leg + 1) // len(meshes))
