@@ -1,7 +1,7 @@
 """Meshes of processes against one process: exactness, checkpoints that change meshes, bytes, bad input.
 
-`CODISTILL_ALL_MESHES=1 pytest -s tests/test_mesh.py` compares every method on every mesh (a quarter of an hour) and prints the
-table of docs/distributed.md.
+`CODISTILL_ALL_MESHES=1 pytest -s tests/test_mesh.py` compares every method on meshes of 2 and 4 processes and prints the
+table of docs/distributed.md (a quarter of an hour).
 """
 
 import json
@@ -19,8 +19,12 @@ import torch
 from codistill.cli import main
 from codistill.config import Config, InputError, mesh_shape
 from codistill.mesh import backend_for, join_mesh
+from codistill.mesh_peers import imbalance
+from codistill.peers import NetworkPeers
+from codistill.setup import setup
+from codistill.train import lr_at
 from mesh_reference import largest_difference, one_process
-from mesh_worker import CASES, config, num_peers
+from mesh_worker import CASES, config, num_peers, run_steps
 
 HERE = Path(__file__).parent
 # (processes, case, --sync-bn, meshes it goes through)
@@ -166,8 +170,6 @@ def test_one_process_needs_no_mesh_and_compare_takes_none(tmp_path, capsys):
 
 
 def test_parts_of_a_batch_make_up_the_batch():
-    from codistill.setup import setup
-
     t = setup(config("pcl", peers=2))
     whole = list(t.loader.epoch(1))
     for parts in (2, 4):
@@ -181,3 +183,68 @@ def test_parts_of_a_batch_make_up_the_batch():
             own = torch.cat([pieces[i][number][0][:, : sizes[i]] for i in range(parts)], 1)
             assert torch.equal(own, views[1:2])
             assert all(torch.equal(pieces[i][number][1], targets) for i in range(parts))
+
+
+def test_recomputed_activations_change_no_digit():
+    states = []
+    for again in (False, True):
+        t = setup(config("pcl", peers=2, checkpoint_activations=again))
+        run_steps(t, 4)
+        states.append(t.state())
+    assert largest_difference(*states) == 0.0
+
+
+def test_recomputed_activations_need_less_memory():
+    kept = []
+    for again in (False, True):
+        t = setup(config("independent", peers=2, checkpoint_activations=again))
+        sizes = {}
+
+        def pack(x, sizes=sizes):
+            sizes[x.data_ptr()] = x.numel()
+            return x
+
+        t.peers.train()
+        views = t.loader.first()
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
+            outputs = t.peers(views)
+        kept.append(sum(sizes.values()))
+        del outputs
+    assert kept[1] < kept[0] / 5
+
+
+def test_the_rate_scales_with_the_batch():
+    assert lr_at(Config(lr=0.1, batch_size=1024, lr_base_batch=256), 0) == pytest.approx(0.4)
+    warm = Config(lr=0.1, batch_size=1024, lr_base_batch=256, warmup_epochs=5, epochs=90).resolved()
+    assert lr_at(warm, 0, 0, 10) < 0.01
+    assert lr_at(warm, 5) == pytest.approx(0.4)
+
+
+@pytest.mark.parametrize("words", ["--topology branches", "--execution stacked"])
+def test_only_networks_recompute(words, capsys):
+    assert main(["train", "okddip", "--checkpoint-activations", *words.split()]) == 2
+    assert "drop one of the two" in capsys.readouterr().err
+
+
+def test_unequal_work_along_peer_is_spoken_of():
+    peers = Peers2()
+    said = imbalance(peers, torch.zeros(1, 3, 8, 8))
+    assert "the members on peer=1 cost 3.0 times those on peer=0, which will wait" in said
+    peers.mesh.factor = 1
+    assert imbalance(peers, torch.zeros(1, 3, 8, 8)) is None
+
+
+class Peers2(torch.nn.Module):
+    """Stands in for the peers of one rank, of which the next rank has three times the work."""
+
+    class Mesh:
+        num_peer, factor = 2, 3
+
+        def everybodys(self, value):
+            assert value > 0
+            return [value, value * self.factor]
+
+    def __init__(self):
+        super().__init__()
+        self.mesh = self.Mesh()
+        self.local = NetworkPeers("resnet8", 1, 10, image_size=8)

@@ -74,6 +74,8 @@ class Config:
     """Samples a step."""
     lr: float = 0.1
     """Learning rate at the start."""
+    lr_base_batch: int | None = None
+    """Samples a step that --lr is meant for; another --batch-size scales the rate in proportion. Default: as given."""
     schedule: Literal["step", "cosine"] = "step"
     """step: x0.1 at every milestone; cosine: half a cosine down to 0."""
     milestones: tuple[int, ...] | None = None
@@ -98,6 +100,9 @@ class Config:
     execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
     """How peers run in training: loop, one after the other; stacked, as one network (equal peers; wins where launches
     cost more than the arithmetic); measure tries both; auto takes loop."""
+    checkpoint_activations: bool = False
+    """Keep no activations of a network between forward and backward but run it again there: less memory, a third more
+    arithmetic (networks only)."""
     deterministic: bool = False
     """Use deterministic kernels only (on a CPU with one thread runs repeat bit for bit anyway)."""
 
@@ -237,6 +242,7 @@ def _check_numbers(c: Config) -> None:
     rules += [
         ("train_per_class", c.train_per_class is None or c.train_per_class >= 1, "at least 1"),
         ("image_size", c.image_size is None or c.image_size >= 8, "at least 8"),
+        ("lr_base_batch", c.lr_base_batch is None or c.lr_base_batch >= 1, "at least 1"),
         ("peers", c.peers is None or c.peers >= 1, "at least 1"),
         ("lr", math.isfinite(c.lr) and c.lr > 0, "a number above 0"),
         ("momentum", 0 <= c.momentum < 1, "from 0 to below 1"),
@@ -293,6 +299,9 @@ def _check_peers(c: Config, method: MethodConfig) -> None:
             raise InputError("--method.update alternating steps one network at a time; branches share a trunk, drop it")
     elif c.branch_at or c.fan_out:
         raise InputError("--branch-at and --fan-out shape branches; add --topology branches")
+    if c.checkpoint_activations and (c.topology == "branches" or c.execution in ("stacked", "measure")):
+        why = "branches share a trunk" if c.topology == "branches" else f"--execution {c.execution} runs them as one"
+        raise InputError(f"--checkpoint-activations runs each network again by itself, but {why}; drop one of the two")
     if c.fan_out and math.prod(c.fan_out) != c.peers:
         raise InputError(
             f"--fan-out {' '.join(map(str, c.fan_out))} makes {math.prod(c.fan_out)} branches, not --peers {c.peers}"

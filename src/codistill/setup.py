@@ -170,6 +170,8 @@ def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None) -> tupl
     """Build the peers (on a mesh the rank's own) and the method that hears all of them."""
     assert isinstance(config.method, MethodConfig)
     local = build_peers(config, len(data.classes), data.channels, data.image_size, mesh.own if mesh else None)
+    for index in range(local.num_peers):
+        local.member(index).recompute = config.checkpoint_activations
     local.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     if mesh is None:
         peers = local

@@ -65,12 +65,13 @@ class Result:
 
 def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
     """Return the learning rate of a step of an epoch (both counted from 0): warm-up, then steps or half a cosine."""
+    full = config.lr if config.lr_base_batch is None else config.lr * config.batch_size / config.lr_base_batch
     done = epoch + step / steps
     if done < config.warmup_epochs:
-        return config.lr * (done + 1 / steps) / (config.warmup_epochs + 1 / steps)
+        return full * (done + 1 / steps) / (config.warmup_epochs + 1 / steps)
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
-    return config.lr * 0.1 ** sum(epoch >= m for m in config.milestones or ())
+        return full * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    return full * 0.1 ** sum(epoch >= m for m in config.milestones or ())
 
 
 def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> dict[str, Tensor]:
