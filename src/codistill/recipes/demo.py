@@ -6,7 +6,7 @@ SHARED = {"model": ("resnet8",), "peers": 4, "topology": "both", "seeds": 3, "wo
 SETS = {
     "digits": {"train_per_class": 10, "epochs": 100, "batch_size": 25, "lr": 0.05},
     "fashion-mnist": {"train_per_class": 50, "epochs": 40, "batch_size": 64, "lr": 0.05},
-    "cifar100": {"train_per_class": 50, "epochs": 20, "batch_size": 128, "lr": 0.1},
+    "cifar100": {"train_per_class": 10, "epochs": 30, "batch_size": 64, "lr": 0.05},
 }
 METHODS = ["independent", "okddip"]
 

@@ -73,5 +73,9 @@ def table_rows(cells: list[Cell]) -> list[dict[str, str]]:
 def markdown(rows: list[dict[str, str]]) -> str:
     """Write rows as a Markdown table."""
     head = "| " + " | ".join(rows[0]) + " |"
-    rule = "|" + "|".join("---" if i == 0 else "--:" for i in range(len(rows[0]))) + "|"
+    rule = (
+        "|"
+        + "|".join("--:" if value[:1] in "0123456789+-" and i else "---" for i, value in enumerate(rows[0].values()))
+        + "|"
+    )
     return "\n".join([head, rule, *("| " + " | ".join(row.values()) + " |" for row in rows)]) + "\n"
