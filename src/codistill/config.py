@@ -26,6 +26,7 @@ __all__ = [
     "InputError",
     "MachineError",
     "MethodConfig",
+    "ReproduceConfig",
     "method_config",
 ]
 
@@ -305,3 +306,38 @@ class CompareConfig(Config):
     """Runs that train side by side on this machine, each on one CPU thread."""
     out: str | None = None
     """Folder of the grid; runs that it already holds are not trained again. Default runs/compare-DATA."""
+
+
+@dataclass
+class ReproduceConfig:
+    """Make a published table anew: its cells, their baselines of equal cost, over seeds, under a stated protocol."""
+
+    network: tuple[str, ...] = ()
+    """Only these networks of the table (repeat the option); default all, under --scale smoke the first."""
+    method: tuple[str, ...] = ()
+    """Only these methods of the table (repeat the option), with what they are compared with; default all."""
+    baselines: bool = True
+    """Train the baselines of equal cost, also those that the published table leaves out."""
+    seeds: int = 3
+    """Number of seeds: 0 .. n-1."""
+    data_dir: str | None = None
+    """Where the images lie or are downloaded to; for ImageNet the folder that holds train and val."""
+    scale: Literal["smoke", "short", "full"] = "full"
+    """smoke: digits and a tiny network, nothing is downloaded; short: a tenth of the epochs, a fifth of the images;
+    full: the paper's. Only full is compared with the paper's numbers."""
+    protocol: Literal["honest", "paper"] = "honest"
+    """honest: the test set is read once, at the last epoch; paper: last and best test epoch, each in its column."""
+    workers: int | None = None
+    """Runs side by side, each on one CPU thread or one GPU; default one a GPU, or one."""
+    submit: Literal["none", "slurm", "local"] = "none"
+    """Hand each run to submitit (pip install codistill[slurm]): a SLURM job each, or a process of this machine."""
+    submit_option: tuple[str, ...] = ()
+    """NAME=VALUE for submitit (repeat the option), as in slurm_partition=gpu or gpus_per_node=1."""
+    print_commands: bool = False
+    """Print one shell line a run, teachers first, and train nothing."""
+    device: Device = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is autocast."""
+    out: str | None = None
+    """Folder of the runs and of the table; what it holds is not trained again. Default runs/TABLE-SCALE-PROTOCOL."""

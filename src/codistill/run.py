@@ -4,6 +4,7 @@ config.json        what --config takes to repeat the run
 environment.json   versions, hardware, git commit, command
 metrics.jsonl      one line an epoch
 last.pt            the newest checkpoint: weights, optimiser, position, every random state; loads with weights_only
+details.json       what a report draws: reliability by bins, confusion of the deployed member
 result.json        the final figures; it exists exactly when the run is complete
 """
 

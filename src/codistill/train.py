@@ -11,6 +11,7 @@ import math
 import time
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +19,12 @@ import torch
 from torch import Tensor, nn
 
 from codistill.config import Config, MachineError, MethodConfig
+from codistill.cost import forget_peak, peak_megabytes
 from codistill.data import DeviceLoader
 from codistill.losses import wide_dtype
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
+from codistill.outcome import MOST_CLASSES_IN_DETAIL, cost, details, outcome
 from codistill.peers import PeerOutputs, Peers, eval_mode
 from codistill.run import RunFolder, Tracker, write_json
 from codistill.setup import (
@@ -100,6 +103,9 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
     t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * len(targets_B)
     t.sums["hits_P"] += hits_P
     t.sums["distill_P"] += terms["distill_P"].to(t.sums["distill_P"].dtype) * len(targets_B)
+    for name in terms:
+        if name.rpartition("_")[2].startswith("B"):  # a method's own weights, one set a sample: attention, gate, ...
+            t.sums[name] = t.sums.get(name, 0) + terms[name].sum(0, dtype=t.sums["loss"].dtype)
     return terms
 
 
@@ -221,6 +227,9 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
             "distill": (t.sums["distill_P"] / count).tolist(),
         },
     }
+    inspected = {name: total for name, total in t.sums.items() if name.rpartition("_")[2].startswith("B")}
+    if inspected:  # means over the epoch's samples
+        line["method"] = {name.rpartition("_")[0]: (total / count).tolist() for name, total in inspected.items()}
     due = (t.epoch + 1) % t.config.eval_every_epochs == 0 or t.epoch + 1 == t.config.epochs
     if curve is not None and due:
         part = "test" if t.config.protocol == "paper" else "val"
@@ -242,14 +251,19 @@ def _holdout_outputs(t: Training) -> tuple[Tensor, Tensor]:
     return torch.cat(logits, 1), torch.cat(targets)
 
 
-def validate(peers: Peers, method: Method, loader: DeviceLoader) -> dict[str, Any]:
-    """Measure every member and the method's ensemble on a set."""
-    metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device)
+def collect(peers: Peers, method: Method, loader: DeviceLoader, detail: bool = False) -> PeerMetrics:
+    """Run every member and the method's ensemble over a set, and return the sums."""
+    metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device, detail)
     with eval_mode(peers), eval_mode(method), torch.inference_mode():
         for views_VBCHW, targets_B in loader.epoch():
             outputs = peers(views_VBCHW)
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
-    return metrics.compute()
+    return metrics
+
+
+def validate(peers: Peers, method: Method, loader: DeviceLoader) -> dict[str, Any]:
+    """Measure every member and the method's ensemble on a set."""
+    return collect(peers, method, loader).compute()
 
 
 def measure(t: Training, loader: DeviceLoader) -> dict[str, Any]:
@@ -289,8 +303,9 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
     folder.keep_lines(t.epoch)
     reporter.begin(describe(t, resumed=state is not None), config.epochs, len(t.loader), t.epoch)
     if not folder.complete:
+        forget_peak(t.device)
         fit(t, folder, reporter, tracker)
-        write_json(folder.path / "result.json", _result(t))
+        _finish(t, folder)
     tracker.close()
     figures = _read_result(folder)
     reporter.end(figures)
@@ -301,25 +316,16 @@ def _read_result(folder: RunFolder) -> dict[str, Any]:
     return json.loads((folder.path / "result.json").read_text())
 
 
-def _result(t: Training) -> dict[str, Any]:
-    """Read the test set and gather the run's figures."""
-    measured = measure(t, test_loader(t))
-    figures: dict[str, Any] = {
-        "deployed": deployed_name(t),
-        "student": measured["student"],
-        "protocol": t.config.protocol,
-        "epochs": t.config.epochs,
-        "test": measured["members"],
-        "parameters_trained": count_parameters(t.peers) + count_parameters(t.method),
-        "parameters_deployed": count_parameters(deployed_network(t)),
-        "split": t.splits.describe(t.data),
-        "seconds": round(t.seconds, 3),
-    }
-    if measured["ema"] is not None:
-        figures["test_ema"] = measured["ema"]
-    if t.best is not None:
-        figures["best_test"] = t.best
-    return figures
+def _finish(t: Training, folder: RunFolder) -> None:
+    """Read the test set and write the run's figures; result.json comes last, it says that the run is complete."""
+    memory = peak_megabytes(t.device)
+    loader, detail = test_loader(t), len(t.data.classes) <= MOST_CLASSES_IN_DETAIL
+    members = collect(t.peers, t.method, loader, detail)
+    ema = collect(t.ema.peers, t.method, loader, detail) if t.ema is not None else None
+    figures = outcome(t, members.compute(), ema.compute() if ema is not None else None)
+    figures["cost"] = {"training_peak_mb": memory, **cost(t, partial(_outputs, t))}
+    write_json(folder.path / "details.json", details(t, members, ema))
+    write_json(folder.path / "result.json", figures)
 
 
 def describe(t: Training, resumed: bool = False) -> list[str]:

@@ -64,7 +64,9 @@ class TableRecipe:
             for name in asked:
                 if name not in there:
                     raise InputError(f'{flag}: {table} has no "{name}"{suggest(name, there)}')
-        return [(n, m) for n in dict.fromkeys(networks or self.networks) for m in dict.fromkeys(methods or self.methods)]
+        return [
+            (n, m) for n in dict.fromkeys(networks or self.networks) for m in dict.fromkeys(methods or self.methods)
+        ]
 
 
 def scaled(config: Config, scale: Scale) -> Config:

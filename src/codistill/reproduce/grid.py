@@ -131,6 +131,10 @@ def run_grid(
         job.first = next((j for j in jobs if j.cell.label == job.cell.teacher and j.seed == job.seed), None)
     total = sum(job.config.epochs for job in jobs)
     folder.mkdir(parents=True, exist_ok=True)
+    for job in jobs:
+        answer = finished(job.config)
+        if answer is not None:
+            _end(job, answer)
     if executor is None:
         from codistill.reproduce.workers import Processes
 
@@ -147,6 +151,20 @@ def run_grid(
         finally:
             executor.close()
     _keep_failures(cells, folder)
+
+
+def finished(config: Config) -> Answer | None:
+    """Return the answer of a run that is complete, or why the folder cannot be this run's; else None."""
+    path = Path(str(config.out)) / "result.json"
+    if not path.exists():
+        return None
+    from codistill.run import RunFolder
+
+    try:
+        RunFolder(config)  # checked against the config as any continuation is
+    except InputError as error:
+        return None, str(error)
+    return json.loads(path.read_text()), None
 
 
 def _advance(jobs: list[Job], executor: Executor) -> None:

@@ -5,7 +5,6 @@ Nothing here imports torch before a worker knows its GPU.
 
 from __future__ import annotations
 
-import json
 import multiprocessing
 import os
 import signal
@@ -18,7 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from codistill.config import Config, InputError, MachineError
-from codistill.reproduce.grid import Answer
+from codistill.reproduce.grid import Answer, finished
 
 
 def train_job(config: Config) -> Answer:
@@ -28,13 +27,10 @@ def train_job(config: Config) -> Answer:
 
     assert config.out is not None
     try:
-        done = Path(config.out) / "result.json"
         with _lock(Path(f"{config.out}.lock")):
-            if done.exists():  # checked against the config as any continuation is
-                from codistill.run import RunFolder
-
-                RunFolder(config)
-                return json.loads(done.read_text()), None
+            answer = finished(config)  # another process may have trained it while this one waited
+            if answer is not None:
+                return answer
             from codistill.train import train
 
             return train(config).figures, None
