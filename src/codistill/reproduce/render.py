@@ -8,7 +8,8 @@ from typing import Any
 from codistill.recipes.tables import SCALES
 from codistill.reproduce.entries import Entry
 from codistill.reproduce.formats import Rows
-from codistill.reproduce.plan import Plan, TableCell
+from codistill.reproduce.grid import Cell
+from codistill.reproduce.plan import Plan
 from codistill.reproduce.table import mean_std, say_difference
 
 LEGEND = (
@@ -82,7 +83,7 @@ def say_gap(entry: Entry) -> str:
     return f"{fmean(entry.compared.values()) - entry.published[0]:+.2f}"
 
 
-def cost_columns(cell: TableCell | None) -> dict[str, str]:
+def cost_columns(cell: Cell | None) -> dict[str, str]:
     """Return what training and deploying cost, mean over seeds; `-` where it was not measured."""
     results = list(cell.results.values()) if cell is not None else []
     costs = [result["cost"] for result in results if "cost" in result]
