@@ -96,6 +96,9 @@ class Config:
     """Where to train; auto takes a GPU if there is one."""
     channels_last: bool = True
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
+    execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
+    """How peers run in training: loop, one after the other; stacked, as one network (equal peers; wins where launches
+    cost more than the arithmetic); measure tries both; auto takes loop."""
     deterministic: bool = False
     """Use deterministic kernels only (on a CPU with one thread runs repeat bit for bit anyway)."""
 
@@ -111,8 +114,9 @@ class Config:
     """Steps between two looks at the loss; between them the device is never waited for."""
     eval_every_epochs: int = 1
     """Epochs between two evaluations on the curve's set (validation; the test set under --protocol paper)."""
-    tracker: Literal["none", "tensorboard"] = "none"
-    """Also write the metrics for this viewer (an extra: pip install codistill[tensorboard])."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also write the metrics for this viewer (extras of the same names: pip install codistill[tensorboard]). wandb is
+    offline unless WANDB_MODE says otherwise; trackio keeps its own folder, TRACKIO_DIR."""
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):

@@ -6,7 +6,7 @@ FLOPs count matrix products and convolutions, a multiplication and an addition a
 
 from __future__ import annotations
 
-import sys
+import contextlib
 import time
 from pathlib import Path
 from statistics import median
@@ -27,10 +27,8 @@ def forget_peak(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
-    try:
+    with contextlib.suppress(OSError):
         (_PROCESS / "clear_refs").write_text("5")  # Linux: the process's peak falls to what it uses now
-    except OSError:
-        pass
 
 
 def peak_megabytes(device: torch.device) -> float | None:
@@ -41,11 +39,7 @@ def peak_megabytes(device: torch.device) -> float | None:
         status = (_PROCESS / "status").read_text()
     except OSError:
         return None
-    peak = (
-        next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
-        if sys.platform == "linux"
-        else None
-    )
+    peak = next((line for line in status.splitlines() if line.startswith("VmHWM:")), None)
     return int(peak.split()[1]) / 2**10 if peak else None
 
 

@@ -24,7 +24,7 @@ MOST_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes cannot be loo
 
 
 def outcome(t: Training, members: dict[str, Any], ema: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what result.json holds, but for the cost: figures of the members, of their mean teachers, of the student."""
+    """Return what result.json holds, but for the cost: figures of all members, mean teachers and the student."""
     figures: dict[str, Any] = {
         "deployed": deployed_name(t),
         "student": deployed_figures(t, members, ema),
@@ -35,6 +35,7 @@ def outcome(t: Training, members: dict[str, Any], ema: dict[str, Any] | None) ->
         "parameters_deployed": count_parameters(deployed_network(t)),
         "split": t.splits.describe(t.data),
         "seconds": round(t.seconds, 3),
+        "execution": t.execution,
     }
     if ema is not None:
         figures["test_ema"] = ema

@@ -242,30 +242,6 @@ def _git_commit() -> str | None:
         return None
 
 
-class Tracker:
-    """Passes metrics on to a viewer; `none` does nothing."""
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.writer = None
-        if kind == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("--tracker tensorboard needs: pip install 'codistill[tensorboard]'") from None
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Write every number of `line`, at its epoch."""
-        if self.writer is not None:
-            for name, value in flatten(line):
-                self.writer.add_scalar(name, value, line["epoch"])
-
-    def close(self) -> None:
-        """Flush what is pending."""
-        if self.writer is not None:
-            self.writer.close()
-
-
 def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     """Return (path, number) pairs of nested figures."""
     pairs = []

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from codistill.config import Config, Device, InputError, MethodConfig
 from codistill.data import DeviceLoader, ImageSet, Splits, load_set, make_splits
 from codistill.data.loader import Augmentation
+from codistill.execution import choose_execution, stack
 from codistill.guard import FiniteGuard
 from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
@@ -42,6 +43,7 @@ class Training:
     guard: FiniteGuard
     teacher: nn.Module | None = None
     ema: MeanTeacher | None = None
+    execution: str = "loop"
     epoch: int = 0
     step: int = 0
     """Steps done in this epoch."""
@@ -55,6 +57,7 @@ class Training:
         return {
             "peers": self.peers.state_dict(),
             "method": self.method.state_dict(),
+            "execution": self.execution,
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "epoch": self.epoch,
@@ -92,12 +95,13 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def setup(config: Config, teacher: nn.Module | None = None) -> Training:
+def setup(config: Config, teacher: nn.Module | None = None, execution: str | None = None) -> Training:
     """Build data, peers, method and optimiser of a resolved config.
 
     Args:
         config: A resolved config.
         teacher: A trained network for a method that needs one, instead of the one its config names.
+        execution: What an earlier part of this run chose, instead of choosing anew.
 
     Raises:
         InputError: some part of the config cannot be had.
@@ -127,18 +131,22 @@ def setup(config: Config, teacher: nn.Module | None = None) -> Training:
         teacher = load_teacher(config.method, data) if teacher is None else teacher
         teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
-    if method.update == "alternating":
-        shares = [[*member.parameters()] for member in peers.members]
-    else:
-        shares = [[*peers.parameters(), *method.parameters()]]
-    options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(share, *options, fused=True) for share in shares]
     augmentation = Augmentation(data.pad if config.augment else 0, data.flip and config.augment, config.cutout)
     views = peers.num_peers if "views" in method.needs else 1
     part = (data.x_train[splits.train], data.y_train[splits.train])
     loader = make_loader(config, data, part, device, augmentation, views)
+    batch = loader.first()
+    execution = execution or choose_execution(config, peers, method, batch)
+    if execution == "stacked":
+        stack(peers, ema, batch)
+    if method.update == "alternating":
+        shares = [[*member.parameters()] for member in peers.members]
+    else:
+        shares = [[*peers.trained_parameters(), *method.parameters()]]
+    options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(share, *options, fused=True) for share in shares]
     guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device)
-    return Training(config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema)
+    return Training(config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema, execution)
 
 
 def make_loader(
@@ -238,6 +246,6 @@ def load_run(path: str | Path, data_dir: str | None = None, device: Device = "au
     config = Config.from_file(path)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir).resolved()
     state = load_checkpoint(path / "last.pt")
-    t = setup(config)
+    t = setup(config, execution=state.get("execution"))
     t.load_state(state)
     return t

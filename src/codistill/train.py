@@ -21,12 +21,13 @@ from torch import Tensor, nn
 from codistill.config import Config, MachineError, MethodConfig
 from codistill.cost import forget_peak, peak_megabytes
 from codistill.data import DeviceLoader
+from codistill.folding import folded_for_evaluation
 from codistill.losses import wide_dtype
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
 from codistill.outcome import MOST_CLASSES_IN_DETAIL, cost, details, outcome
 from codistill.peers import PeerOutputs, Peers, eval_mode
-from codistill.run import RunFolder, Tracker, write_json
+from codistill.run import RunFolder, write_json
 from codistill.setup import (
     Training,
     count_parameters,
@@ -39,6 +40,7 @@ from codistill.setup import (
     test_loader,
 )
 from codistill.signals import Stopped, caught_signals
+from codistill.trackers import Tracker
 
 
 class Reporter:
@@ -255,8 +257,9 @@ def collect(peers: Peers, method: Method, loader: DeviceLoader, detail: bool = F
     """Run every member and the method's ensemble over a set, and return the sums."""
     metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device, detail)
     with eval_mode(peers), eval_mode(method), torch.inference_mode():
+        folded = folded_for_evaluation(peers, loader.first()[0][:2])
         for views_VBCHW, targets_B in loader.epoch():
-            outputs = peers(views_VBCHW)
+            outputs = folded(views_VBCHW)
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
     return metrics
 
@@ -294,12 +297,12 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
     reporter = reporter or Reporter()
     config = config.resolved()
     folder = RunFolder(config)
-    t = setup(config, teacher)
     state = folder.load()
+    t = setup(config, teacher, None if state is None else state.get("execution"))
     if state is not None:
         t.load_state(state)
-    tracker = Tracker(config.tracker, folder.path)
     folder.begin()
+    tracker = Tracker(config)
     folder.keep_lines(t.epoch)
     reporter.begin(describe(t, resumed=state is not None), config.epochs, len(t.loader), t.epoch)
     if not folder.complete:
@@ -341,7 +344,7 @@ def describe(t: Training, resumed: bool = False) -> list[str]:
         f"{t.data.describe_augmentation(config.augment, config.cutout)}; protocol {config.protocol}",
         f"{config.epochs} epochs of {len(t.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
-        f"{config.dtype} on {t.device}, seed {config.seed}",
+        f"{config.dtype} on {t.device}, execution {t.execution}, seed {config.seed}",
     ]
     if method.ramp_epochs:
         notes.append(f"distillation weight ramps up to {method.weight:g} over {method.ramp_epochs:g} epochs")

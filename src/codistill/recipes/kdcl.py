@@ -8,8 +8,15 @@ the paper, the rest of the CIFAR one is a guess. Every network of a group is jud
 from __future__ import annotations
 
 from codistill.config import Config
-from codistill.method_configs import CLILRConfig, DMLConfig, IndependentConfig, KDCLConfig, KDConfig, MethodConfig
-from codistill.method_configs import ONEConfig
+from codistill.method_configs import (
+    CLILRConfig,
+    DMLConfig,
+    IndependentConfig,
+    KDCLConfig,
+    KDConfig,
+    MethodConfig,
+    ONEConfig,
+)
 from codistill.recipes.tables import IMAGENET, Place, TableRecipe
 
 MODELS = {
@@ -37,7 +44,7 @@ def _imagenet(method: MethodConfig, networks: list[str], **options: object) -> C
 
 
 def _branches(method: str, forks: tuple[str, str]) -> dict[str, object]:
-    """Return the shape of ONE (3 branches before the last stage) or CLNN (a tree with 4 heads), or of their baseline."""
+    """Return the shape of ONE (3 branches of the last stage) or CLNN (a tree with 4 heads), or of their baseline."""
     if "ONE" in method:
         return {"topology": "branches", "peers": 3, "branch_at": forks[1:]}
     return {"topology": "branches", "peers": 4, "branch_at": forks, "fan_out": (2, 2)}
@@ -56,7 +63,7 @@ def _target(method: str, own_views: bool = True) -> KDCLConfig:
 
 
 def table2(network: str, method: str) -> Config:
-    """ImageNet accuracy of ResNet-50 and ResNet-18 trained together: Vanilla 76.8 and 71.2, KDCL-MinLogit 77.8, 73.1."""
+    """ImageNet accuracy of ResNet-50 and ResNet-18 together: Vanilla 76.8 and 71.2, KDCL-MinLogit 77.8 and 73.1."""
     alone = _alone(method)
     if alone is not None:
         return _imagenet(alone, ["resnet18"], **_branches(method, ("layer3", "layer4")))

@@ -1,8 +1,8 @@
 """The CIFAR tables of PCL (Wu & Gong, AAAI 2021): 3 members of every method, under one recipe.
 
 SGD with Nesterov's momentum 0.9, rate 0.1 falling tenfold at epochs 150 and 225 of 300, batch 128, weight decay 5e-4;
-PCL with T = 3 and a ramp of 80 epochs. The published numbers are second-hand, and how the paper set up its rivals is not
-in our sources: each stands here as its own paper has it. FFL-S is shown as published and not trained.
+PCL with T = 3 and a ramp of 80 epochs. The published numbers are second-hand, and no source says how the paper set up
+its rivals: each stands here as its own paper has it. FFL-S is shown as published and not trained.
 """
 
 from __future__ import annotations

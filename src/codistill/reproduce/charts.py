@@ -22,15 +22,17 @@ HOVER = "epoch %{x}: %{y:.2f}<extra>%{fullData.name}</extra>"
 def charts_of(section: Section) -> list[Chart]:
     """Return the charts that the section's runs have figures for."""
     groups = section.groups
-    charts = [
-        _chart("Learning curves", "Mean over seeds, band: one deviation to either side.", _learning(groups)),
-        _chart("Diversity and ensemble", "Of the group of peers whose ensemble is judged; mean over seeds.", _diversity(groups)),
-        _chart("Accuracy against cost", "The member deployed, test set, last epoch; bars: one deviation.", _cost(groups)),
-        _chart("Every member", "Mean over seeds.", _members(groups)),
-        _chart("Who is listened to", "Weights that the method gives its members, epoch means over seeds.", _weights(groups)),
-        _chart("Reliability", "Test set, seeds pooled; above the diagonal: too modest, below: too sure.", _reliability(groups)),
-        _chart("Confusion", "Test set, seeds pooled, the member deployed; a row is a true class, in %.", _confusion(groups)),
+    seeds, pooled = "Mean over seeds.", "Test set, seeds pooled"
+    known = [
+        ("Learning curves", "Mean over seeds, band: one deviation to either side.", _learning),
+        ("Diversity and ensemble", "Of the peers whose ensemble is judged; mean over seeds.", _diversity),
+        ("Accuracy against cost", "The member deployed, test set, last epoch; bars: one deviation.", _cost),
+        ("Every member", seeds, _members),
+        ("Who is listened to", "Weights that the method gives its members, epoch means over seeds.", _weights),
+        ("Reliability", f"{pooled}; above the diagonal: too modest, below: too sure.", _reliability),
+        ("Confusion", f"{pooled}, the member deployed; a row is a true class, in %.", _confusion),
     ]
+    charts = [_chart(title, note, views(groups)) for title, note, views in known]
     return [chart for chart in charts if chart["views"]]
 
 
@@ -137,7 +139,10 @@ def _diversity(groups: list[Group]) -> list[View]:
         "correlation of errors": ("error_correlation", "mean correlation of being wrong"),
     }
     views = [_view(name, _lines(groups, _of_part(key)), "epoch", axis) for name, (key, axis) in names.items()]
-    return [*views, _view("gain of the ensemble", _lines(groups, _ensemble_gain), "epoch", "points over the mean member")]
+    return [
+        *views,
+        _view("gain of the ensemble", _lines(groups, _ensemble_gain), "epoch", "points over the mean member"),
+    ]
 
 
 def _members(groups: list[Group]) -> list[View]:
@@ -182,10 +187,13 @@ def _weights(groups: list[Group]) -> list[View]:
                         sums.setdefault(line["epoch"] + 1, []).append(values)
             epochs = sorted(sums)
             z = [[round(fmean(v[i] for v in sums[e]), 4) for e in epochs] for i in range(len(labels))]
-            about = {"hovertemplate": "epoch %{x}, %{y}: %{z:.3f}<extra></extra>", "colorbar": {"title": {"text": "weight"}}}
+            about = {
+                "hovertemplate": "epoch %{x}, %{y}: %{z:.3f}<extra></extra>",
+                "colorbar": {"title": {"text": "weight"}},
+            }
             trace = {"type": "heatmap", "x": epochs, "y": labels, "z": z, "heat": True, **about}
             views.append(_view(f"{group.label}, {name}", [trace], "epoch", "", yaxis={"autorange": "reversed"}))
-    return views
+    return sorted(views, key=lambda view: not view["name"].endswith("attention"))
 
 
 def _flat(weights: list[Any]) -> tuple[list[str], list[float]]:
@@ -243,8 +251,8 @@ def _reliability(groups: list[Group]) -> list[View]:
                 line = {"type": "scatter", "mode": "lines+markers", "x": xs, "y": ys, "customdata": counts}
                 traces.append({**line, "hovertemplate": hover, "name": plain(group.label), "group": group.label})
         if traces:
-            diagonal = {"type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, 1], "hoverinfo": "skip", "guide": True}
-            traces.insert(0, diagonal | {"group": None, "showlegend": False})
+            diagonal: Trace = {"type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, 1], "hoverinfo": "skip"}
+            traces.insert(0, diagonal | {"group": None, "guide": True, "showlegend": False})
         square = {"xaxis": {"range": [0, 1]}, "yaxis": {"range": [0, 1.02]}}
         views.append(_view(name, traces, "confidence", "accuracy", **square))
     return views

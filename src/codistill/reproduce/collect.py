@@ -50,6 +50,7 @@ class Group:
 class Section:
     """One part of the page: a table, and the groups behind it."""
 
+    name: str
     title: str
     rows: Rows
     lower_is_better: bool
@@ -108,12 +109,14 @@ def collect(paths: list[Path]) -> list[Section]:
 def _of_table(path: Path, held: dict[str, Any]) -> Section:
     plan = plan_of_folder(path, held)
     groups = []
+    several = len({cell.network for cell in plan.cells}) > 1
     for cell in plan.cells:
         runs = _runs(cell, path, plan.options.seeds)
-        network = network_of(plan, cell.network)
-        groups += [Group(f"{network}: {cell.method}" if len(plan.recipe.networks) > 1 else cell.method, runs)] if runs else []
+        label = f"{network_of(plan, cell.network)}: {cell.method}" if several else cell.method
+        groups += [Group(label, runs)] if runs else []
     lower = plan.published["measure"] == "error"
-    return Section(plan.title(), rows_of(plan, entries_of(plan)), lower, notes_of(plan), groups, _failures(path))
+    name = plan.name if plan.options.scale == "full" else f"{plan.name}, {plan.options.scale} scale"
+    return Section(name, plan.title(), rows_of(plan, entries_of(plan)), lower, notes_of(plan), groups, _failures(path))
 
 
 def _of_comparison(path: Path, held: dict[str, Any]) -> Section:
@@ -125,7 +128,7 @@ def _of_comparison(path: Path, held: dict[str, Any]) -> Section:
         cells.append(cell)
         groups += [Group(cell.label, runs)] if runs else []
     notes = ["Test set, last epoch, of the member deployed; differences are paired over seeds, ± 95 % t-interval."]
-    return Section(held["title"], table_rows(cells), False, notes, groups, _failures(path))
+    return Section("Comparison", held["title"], table_rows(cells), False, notes, groups, _failures(path))
 
 
 def _of_runs(runs: list[Run]) -> Section:
@@ -134,19 +137,28 @@ def _of_runs(runs: list[Run]) -> Section:
     for run in runs:
         key = json.dumps({k: v for k, v in run.config.to_dict().items() if k not in _APART})
         folder = run.path.resolve()
-        label = folder.parent.name if folder.name.startswith("seed") else folder.name.removesuffix(f"-seed{run.config.seed}")
+        label = (
+            folder.parent.name
+            if folder.name.startswith("seed")
+            else folder.name.removesuffix(f"-seed{run.config.seed}")
+        )
         groups.setdefault(key, Group(label, [])).runs.append(run)
     rows = []
     for group in groups.values():
         done = [run.result for run in group.runs if run.result is not None]
-        row = {"run": group.label, "test, last epoch, top-1 %": mean_std([r["student"]["top1"] for r in done]) if done else "-"}
+        row = {
+            "run": group.label,
+            "test, last epoch, top-1 %": mean_std([r["student"]["top1"] for r in done]) if done else "-",
+        }
         best = [r["best_test"]["top1"] for r in done if "best_test" in r]
         if any("best_test" in (run.result or {}) for run in runs):
             row["best test epoch (chosen on the test set), top-1 %"] = mean_std(best) if best else "-"
         cell = Cell(group.label, group.runs[0].config, results=dict(enumerate(done)))
         rows.append(row | {"n": str(len(done))} | cost_columns(cell))
     unfinished = [f"{run.path} is not complete" for run in runs if run.result is None]
-    return Section("Runs", rows, False, ["Mean ± deviation over the seeds given."], [*groups.values()], unfinished)
+    return Section(
+        "Runs", "Single runs", rows, False, ["Mean ± deviation over the seeds given."], [*groups.values()], unfinished
+    )
 
 
 def _runs(cell: Cell, folder: Path, seeds: int) -> list[Run]:

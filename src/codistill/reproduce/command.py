@@ -14,7 +14,7 @@ from codistill.console import err, out, print_rows, progress_bar
 from codistill.recipes.tables import SCALES
 from codistill.reproduce.entries import entries_of
 from codistill.reproduce.formats import Rows, comma_separated, latex, markdown
-from codistill.reproduce.grid import Cell, Executor, read_results, run_grid, slug
+from codistill.reproduce.grid import Cell, Executor, read_results, run_grid
 from codistill.reproduce.plan import Plan, make_plan
 from codistill.reproduce.render import notes_of, rows_of
 from codistill.reproduce.shell import command_line
@@ -96,7 +96,11 @@ def plan_of_folder(folder: Path, held: dict[str, Any]) -> Plan:
     """Return the plan that a grid's folder was made by, with the results it holds."""
     fields = {f.name for f in dataclasses.fields(ReproduceConfig)}
     values = {k: tuple(v) if isinstance(v, list) else v for k, v in held["options"].items() if k in fields}
-    plan = make_plan(held["table"], ReproduceConfig(**values | {"out": str(folder)}))
+    options = ReproduceConfig()
+    for key, value in values.items():
+        setattr(options, key, value)
+    options.out = str(folder)
+    plan = make_plan(held["table"], options)
     read_results([*plan.cells], plan.options.seeds, folder)
     return plan
 

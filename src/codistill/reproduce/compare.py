@@ -8,8 +8,8 @@ from pathlib import Path
 
 from codistill.config import METHODS, CompareConfig, Config, InputError, MachineError, method_config
 from codistill.console import err, out, print_rows, progress_bar
-from codistill.reproduce.grid import Cell, run_grid
 from codistill.reproduce.formats import markdown
+from codistill.reproduce.grid import Cell, run_grid
 from codistill.reproduce.table import table_rows
 from codistill.run import write_atomically, write_json
 

@@ -14,8 +14,8 @@ from codistill.reproduce.table import mean_std, say_difference
 
 LEGEND = (
     "mean ± deviation over seeds (n=1: one run, no deviation); vs equal cost: last epoch against the baseline that "
-    "trains as much, paired over seeds, ± 95 % t-interval, n.s. = no significant difference; FLOPs: matrix products and "
-    "convolutions, forward and backward; peak MB: of the GPU, or of the whole process on a CPU"
+    "trains as much, paired over seeds, ± 95 % t-interval, n.s. = no significant difference; FLOPs: matrix products "
+    "and convolutions, forward and backward; peak MB: of the GPU, or of the whole process on a CPU"
 )
 
 

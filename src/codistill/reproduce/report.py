@@ -66,7 +66,7 @@ def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
     data = [{"groups": [group.label for group in s.groups], "charts": charts_of(s)} for s in sections]
     page = _PAGE.format(
         policy=_POLICY,
-        title=html.escape(title or (sections[0].title.split(";")[0] if len(sections) == 1 else "Runs and tables")),
+        title=html.escape(title or (sections[0].name if len(sections) == 1 else "Runs and tables")),
         version=__version__,
         css=_file("page.css"),
         js=_file("page.js"),
@@ -86,14 +86,18 @@ def _file(name: str) -> str:
 def _section(section: Section, number: int) -> str:
     """Return a section's HTML: results, toggles, charts, costs, commands."""
     names = [column for column in section.rows[0] if column in _NAMES]
+    networks = {row.get("network", "") for row in section.rows}
+    if len(networks) == 1 and len(names) > 1:
+        names.remove("network")
     costs = [column for column in section.rows[0] if column.startswith(_COSTS) and column not in names]
-    results = [column for column in section.rows[0] if column not in (*names, *costs)]
+    results = [column for column in section.rows[0] if column not in (*_NAMES, *costs)]
     rows = [{" ".join(names): " ".join(row[name] for name in names)} | row for row in section.rows]
     head = " ".join(names)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
     return "\n".join(
         [
             f"<section><h2>{html.escape(section.title)}</h2>",
+            f"<p>Network: {html.escape(min(networks))}</p>" if len(networks) == 1 and min(networks) else "",
             _table([{name: row[name] for name in (head, *results)} for row in rows], section.lower_is_better),
             _failures(section.failures),
             f'<div class="chips" id="chips-{number}"></div><div class="charts" id="charts-{number}"></div>',
@@ -119,10 +123,8 @@ def _table(rows: Rows, lower_is_better: bool) -> str:
     head = "".join(f'<th class="{"words" if name == "judged" else ""}">{html.escape(name)}</th>' for name in rows[0])
     lines = []
     for row in rows:
-        cells = [
-            f'<td class="{"words" if name == "judged" else tone_of(name, text, lower_is_better)}">{html.escape(text)}</td>'
-            for name, text in row.items()
-        ]
+        tones = ["words" if name == "judged" else tone_of(name, text, lower_is_better) for name, text in row.items()]
+        cells = [f'<td class="{tone}">{html.escape(text)}</td>' for tone, text in zip(tones, row.values())]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'

@@ -10,7 +10,7 @@ from codistill.config import Config, MethodConfig
 
 
 def command_line(config: Config) -> str:
-    """Return `codistill train ...` with every option that is not the default; the parser makes the same config of it."""
+    """Return `codistill train ...` with every option that is not the default; parsed, it is the same config."""
     assert isinstance(config.method, MethodConfig)
     words = ["codistill", "train", config.method.name]
     words += _flags(config, Config(method=type(config.method)()), "--", skip="method")

@@ -210,7 +210,7 @@ class Submitit:
         self.jobs: list[Any] = []
 
     def room(self) -> bool:
-        """A cluster's queue takes everything."""
+        """Say yes: a cluster's queue takes everything."""
         return True
 
     def start(self, config: Config) -> Any:

@@ -30,7 +30,7 @@
       return { ...rest, colorscale: HEAT[theme()], colorbar: { ...rest.colorbar, thickness: 10, outlinewidth: 0 } };
     }
     if (guide) return { ...rest, line: { color: css("--soft"), dash: "dot", width: 1 } };
-    if (band) return { ...rest, fillcolor: fade(style.color, 0.16), showlegend: false };
+    if (band) return { ...rest, fillcolor: fade(style.color, 0.11), showlegend: false };
     const error = rest.error_y ? { error_y: { ...rest.error_y, color: style.color, thickness: 1.2 } } : {};
     return { ...rest, ...error, line: { color: style.color, dash: dash ?? style.dash, width: 2 }, marker: { ...rest.marker, color: style.color } };
   }
@@ -38,18 +38,21 @@
   function layoutOf(view, narrow) {
     const axis = (title) => ({
       title: { text: title, standoff: 8 }, gridcolor: css("--grid"), zerolinecolor: css("--grid"),
-      linecolor: css("--line"), automargin: true, fixedrange: narrow,
+      linecolor: css("--line"), fixedrange: narrow,
     });
     const heat = view.traces.some((trace) => trace.heat);
+    const few = view.x === "epoch" && view.traces.every((trace) => trace.x.every((x) => x <= 12));
+    const ticks = few ? { dtick: 1 } : {};
     const names = view.traces.filter((trace) => trace.name).length;
     return merge({
       autosize: true, paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)",
       font: { color: css("--ink"), size: narrow ? 11 : 12, family: getComputedStyle(document.body).fontFamily },
-      margin: { l: 48, r: 12, t: 12, b: 44 }, xaxis: axis(view.x), yaxis: axis(view.y), hovermode: "closest",
+      margin: { l: 54, r: 12, t: 12, b: 46 }, hovermode: "closest",
+      xaxis: { ...axis(view.x), ...ticks, automargin: heat }, yaxis: { ...axis(view.y), automargin: heat },
       hoverlabel: { bgcolor: css("--paper"), bordercolor: css("--line"), font: { color: css("--ink") } },
       // Where the chips name the groups, a legend in every chart would only take its room.
       showlegend: !heat && view.traces.every((trace) => trace.group == null) && names > 1,
-      legend: { orientation: "h", y: -0.28, font: { size: 11 } },
+      legend: { orientation: "h", x: 0, y: 1, yanchor: "bottom", font: { size: 11 } },
     }, view.layout);
   }
 
