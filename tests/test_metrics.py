@@ -65,7 +65,8 @@ def slow_figures(logits_PNC, targets, group):
     wrong = [[float(guess != target) for guess, target in zip(row[4], targets)] for row in rows]
     spread = [p for p in group if 0 < sum(wrong[p]) < count]
     correlated = [np.corrcoef(wrong[p], wrong[q])[0, 1] for p, q in pairs if p in spread and q in spread]
-    figures["error_correlation"] = float(np.mean(correlated)) if correlated else None
+    if correlated:
+        figures["error_correlation"] = float(np.mean(correlated))
     for place, name in enumerate(("top1", "top5", "nll", "ece")):
         figures[name] = [row[place] for row in rows]
         figures[f"ensemble_{name}"] = whole[place]

@@ -115,8 +115,9 @@ class PeerMetrics:
             "diversity": distance,
             "disagreement": disagreement,
             "both_wrong": both_wrong,
-            "error_correlation": correlation,
         }
+        if correlation is not None:
+            figures["error_correlation"] = correlation
         if self.num_classes > 10:  # with ten classes or fewer the top 5 says little
             figures |= {"top5": top5[:-1], "ensemble_top5": top5[-1]}
         return figures
