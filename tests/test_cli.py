@@ -26,7 +26,9 @@ def test_help_answers_at_once_and_without_torch():
     assert min(seconds) < 1.0  # 0.1 s on a quiet machine; a loaded one gets some slack
 
 
-@pytest.mark.parametrize("command", ["train okddip", "train", "compare", "evaluate", "export", "list", "demo"])
+@pytest.mark.parametrize(
+    "command", ["train okddip", "train", "compare", "evaluate", "export", "list", "demo", "reproduce", "report"]
+)
 def test_every_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as end:
         main([*command.split(), "--help"])

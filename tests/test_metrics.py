@@ -3,6 +3,7 @@
 import math
 from itertools import combinations
 
+import numpy as np
 import pytest
 import torch
 
@@ -61,6 +62,11 @@ def slow_figures(logits_PNC, targets, group):
             disagreement += (rows[p][4][n] != rows[q][4][n]) / len(pairs) / count
             both_wrong += (rows[p][4][n] != targets[n] and rows[q][4][n] != targets[n]) / len(pairs) / count
     figures = {"samples": count, "diversity": distance, "disagreement": disagreement, "both_wrong": both_wrong}
+    wrong = [[float(guess != target) for guess, target in zip(row[4], targets)] for row in rows]
+    spread = [p for p in group if 0 < sum(wrong[p]) < count]
+    correlated = [np.corrcoef(wrong[p], wrong[q])[0, 1] for p, q in pairs if p in spread and q in spread]
+    if correlated:
+        figures["error_correlation"] = float(np.mean(correlated))
     for place, name in enumerate(("top1", "top5", "nll", "ece")):
         figures[name] = [row[place] for row in rows]
         figures[f"ensemble_{name}"] = whole[place]

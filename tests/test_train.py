@@ -274,3 +274,66 @@ def test_tensorboard_gets_the_curves_or_says_how_to_install_it(tmp_path):
     else:
         train(config)
         assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("kind", ["wandb", "trackio"])
+def test_trackers_of_wandbs_shape_hear_every_epoch(kind, tmp_path, monkeypatch):
+    import sys
+    from types import SimpleNamespace
+
+    heard = []
+    fake = SimpleNamespace(
+        init=lambda **about: heard.append(about),
+        log=lambda figures, step: heard.append((step, figures)),
+        finish=lambda: heard.append("end"),
+    )
+    monkeypatch.setitem(sys.modules, kind, fake)
+    monkeypatch.delenv("WANDB_MODE", raising=False)
+    train(tiny(out=str(tmp_path / "run"), epochs=2, tracker=kind))
+    about, first, second, end = heard
+    assert about["project"] == "codistill"
+    assert about.get("mode") == ("offline" if kind == "wandb" else None)
+    assert (first[0], second[0], end) == (0, 1, "end")
+    assert "val/ensemble_top1" in first[1]
+    monkeypatch.setitem(sys.modules, kind, None)
+    with pytest.raises(InputError, match=rf"pip install 'codistill\[{kind}\]'"):
+        train(tiny(out=str(tmp_path / "other"), epochs=1, tracker=kind))
+
+
+def test_a_methods_own_weights_and_its_details_are_written_down(tmp_path):
+    from codistill.method_configs import KDCLConfig
+    from codistill.run import read_lines
+
+    attention = train(tiny(out=str(tmp_path / "okddip"), epochs=2))
+    lines = read_lines(attention.folder / "metrics.jsonl")
+    assert [sum(row) for row in lines[1]["method"]["attention"]] == pytest.approx([1.0, 1.0])
+    shares = train(tiny(method=KDCLConfig(target="linear"), peers=2, out=str(tmp_path / "kdcl"), epochs=1))
+    assert sum(read_lines(shares.folder / "metrics.jsonl")[0]["method"]["weights"]) == pytest.approx(1.0)
+    details = read_json(attention.folder / "details.json")
+    assert sum(map(sum, details["confusion"])) == sum(b["samples"] for b in details["reliability"]) == 797
+    hits = sum(details["confusion"][c][c] for c in range(10))
+    assert 100 * hits / 797 == pytest.approx(attention.figures["student"]["top1"])
+
+
+def test_cost_counts_what_a_loop_over_layers_counts(tmp_path):
+    from torch import nn
+
+    run = train(tiny(out=str(tmp_path / "run"), epochs=1))
+    macs = 0
+
+    def count(module, inputs, output):
+        nonlocal macs
+        if isinstance(module, nn.Conv2d):
+            macs += output[0].numel() * module.weight[0].numel()
+        elif isinstance(module, nn.Linear):
+            macs += output[0].numel() * module.in_features
+
+    student = run.student
+    for module in student.modules():
+        module.register_forward_hook(count)
+    student(torch.zeros(1, 1, 8, 8))
+    cost = run.figures["cost"]
+    assert cost["flops_an_image"] == 2 * macs
+    # Forward and both gradients of three networks; the first layer needs no gradient of its input.
+    assert 5 * macs * 3 < cost["training_flops_a_sample"] < 6 * macs * 3 * 1.05
+    assert cost["samples_seen"] == 60

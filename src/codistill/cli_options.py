@@ -8,7 +8,17 @@ import io
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from codistill.config import METHODS, CompareConfig, Config, Device, InputError, MethodConfig, method_config, suggest
+from codistill.config import (
+    METHODS,
+    CompareConfig,
+    Config,
+    Device,
+    InputError,
+    MethodConfig,
+    ReproduceConfig,
+    method_config,
+    suggest,
+)
 
 
 @dataclass
@@ -24,7 +34,11 @@ COMMANDS = {
     "evaluate": Command("evaluate RUN", "measure every member of a trained run"),
     "compare": Command("compare METHOD ...", "train methods and baselines of equal cost over seeds, print the table"),
     "export": Command("export RUN", "write the one deployed student as a file that needs no codistill"),
-    "list": Command("list methods|models|data", "show what there is"),
+    "reproduce": Command(
+        "reproduce TABLE", "train a published table anew, with deviations and baselines of equal cost"
+    ),
+    "report": Command("report RUN ...", "write one self-contained page about runs, grids and tables"),
+    "list": Command("list methods|models|data|tables", "show what there is"),
     "demo": Command("demo", "the comparison that make demo runs"),
 }
 
@@ -55,6 +69,16 @@ class ExportOptions:
     """File format."""
     data_dir: str | None = None
     """Where the data lies, if not where the run found it."""
+
+
+@dataclass
+class ReportOptions:
+    """Write one self-contained page about runs, grids and tables: no network is needed to read it."""
+
+    out: str = "report.html"
+    """File to write (also -o)."""
+    title: str | None = None
+    """Heading of the page; default what it is about."""
 
 
 @dataclass
@@ -106,8 +130,17 @@ def parse(command: str, argv: list[str]) -> Parsed:
             words,
             _tyro(CompareConfig(method="independent"), rest, f"codistill compare {' '.join(words) or 'METHOD ...'}"),
         )
+    if command == "reproduce":
+        if len(words) != 1 and not asks_help:
+            raise InputError(f"reproduce takes one TABLE, not {len(words)} words; `codistill list tables` names them")
+        return Parsed(words, _tyro(ReproduceConfig(), rest, f"codistill reproduce {words[0] if words else 'TABLE'}"))
+    if command == "report":
+        if not words and not asks_help:
+            raise InputError("report needs at least one RUN: a run folder, or the folder of a grid or of a table")
+        rest = ["--out" if word == "-o" else word for word in rest]
+        return Parsed(words, _tyro(ReportOptions(), rest, "codistill report RUN ..."))
     plain = {"evaluate": EvaluateOptions, "export": ExportOptions, "list": ListOptions, "demo": DemoOptions}
-    expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data"}.get(command)
+    expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data|tables"}.get(command)
     if expected and len(words) != 1 and not asks_help:
         raise InputError(f"{command} takes one {expected}, not {len(words)} words")
     prog = f"codistill {command}" + (f" {words[0] if words else expected}" if expected else "")
@@ -202,6 +235,9 @@ def _tyro(default: Any, argv: list[str], prog: str) -> Any:
         field = ("method", annotation, dataclasses.field(default_factory=lambda: default.method))
         shown = dataclasses.make_dataclass("Options", [field], bases=(kind,))  # type: ignore[arg-type]
         start = shown(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
+    if isinstance(default, ReproduceConfig):
+        for flag in ("--network", "--method", "--submit-option"):
+            argv = _gather(argv, flag)
     said = io.StringIO()
     try:
         with contextlib.redirect_stderr(said):

@@ -75,6 +75,23 @@ def compare(parsed: Parsed) -> int:
     return run(parsed.words, parsed.options)
 
 
+def reproduce(parsed: Parsed) -> int:
+    """Train a published table anew."""
+    from codistill.reproduce.command import reproduce as run
+
+    return run(parsed.words[0], parsed.options)
+
+
+def report(parsed: Parsed) -> int:
+    """Write the page."""
+    from codistill.reproduce.report import write_report
+
+    path = Path(parsed.options.out)
+    about = write_report([Path(word) for word in parsed.words], path, parsed.options.title)
+    out.print(f"wrote {path}: {about}", markup=False)
+    return 0
+
+
 def demo(parsed: Parsed) -> int:
     """Run the demo's comparison."""
     from codistill.recipes.demo import METHODS as DEMO_METHODS
@@ -137,7 +154,21 @@ def list(parsed: Parsed) -> int:
         from codistill.data.sets import SETS
 
         rows = [{"data": name, "what it is": about} for name, about in SETS.items()]
+    elif what == "tables":
+        from codistill.recipes import TABLES
+        from codistill.reproduce.published import published_tables
+
+        rows = [
+            {
+                "table": name,
+                "data": published["data"],
+                "paper": f"{published['paper'].rpartition('. ')[2]}, {published['place']}",
+                "networks": ", ".join(TABLES[name].networks),
+                "methods": ", ".join(TABLES[name].methods),
+            }
+            for name, published in published_tables().items()
+        ]
     else:
-        raise InputError(f'list: unknown "{what}"{suggest(what, ("methods", "models", "data"))}')
+        raise InputError(f'list: unknown "{what}"{suggest(what, ("methods", "models", "data", "tables"))}')
     print_rows(rows, what)
     return 0

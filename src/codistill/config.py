@@ -26,6 +26,7 @@ __all__ = [
     "InputError",
     "MachineError",
     "MethodConfig",
+    "ReproduceConfig",
     "method_config",
 ]
 
@@ -125,8 +126,9 @@ class Config:
     """Steps between two looks at the loss; between them the device is never waited for."""
     eval_every_epochs: int = 1
     """Epochs between two evaluations on the curve's set (validation; the test set under --protocol paper)."""
-    tracker: Literal["none", "tensorboard"] = "none"
-    """Also write the metrics for this viewer (an extra: pip install codistill[tensorboard])."""
+    tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
+    """Also write the metrics for this viewer (extras of the same names: pip install codistill[tensorboard]). wandb is
+    offline unless WANDB_MODE says otherwise; trackio keeps its own folder, TRACKIO_DIR."""
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):
@@ -366,3 +368,38 @@ class CompareConfig(Config):
     """Runs that train side by side on this machine, each on one CPU thread."""
     out: str | None = None
     """Folder of the grid; runs that it already holds are not trained again. Default runs/compare-DATA."""
+
+
+@dataclass
+class ReproduceConfig:
+    """Make a published table anew: its cells, their baselines of equal cost, over seeds, under a stated protocol."""
+
+    network: tuple[str, ...] = ()
+    """Only these networks of the table (repeat the option); default all, under --scale smoke the first."""
+    method: tuple[str, ...] = ()
+    """Only these methods of the table (repeat the option), with what they are compared with; default all."""
+    baselines: bool = True
+    """Train the baselines of equal cost, also those that the published table leaves out."""
+    seeds: int = 3
+    """Number of seeds: 0 .. n-1."""
+    data_dir: str | None = None
+    """Where the images lie or are downloaded to; for ImageNet the folder that holds train and val."""
+    scale: Literal["smoke", "short", "full"] = "full"
+    """smoke: digits and a tiny network, nothing is downloaded; short: a tenth of the epochs, a fifth of the images;
+    full: the paper's. Only full is compared with the paper's numbers."""
+    protocol: Literal["honest", "paper"] = "honest"
+    """honest: the test set is read once, at the last epoch; paper: last and best test epoch, each in its column."""
+    workers: int | None = None
+    """Runs side by side, each on one CPU thread or one GPU; default one a GPU, or one."""
+    submit: Literal["none", "slurm", "local"] = "none"
+    """Hand each run to submitit (pip install codistill[slurm]): a SLURM job each, or a process of this machine."""
+    submit_option: tuple[str, ...] = ()
+    """NAME=VALUE for submitit (repeat the option), as in slurm_partition=gpu or gpus_per_node=1."""
+    print_commands: bool = False
+    """Print one shell line a run, teachers first, and train nothing."""
+    device: Device = "auto"
+    """Where to train; auto takes a GPU if there is one."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """bfloat16 is autocast."""
+    out: str | None = None
+    """Folder of the runs and of the table; what it holds is not trained again. Default runs/TABLE-SCALE-PROTOCOL."""

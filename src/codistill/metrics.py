@@ -26,9 +26,17 @@ class PeerMetrics:
         num_classes: Classes C.
         group: The members that form the ensemble and between which diversity is measured.
         device: Where the sums live.
+        detail: Also count who was taken for whom (C x C a row); for `details`.
     """
 
-    def __init__(self, num_peers: int, num_classes: int, group: Sequence[int], device: torch.device | str) -> None:
+    def __init__(
+        self,
+        num_peers: int,
+        num_classes: int,
+        group: Sequence[int],
+        device: torch.device | str,
+        detail: bool = False,
+    ) -> None:
         self.num_classes, self.group = num_classes, list(group)
         self._whole = self.group == list(range(num_peers))
         rows = num_peers + 1
@@ -39,7 +47,9 @@ class PeerMetrics:
         self.nll_M = torch.zeros_like(self.correct_M)
         # Per bin of confidence: samples, sum of confidences, sum of hits.
         self.bins_3MK = torch.zeros(3, rows * NUM_BINS, dtype=self.wide, device=device)
-        self.pairs = torch.zeros(3, dtype=self.wide, device=device)  # L2 distance, disagreement, both wrong
+        self.pairs = torch.zeros(2, dtype=self.wide, device=device)  # L2 distance, disagreement
+        self.both_wrong_GG = torch.zeros(len(self.group), len(self.group), dtype=self.wide, device=device)
+        self.confusion = torch.zeros(rows * num_classes**2 if detail else 0, dtype=torch.int64, device=device)
 
     @torch.no_grad()
     def update(self, logits_PBC: Tensor, targets_B: Tensor, ensemble_log_probs_BC: Tensor | None = None) -> None:
@@ -62,6 +72,10 @@ class PeerMetrics:
         self.correct5_M += (rank_MB < 5).sum(-1)
         self.nll_M -= log_MBC.gather(-1, index_MB1).squeeze(-1).sum(-1, dtype=self.wide)
         self._update_bins(confidence_MB, hit_MB)
+        if len(self.confusion):
+            rows_M1 = torch.arange(len(guess_MB), device=guess_MB.device).unsqueeze(1)
+            place = ((rows_M1 * self.num_classes + targets_B) * self.num_classes + guess_MB).flatten()
+            self.confusion.index_add_(0, place, torch.ones_like(place))
         self._update_pairs(group_GBC, hit_MB[:-1][self.group], guess_MB[:-1][self.group])
 
     def _update_bins(self, confidence_MB: Tensor, hit_MB: Tensor) -> None:
@@ -76,8 +90,9 @@ class PeerMetrics:
             return
         first, second = torch.triu_indices(len(probs_GBC), len(probs_GBC), 1, device=probs_GBC.device)
         disagree = (guess_GB[first] != guess_GB[second]).to(self.wide).mean(0).sum()
-        both_wrong = (~hit_GB[first] & ~hit_GB[second]).to(self.wide).mean(0).sum()
-        self.pairs += torch.stack((peer_distance(probs_GBC).sum(dtype=self.wide), disagree, both_wrong))
+        self.pairs += torch.stack((peer_distance(probs_GBC).sum(dtype=self.wide), disagree))
+        wrong_GB = (~hit_GB).to(self.wide)
+        self.both_wrong_GG += wrong_GB @ wrong_GB.t()
 
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
         """Take in what other processes have counted on their samples; `total` adds a tensor up over them."""
@@ -97,7 +112,8 @@ class PeerMetrics:
         top1 = (self.correct_M * 100 / count).tolist()
         top5 = (self.correct5_M * 100 / count).tolist()
         nll = (self.nll_M / count).tolist()
-        distance, disagreement, both_wrong = (self.pairs / count).tolist()
+        distance, disagreement = (self.pairs / count).tolist()
+        both_wrong, correlation = _errors_in_common(self.both_wrong_GG / count)
         figures: dict[str, Any] = {
             "samples": self.count,
             "top1": top1[:-1],
@@ -110,6 +126,35 @@ class PeerMetrics:
             "disagreement": disagreement,
             "both_wrong": both_wrong,
         }
+        if correlation is not None:
+            figures["error_correlation"] = correlation
         if self.num_classes > 10:  # with ten classes or fewer the top 5 says little
             figures |= {"top5": top5[:-1], "ensemble_top5": top5[-1]}
         return figures
+
+    def details(self, row: int) -> dict[str, Any]:
+        """Return what a page draws of one row (the ensemble is row -1): reliability by bins, and the confusion."""
+        samples, confidence, hits = self.bins_3MK.view(3, -1, NUM_BINS)[:, row].tolist()
+        filled = [(n, c, h) for n, c, h in zip(samples, confidence, hits) if n]
+        bins = [{"samples": int(n), "confidence": c / n, "accuracy": h / n} for n, c, h in filled]
+        if not len(self.confusion):
+            return {"reliability": bins}
+        classes = self.num_classes
+        return {"reliability": bins, "confusion": self.confusion.view(-1, classes, classes)[row].tolist()}
+
+
+def _errors_in_common(both_wrong_GG: Tensor) -> tuple[float, float | None]:
+    """Return the mean over pairs of P(both wrong), and of the correlation of being wrong (None where nobody errs).
+
+    The diagonal of `both_wrong_GG` holds every member's rate of errors.
+    """
+    rates = both_wrong_GG.diagonal().tolist()
+    pairs = [(i, j) for i in range(len(rates)) for j in range(i)]
+    if not pairs:
+        return 0.0, None
+    both = {pair: both_wrong_GG[pair].item() for pair in pairs}
+    spread = [math.sqrt(rate * (1 - rate)) if 0 < rate < 1 else 0.0 for rate in rates]
+    correlations = [
+        (both[i, j] - rates[i] * rates[j]) / (spread[i] * spread[j]) for i, j in pairs if spread[i] and spread[j]
+    ]
+    return sum(both.values()) / len(pairs), sum(correlations) / len(correlations) if correlations else None

@@ -4,6 +4,7 @@ config.json        what --config takes to repeat the run
 environment.json   versions, hardware, git commit, command
 metrics.jsonl      one line an epoch
 last.pt            the newest checkpoint: weights, optimiser, position, every random state; loads with weights_only
+details.json       what a report draws: reliability by bins, confusion of the deployed member
 result.json        the final figures; it exists exactly when the run is complete
 """
 
@@ -264,30 +265,6 @@ def _git_commit() -> str | None:
         return commit.stdout.strip() + ("+" if run("status", "--porcelain", "-uno").stdout.strip() else "")
     except (OSError, subprocess.SubprocessError):
         return None
-
-
-class Tracker:
-    """Passes metrics on to a viewer; `none` does nothing."""
-
-    def __init__(self, kind: str, folder: Path) -> None:
-        self.writer = None
-        if kind == "tensorboard":
-            try:
-                from torch.utils.tensorboard import SummaryWriter
-            except ImportError:
-                raise InputError("--tracker tensorboard needs: pip install 'codistill[tensorboard]'") from None
-            self.writer = SummaryWriter(str(folder / "tensorboard"))
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Write every number of `line`, at its epoch."""
-        if self.writer is not None:
-            for name, value in flatten(line):
-                self.writer.add_scalar(name, value, line["epoch"])
-
-    def close(self) -> None:
-        """Flush what is pending."""
-        if self.writer is not None:
-            self.writer.close()
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:

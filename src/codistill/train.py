@@ -6,11 +6,13 @@ Shapes: P peers, V views, B batch, C classes.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,29 +20,30 @@ import torch
 from torch import Tensor, nn
 
 from codistill.config import Config, MachineError
+from codistill.cost import forget_peak, peak_megabytes
 from codistill.data import DeviceLoader
 from codistill.losses import wide_dtype
 from codistill.mesh import Mesh, after_restart, join_mesh
 from codistill.mesh_peers import folded_members
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
+from codistill.outcome import MOST_CLASSES_IN_DETAIL, cost, details, outcome
 from codistill.peers import PeerOutputs, Peers, eval_mode
 from codistill.reporting import Reporter, describe
-from codistill.run import RunFolder, SilentFolder, Tracker, write_json
+from codistill.run import RunFolder, SilentFolder, write_json
 from codistill.setup import (
     Training,
     curve_loader,
     deployed_figures,
-    deployed_name,
     deployed_network,
     load_run,
-    numbers_trained_and_deployed,
     part_loader,
     pick_device,
     setup,
     test_loader,
 )
 from codistill.signals import Stopped, caught_signals
+from codistill.trackers import Tracker
 
 
 @dataclass
@@ -96,6 +99,10 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
         t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * count
         t.sums["hits_P"] += hits_P
         t.sums["distill_P"] += terms["distill_P"].to(t.sums["loss"].dtype) * count
+    if t.mesh is None:  # a method's own weights, one set a sample: attention, gate, ...
+        for name in terms:
+            if name.rpartition("_")[2].startswith("B"):
+                t.sums[name] = t.sums.get(name, 0) + terms[name].sum(0, dtype=t.sums["loss"].dtype)
     return terms
 
 
@@ -266,6 +273,9 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
             "distill": (sums["distill_P"] / count).tolist(),
         },
     }
+    inspected = {name: total for name, total in t.sums.items() if name.rpartition("_")[2].startswith("B")}
+    if inspected:  # means over the epoch's samples
+        line["method"] = {name.rpartition("_")[0]: (total / count).tolist() for name, total in inspected.items()}
     due = (t.epoch + 1) % t.config.eval_every_epochs == 0 or t.epoch + 1 == t.config.epochs
     if curve is not None and due:
         part = "test" if t.config.protocol == "paper" else "val"
@@ -291,9 +301,11 @@ def _holdout_outputs(t: Training) -> tuple[Tensor, Tensor]:
     return logits_PNC, torch.from_numpy(t.data.y_train[t.splits.holdout]).to(t.device)
 
 
-def validate(peers: Peers, method: Method, loader: DeviceLoader, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Measure every member and the method's ensemble on a set; on a mesh, each rank on its part of it."""
-    metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device)
+def collect(
+    peers: Peers, method: Method, loader: DeviceLoader, detail: bool = False, mesh: Mesh | None = None
+) -> PeerMetrics:
+    """Run every member and the method's ensemble over a set and return the sums; on a mesh, each rank its part."""
+    metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device, detail)
     with eval_mode(peers), eval_mode(method), torch.inference_mode():
         folded = folded_members(peers, loader)
         for views_VBCHW, targets_B in loader.epoch():
@@ -301,7 +313,12 @@ def validate(peers: Peers, method: Method, loader: DeviceLoader, mesh: Mesh | No
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
     if mesh is not None:
         metrics.add_up(mesh.sum_along_data)
-    return metrics.compute()
+    return metrics
+
+
+def validate(peers: Peers, method: Method, loader: DeviceLoader, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Measure every member and the method's ensemble on a set."""
+    return collect(peers, method, loader, mesh=mesh).compute()
 
 
 def measure(t: Training, loader: DeviceLoader) -> dict[str, Any]:
@@ -351,14 +368,15 @@ def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporte
     complete = on_first(lambda: folder.complete)
     if state is not None:
         t.load_state(state) if t.mesh is None else t.mesh.together(lambda: t.load_state(state))
-    tracker = Tracker(t.config.tracker if first else "none", folder.path)
-    on_first(lambda: (folder.begin(), folder.keep_lines(t.epoch)))
+    on_first(folder.begin)
+    tracker = Tracker(t.config if first else dataclasses.replace(t.config, tracker="none"))
+    on_first(lambda: folder.keep_lines(t.epoch))
     notes = describe(t, resumed=state is not None)
     reporter.begin(notes, t.config.epochs, len(t.loader), t.epoch)
     if not complete:
+        forget_peak(t.device)
         fit(t, folder, reporter, tracker)
-        figures = _result(t)
-        on_first(lambda: write_json(folder.path / "result.json", figures))
+        _finish(t, folder)
     tracker.close()
     figures = on_first(lambda: _read_result(folder))
     reporter.end(figures)
@@ -373,24 +391,16 @@ def _read_result(folder: RunFolder) -> dict[str, Any]:
     return json.loads((folder.path / "result.json").read_text())
 
 
-def _result(t: Training) -> dict[str, Any]:
-    """Read the test set and gather the run's figures."""
-    measured = measure(t, test_loader(t))
-    trained, deployed = numbers_trained_and_deployed(t)
-    figures: dict[str, Any] = {
-        "deployed": deployed_name(t),
-        "student": measured["student"],
-        "protocol": t.config.protocol,
-        "epochs": t.config.epochs,
-        "test": measured["members"],
-        "parameters_trained": trained,
-        "parameters_deployed": deployed,
-        "split": t.splits.describe(t.data),
-        "seconds": round(t.seconds, 3),
-        "execution": t.execution,
-    }
-    if measured["ema"] is not None:
-        figures["test_ema"] = measured["ema"]
-    if t.best is not None:
-        figures["best_test"] = t.best
-    return figures
+def _finish(t: Training, folder: RunFolder) -> None:
+    """Read the test set and write the run's figures; result.json comes last, it says that the run is complete."""
+    memory = peak_megabytes(t.device)
+    loader, detail = test_loader(t), t.mesh is None and len(t.data.classes) <= MOST_CLASSES_IN_DETAIL
+    members = collect(t.peers, t.method, loader, detail, t.mesh)
+    ema = collect(t.ema.peers, t.method, loader, detail, t.mesh) if t.ema is not None else None
+    figures = outcome(t, members.compute(), ema.compute() if ema is not None else None)
+    if t.mesh is not None:  # a rank holds some members only: what one process costs is measured by one process
+        t.mesh.on_first(lambda: write_json(folder.path / "result.json", figures))
+        return
+    figures["cost"] = {"training_peak_mb": memory, **cost(t, partial(_outputs, t))}
+    write_json(folder.path / "details.json", details(t, members, ema))
+    write_json(folder.path / "result.json", figures)

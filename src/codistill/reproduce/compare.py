@@ -8,8 +8,9 @@ from pathlib import Path
 
 from codistill.config import METHODS, CompareConfig, Config, InputError, MachineError, method_config
 from codistill.console import err, out, print_rows, progress_bar
+from codistill.reproduce.formats import markdown
 from codistill.reproduce.grid import Cell, run_grid
-from codistill.reproduce.table import markdown, table_rows
+from codistill.reproduce.table import table_rows
 from codistill.run import write_atomically, write_json
 
 LEGEND = (
@@ -82,6 +83,8 @@ def compare(methods: list[str], config: CompareConfig) -> int:
     print_rows(rows, title)
     out.print(LEGEND)
     out.print(f"{time.perf_counter() - began:.0f} s in all; runs and table in {folder}")
+    labels = [{"label": cell.label, "baseline": cell.baseline} for cell in cells]
+    write_json(folder / "grid.json", {"kind": "compare", "title": title, "seeds": config.seeds, "cells": labels})
     failures = [f"{cell.label}, seed {seed}: {reason}" for cell in cells for seed, reason in cell.failures.items()]
     write_json(folder / "table.json", {"title": title, "rows": rows, "failures": failures})
     text = f"{title}\n\n{markdown(rows)}"

@@ -18,7 +18,11 @@ def mean_std(values: Sequence[float], digits: int = 2) -> str:
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple[float, float, int] | None:
+Difference = tuple[float, float, int]
+"""Mean, half width of its 95 % t-interval, n."""
+
+
+def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
     """Return (mean difference, half width of its 95 % t-interval, n) over the seeds that both have; None below 2."""
     from scipy.stats import t as student_t
 
@@ -30,7 +34,7 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> tuple
     return fmean(differences), half, count
 
 
-def say_difference(difference: tuple[float, float, int] | None) -> str:
+def say_difference(difference: Difference | None) -> str:
     """Write a difference with its interval, and whether it is one."""
     if difference is None:
         return "-"
@@ -68,14 +72,3 @@ def table_rows(cells: list[Cell]) -> list[dict[str, str]]:
         row["s a run"] = f"{fmean(r['seconds'] for r in cell.results.values()):.1f}" if any_result else "-"
         rows.append(row)
     return rows
-
-
-def markdown(rows: list[dict[str, str]]) -> str:
-    """Write rows as a Markdown table."""
-    head = "| " + " | ".join(rows[0]) + " |"
-    rule = (
-        "|"
-        + "|".join("--:" if value[:1] in "0123456789+-" and i else "---" for i, value in enumerate(rows[0].values()))
-        + "|"
-    )
-    return "\n".join([head, rule, *("| " + " | ".join(row.values()) + " |" for row in rows)]) + "\n"

@@ -1,0 +1,75 @@
+"""What a finished run leaves behind: its figures, what they cost, and the details that a report draws."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from codistill.cost import deploying, training_flops
+from codistill.metrics import PeerMetrics
+from codistill.peers import PeerOutputs
+from codistill.setup import (
+    DTYPES,
+    Training,
+    deployed_figures,
+    deployed_index,
+    deployed_name,
+    deployed_network,
+    numbers_trained_and_deployed,
+)
+
+MOST_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes cannot be looked at
+
+
+def outcome(t: Training, members: dict[str, Any], ema: dict[str, Any] | None) -> dict[str, Any]:
+    """Return what result.json holds, but for the cost: figures of all members, mean teachers and the student."""
+    trained, deployed = numbers_trained_and_deployed(t)
+    figures: dict[str, Any] = {
+        "deployed": deployed_name(t),
+        "student": deployed_figures(t, members, ema),
+        "protocol": t.config.protocol,
+        "epochs": t.config.epochs,
+        "test": members,
+        "parameters_trained": trained,
+        "parameters_deployed": deployed,
+        "split": t.splits.describe(t.data),
+        "seconds": round(t.seconds, 3),
+        "execution": t.execution,
+    }
+    if ema is not None:
+        figures["test_ema"] = ema
+    if t.best is not None:
+        figures["best_test"] = t.best
+    return figures
+
+
+def cost(t: Training, outputs_of: Callable[..., PeerOutputs]) -> dict[str, Any]:
+    """Measure training and deploying; `outputs_of` runs the peers as the loop does."""
+    size = (t.data.channels, t.data.image_size, t.data.image_size)
+    views = t.peers.num_peers if "views" in t.method.needs else 1
+    zeros_VBCHW = torch.zeros(views, 2, *size, dtype=DTYPES[t.config.dtype], device=t.device)
+    labels_B = torch.zeros(2, dtype=torch.int64, device=t.device)
+    try:
+        flops = training_flops(t.peers, t.method, outputs_of, zeros_VBCHW, labels_B)
+    except RuntimeError:  # some networks of users have no backward in evaluation mode; their run counts all the same
+        flops = None
+    return {
+        "training_flops_a_sample": flops,
+        "samples_seen": t.loader.num_samples * t.config.epochs,
+        "measured_on": str(t.device.type),
+        **deploying(deployed_network(t), zeros_VBCHW[0, 0], t.peers.autocast),
+    }
+
+
+def details(t: Training, members: PeerMetrics, ema: PeerMetrics | None) -> dict[str, Any]:
+    """Return the deployed one's reliability and confusion on the test set, the ensemble's reliability, the classes."""
+    source = ema if t.config.deploy == "ema" and ema is not None else members
+    row = -1 if t.config.deploy == "ensemble" else deployed_index(t)
+    return {
+        "deployed": deployed_name(t),
+        "classes": list(t.data.classes),
+        **source.details(row),
+        "ensemble_reliability": members.details(-1)["reliability"] if t.peers.num_peers > 1 else [],
+    }
