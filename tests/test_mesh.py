@@ -1,7 +1,7 @@
 """Meshes of processes against one process: exactness, checkpoints that change meshes, bytes, bad input.
 
-`CODISTILL_ALL_MESHES=1 pytest -s tests/test_mesh.py` compares every method on meshes of 2 and 4 processes and prints the
-table of docs/distributed.md (a quarter of an hour).
+`CODISTILL_ALL_MESHES=1 pytest -s tests/test_mesh.py` compares every method on meshes of 2 and 4 processes and prints
+the table of docs/distributed.md (a quarter of an hour).
 """
 
 import json

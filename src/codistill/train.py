@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from codistill.config import Config, MachineError
 from codistill.cost import forget_peak, peak_megabytes
 from codistill.data import DeviceLoader
+from codistill.errors import ElsewhereError
 from codistill.losses import wide_dtype
 from codistill.mesh import Mesh, after_restart, join_mesh
 from codistill.mesh_peers import folded_members
@@ -244,6 +245,8 @@ def _look(t: Training, folder: RunFolder) -> None:
     steps_done, terms = bad
     t.epoch, t.step = divmod(steps_done, len(t.loader))
     _save(t, folder)
+    if t.mesh is not None and t.mesh.rank:
+        raise ElsewhereError(1)
     values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
     raise MachineError(
         f"the loss stopped being finite at epoch {t.epoch}, step {t.step} ({values}); the weights before it are kept "
