@@ -76,6 +76,21 @@ def test_every_recipe_resolves_at_every_scale(scale):
             assert (baseline.peers, baseline.topology) == (full.peers, full.topology), (name, method)
 
 
+def test_every_kind_of_cell_can_be_set_up_at_smoke_scale():
+    from codistill.setup import setup
+
+    seen = set()
+    for name, network, method in every_cell():
+        recipe = TABLES[name]
+        for one in filter(None, (method, recipe.equal_cost.get(method), recipe.teachers.get(method))):
+            config = scaled(recipe.config(network, one), "smoke").resolved()
+            key = json.dumps(config.to_dict() | {"out": None})
+            if key not in seen and config.method.name != "kd":
+                seen.add(key)
+                setup(config)
+    assert len(seen) > 40
+
+
 def test_the_recipe_of_okddips_tables_is_its_codes():
     config = TABLES["okddip_table2"].config("resnet32", "OKDDip-branch").resolved()
     assert (config.epochs, config.batch_size, config.weight_decay, config.lr) == (300, 128, 5e-4, 0.1)
@@ -286,7 +301,7 @@ def test_a_killed_grid_goes_on_where_it_stood(tmp_path):
     grid.send_signal(signal.SIGTERM)
     _, said = grid.communicate(timeout=30)
     assert grid.returncode == 75
-    assert "stopped by SIGTERM" in said
+    assert "stopped by SIGTERM; the checkpoint is written, continue with the same command" in said
 
 
 def test_every_gpu_gets_one_worker(monkeypatch):
