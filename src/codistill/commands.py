@@ -13,6 +13,7 @@ from codistill.console import RichReporter, members_table, out, print_rows
 
 def train(parsed: Parsed) -> int:
     """Train one run, or one a seed."""
+    from codistill.mesh import leave
     from codistill.train import train as run
 
     config: Config = parsed.options
@@ -24,6 +25,8 @@ def train(parsed: Parsed) -> int:
         configs = [dataclasses.replace(config, seed=s, out=f"{folder}/seed{s}") for s in range(parsed.seeds)]
     for one in configs:
         result = run(one, RichReporter())
+        if result.training.mesh is not None and result.training.mesh.rank:
+            continue  # the first rank speaks
         figures = result.figures
         title = f"test set, last epoch ({figures['epochs']} epochs, {figures['seconds']:.0f} s)"
         out.print(members_table(figures["test"], figures["deployed"], title, figures.get("test_ema")))
@@ -32,6 +35,7 @@ def train(parsed: Parsed) -> int:
             line = f"best test epoch ({best['epoch']}, chosen on the test set): {best['top1']:.2f} %"
             out.print(line)
         out.print(f"run folder: {result.folder}")
+    leave()
     return 0
 
 

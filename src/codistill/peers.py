@@ -10,12 +10,13 @@ import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from codistill.config import Config
 from codistill.errors import InputError
@@ -48,10 +49,17 @@ class SplitMember(nn.Module):
         super().__init__()
         self.body, self.head = body, head
         self.head_path, self.feature_dim = head_path, feature_dim
+        self.recompute = False
+        """Whether training keeps no activations of the body, and runs it again in the backward."""
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(features, logits)`. The head runs outside autocast, in its own dtype."""
-        features = self.body(x_BCHW)
+        if self.recompute and self.training and torch.is_grad_enabled():
+            # The second run sees the same draws and batch statistics, and must not record those twice.
+            twice = lambda: (nullcontext(), statistics_recorded_already(self.body))  # noqa: E731
+            features = checkpoint(self.body, x_BCHW, use_reentrant=False, context_fn=twice)
+        else:
+            features = self.body(x_BCHW)
         with torch.autocast(x_BCHW.device.type, enabled=False):
             features = features.to(next(self.head.parameters()).dtype)
             return features, self.head(features)
@@ -104,11 +112,13 @@ def _build(spec: Spec, seed: int, member: int, num_classes: int | None, in_chann
         return factory(**{k: v for k, v in offers.items() if k in known and v is not None})
 
 
-def _build_all(specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int) -> list[nn.Module]:
-    """Build member p from `specs[p]`."""
+def _build_all(
+    specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int, first: int = 0
+) -> list[nn.Module]:
+    """Build member `first + p` from `specs[p]`."""
     if not specs:
         raise InputError("0 peers are asked for; give one or more")
-    built = [_build(spec, seed, p, num_classes, in_channels) for p, spec in enumerate(specs)]
+    built = [_build(spec, seed, p, num_classes, in_channels) for p, spec in enumerate(specs, first)]
     if len({id(b) for b in built}) != len(built):
         raise InputError("the same built model is given twice; give every peer one of its own")
     return built
@@ -183,6 +193,7 @@ class NetworkPeers(Peers):
         seed: Member p is initialised from a seed made of (seed, p).
         in_channels: Channels of the images.
         image_size: Height and width used once, to check the networks.
+        first: Number of the first member, where these are a part of more peers (see `mesh.py`).
 
     Raises:
         InputError: one built instance is given for several peers, or the heads do not agree.
@@ -201,6 +212,7 @@ class NetworkPeers(Peers):
         seed: int = 0,
         in_channels: int = 3,
         image_size: int = 32,
+        first: int = 0,
     ) -> None:
         super().__init__()
         specs: list[Spec] = [spec] if isinstance(spec, str | nn.Module) or callable(spec) else list(spec)
@@ -211,7 +223,7 @@ class NetworkPeers(Peers):
             specs *= num_peers
         if len(specs) != num_peers:
             raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one a peer")
-        members = [split_head(b) for b in _build_all(specs, seed, num_classes, in_channels)]
+        members = [split_head(b) for b in _build_all(specs, seed, num_classes, in_channels, first)]
         self.members = nn.ModuleList(members)
         example = _example(self, in_channels, image_size)
         self._check([_try(m, example) for m in members], num_classes)
@@ -393,12 +405,16 @@ class BranchPeers(Peers):
         return self._stack(pairs, trunk)
 
 
-def build_peers(config: Config, num_classes: int, in_channels: int, image_size: int) -> Peers:
-    """Build the peers of a resolved config."""
+def build_peers(
+    config: Config, num_classes: int, in_channels: int, image_size: int, members: range | None = None
+) -> Peers:
+    """Build the peers of a resolved config, or (of networks) only those with the numbers `members`."""
     assert config.peers is not None
     about = {"seed": config.seed, "in_channels": in_channels, "image_size": image_size}
     if config.topology == "networks":
-        return NetworkPeers(list(config.model), config.peers, num_classes, **about)
+        members = range(config.peers) if members is None else members
+        specs = [config.model[p if len(config.model) > 1 else 0] for p in members]
+        return NetworkPeers(specs, len(members), num_classes, first=members.start, **about)
     fork = {"branch_at": config.branch_at, "fan_out": config.fan_out}
     return BranchPeers(config.model[0], config.peers, num_classes, **fork, **about)
 
@@ -447,6 +463,23 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for m in tracking:
             m.track_running_stats = True
+
+
+@contextmanager
+def statistics_recorded_already(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm run as ever, down to what it saves for the backward, and move no running statistics."""
+    tracking = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [m.momentum for m in tracking]
+    counts = [m.num_batches_tracked for m in tracking if m.training and m.num_batches_tracked is not None]
+    for m in tracking:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(tracking, momenta):
+            m.momentum = momentum
+        if counts:
+            torch._foreach_sub_(counts, 1)
 
 
 def _example(module: nn.Module, in_channels: int, image_size: int) -> Tensor:
