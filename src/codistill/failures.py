@@ -10,7 +10,7 @@ def explain(error: Exception) -> tuple[str | None, int]:
     from codistill.signals import Stopped
 
     if isinstance(error, Stopped):
-        return f"stopped by {error}; the checkpoint is written, continue with --resume auto", 75
+        return f"stopped by {error}; the checkpoint is written, continue with {error.mend}", 75
     if isinstance(error, torch.OutOfMemoryError):
         return "the device is out of memory; lower --batch-size or --peers, or use --dtype bfloat16", 1
     if isinstance(error, MemoryError) or "not enough memory" in str(error):

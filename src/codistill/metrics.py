@@ -97,12 +97,14 @@ class PeerMetrics:
     def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
         """Take in what other processes have counted on their samples; `total` adds a tensor up over them."""
         count = torch.tensor(self.count, dtype=self.wide, device=self.correct_M.device)
-        names = ("correct_M", "correct5_M", "nll_M", "bins_3MK", "pairs")
+        names = ("correct_M", "correct5_M", "nll_M", "bins_3MK", "pairs", "both_wrong_GG")
         held = [count, *(getattr(self, name) for name in names)]
         summed = total(torch.cat([value.flatten() for value in held])).split([value.numel() for value in held])
         self.count = int(summed[0].item())
         for name, value in zip(names, summed[1:]):
             setattr(self, name, value.view(getattr(self, name).shape))
+        if len(self.confusion):  # by itself: these are whole numbers
+            self.confusion = total(self.confusion)
 
     def compute(self) -> dict[str, Any]:
         """Return plain numbers (this waits for the device): percentages, nats, and lists with one entry a member."""

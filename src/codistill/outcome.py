@@ -1,4 +1,4 @@
-"""What a finished run leaves behind: its figures, what they cost, and the details that a report draws."""
+"""What measuring a run gives, and what a finished one leaves behind: figures, costs, and details for a report."""
 
 from __future__ import annotations
 
@@ -8,8 +8,12 @@ from typing import Any
 import torch
 
 from codistill.cost import deploying, training_flops
+from codistill.data import DeviceLoader
+from codistill.mesh import Mesh
+from codistill.mesh_peers import folded_members
+from codistill.methods import Method
 from codistill.metrics import PeerMetrics
-from codistill.peers import PeerOutputs
+from codistill.peers import PeerOutputs, Peers, eval_mode
 from codistill.setup import (
     DTYPES,
     Training,
@@ -21,6 +25,21 @@ from codistill.setup import (
 )
 
 MOST_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes cannot be looked at
+
+
+def collect(
+    peers: Peers, method: Method, loader: DeviceLoader, mesh: Mesh | None = None, detail: bool = False
+) -> PeerMetrics:
+    """Run every member and the method's ensemble over a set (on a mesh, each rank over its part); return the sums."""
+    metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device, detail)
+    with eval_mode(peers), eval_mode(method), torch.inference_mode():
+        folded = folded_members(peers, loader)
+        for views_VBCHW, targets_B in loader.epoch():
+            outputs = folded(views_VBCHW)
+            metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
+    if mesh is not None:
+        metrics.add_up(mesh.sum_along_data)
+    return metrics
 
 
 def outcome(t: Training, members: dict[str, Any], ema: dict[str, Any] | None) -> dict[str, Any]:
@@ -46,7 +65,12 @@ def outcome(t: Training, members: dict[str, Any], ema: dict[str, Any] | None) ->
 
 
 def cost(t: Training, outputs_of: Callable[..., PeerOutputs]) -> dict[str, Any]:
-    """Measure training and deploying; `outputs_of` runs the peers as the loop does."""
+    """Measure training and deploying; `outputs_of` runs the peers as the loop does.
+
+    On a mesh no process holds all that is trained, so there these figures are left out.
+    """
+    if t.mesh is not None:
+        return {"measured_on": f"{t.mesh.world} x {t.device.type}"}
     size = (t.data.channels, t.data.image_size, t.data.image_size)
     views = t.peers.num_peers if "views" in t.method.needs else 1
     zeros_VBCHW = torch.zeros(views, 2, *size, dtype=DTYPES[t.config.dtype], device=t.device)

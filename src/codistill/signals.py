@@ -10,6 +10,9 @@ from contextlib import contextmanager
 class Stopped(Exception):  # noqa: N818
     """A signal ended the run after a checkpoint was written (exit code 75)."""
 
+    mend = "--resume auto"
+    """How to go on, in words."""
+
 
 @contextmanager
 def caught_signals() -> Iterator[list[str]]:

@@ -15,18 +15,19 @@ class Tracker:
     """Hears every epoch's line; `none` does nothing.
 
     Args:
-        config: The resolved config; names the viewer and the run folder.
+        kind: The viewer.
+        config: The resolved config; names the run folder.
 
     Raises:
         InputError: the viewer is not installed.
     """
 
-    def __init__(self, config: Config) -> None:
+    def __init__(self, kind: str, config: Config) -> None:
         self.writer: Any = None
         """TensorBoard's writer."""
         self.module: Any = None
         """A module with wandb's `log` and `finish`."""
-        kind, folder = config.tracker, Path(str(config.out))
+        folder = Path(str(config.out))
         if kind == "none":
             return
         name = "torch.utils.tensorboard" if kind == "tensorboard" else kind

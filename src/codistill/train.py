@@ -6,7 +6,6 @@ Shapes: P peers, V views, B batch, C classes.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import time
@@ -25,10 +24,8 @@ from codistill.data import DeviceLoader
 from codistill.errors import ElsewhereError
 from codistill.losses import wide_dtype
 from codistill.mesh import Mesh, after_restart, join_mesh
-from codistill.mesh_peers import folded_members
 from codistill.methods import Method
-from codistill.metrics import PeerMetrics
-from codistill.outcome import MOST_CLASSES_IN_DETAIL, cost, details, outcome
+from codistill.outcome import MOST_CLASSES_IN_DETAIL, collect, cost, details, outcome
 from codistill.peers import PeerOutputs, Peers, eval_mode
 from codistill.reporting import Reporter, describe
 from codistill.run import RunFolder, SilentFolder, write_json
@@ -100,11 +97,15 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
         t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * count
         t.sums["hits_P"] += hits_P
         t.sums["distill_P"] += terms["distill_P"].to(t.sums["loss"].dtype) * count
-    if t.mesh is None:  # a method's own weights, one set a sample: attention, gate, ...
-        for name in terms:
-            if name.rpartition("_")[2].startswith("B"):
-                t.sums[name] = t.sums.get(name, 0) + terms[name].sum(0, dtype=t.sums["loss"].dtype)
+    for name in filter(_of_samples, terms):  # every rank keeps the sum, so that all can be added up
+        total = terms[name].sum(0, dtype=t.sums["loss"].dtype)
+        t.sums[name] = t.sums.get(name, torch.zeros_like(total)) + total * bool(count)
     return terms
+
+
+def _of_samples(name: str) -> bool:
+    """Say whether a term holds a row a sample (its letters begin with B): a method's attention, gate or weights."""
+    return name.rpartition("_")[2].startswith("B")
 
 
 def _outputs(t: Training, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
@@ -276,7 +277,7 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
             "distill": (sums["distill_P"] / count).tolist(),
         },
     }
-    inspected = {name: total for name, total in t.sums.items() if name.rpartition("_")[2].startswith("B")}
+    inspected = {name: total for name, total in sums.items() if _of_samples(name)}
     if inspected:  # means over the epoch's samples
         line["method"] = {name.rpartition("_")[0]: (total / count).tolist() for name, total in inspected.items()}
     due = (t.epoch + 1) % t.config.eval_every_epochs == 0 or t.epoch + 1 == t.config.epochs
@@ -304,24 +305,9 @@ def _holdout_outputs(t: Training) -> tuple[Tensor, Tensor]:
     return logits_PNC, torch.from_numpy(t.data.y_train[t.splits.holdout]).to(t.device)
 
 
-def collect(
-    peers: Peers, method: Method, loader: DeviceLoader, detail: bool = False, mesh: Mesh | None = None
-) -> PeerMetrics:
-    """Run every member and the method's ensemble over a set and return the sums; on a mesh, each rank its part."""
-    metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device, detail)
-    with eval_mode(peers), eval_mode(method), torch.inference_mode():
-        folded = folded_members(peers, loader)
-        for views_VBCHW, targets_B in loader.epoch():
-            outputs = folded(views_VBCHW)
-            metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
-    if mesh is not None:
-        metrics.add_up(mesh.sum_along_data)
-    return metrics
-
-
 def validate(peers: Peers, method: Method, loader: DeviceLoader, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Measure every member and the method's ensemble on a set."""
-    return collect(peers, method, loader, mesh=mesh).compute()
+    """Measure every member and the method's ensemble on a set; on a mesh, each rank on its part of it."""
+    return collect(peers, method, loader, mesh).compute()
 
 
 def measure(t: Training, loader: DeviceLoader) -> dict[str, Any]:
@@ -371,15 +357,16 @@ def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporte
     complete = on_first(lambda: folder.complete)
     if state is not None:
         t.load_state(state) if t.mesh is None else t.mesh.together(lambda: t.load_state(state))
-    on_first(folder.begin)
-    tracker = Tracker(t.config if first else dataclasses.replace(t.config, tracker="none"))
-    on_first(lambda: folder.keep_lines(t.epoch))
+    on_first(lambda: (folder.begin(), folder.keep_lines(t.epoch)))
+    tracker = Tracker(t.config.tracker if first else "none", t.config)
     notes = describe(t, resumed=state is not None)
     reporter.begin(notes, t.config.epochs, len(t.loader), t.epoch)
     if not complete:
         forget_peak(t.device)
         fit(t, folder, reporter, tracker)
-        _finish(t, folder)
+        figures, drawn = _finish(t)
+        on_first(lambda: write_json(folder.path / "details.json", drawn))
+        on_first(lambda: write_json(folder.path / "result.json", figures))  # last: it says that the run is complete
     tracker.close()
     figures = on_first(lambda: _read_result(folder))
     reporter.end(figures)
@@ -394,16 +381,12 @@ def _read_result(folder: RunFolder) -> dict[str, Any]:
     return json.loads((folder.path / "result.json").read_text())
 
 
-def _finish(t: Training, folder: RunFolder) -> None:
-    """Read the test set and write the run's figures; result.json comes last, it says that the run is complete."""
+def _finish(t: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Read the test set and return the run's figures, and the details that a report draws."""
     memory = peak_megabytes(t.device)
-    loader, detail = test_loader(t), t.mesh is None and len(t.data.classes) <= MOST_CLASSES_IN_DETAIL
-    members = collect(t.peers, t.method, loader, detail, t.mesh)
-    ema = collect(t.ema.peers, t.method, loader, detail, t.mesh) if t.ema is not None else None
+    loader, detail = test_loader(t), len(t.data.classes) <= MOST_CLASSES_IN_DETAIL
+    members = collect(t.peers, t.method, loader, t.mesh, detail)
+    ema = collect(t.ema.peers, t.method, loader, t.mesh, detail) if t.ema is not None else None
     figures = outcome(t, members.compute(), ema.compute() if ema is not None else None)
-    if t.mesh is not None:  # a rank holds some members only: what one process costs is measured by one process
-        t.mesh.on_first(lambda: write_json(folder.path / "result.json", figures))
-        return
     figures["cost"] = {"training_peak_mb": memory, **cost(t, partial(_outputs, t))}
-    write_json(folder.path / "details.json", details(t, members, ema))
-    write_json(folder.path / "result.json", figures)
+    return figures, details(t, members, ema)

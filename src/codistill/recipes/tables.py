@@ -76,7 +76,13 @@ def scaled(config: Config, scale: Scale) -> Config:
     if scale == "smoke":
         # resnet8 has three stages, so forks in front of stages 3 and 4 move one stage down.
         forks = tuple(f"layer{int(f[-1]) - 1}" if "layer4" in config.branch_at else f for f in config.branch_at)
-        small = {"data": "digits", "model": ("resnet8",) * len(config.model), "branch_at": forks, "lr": 0.05}
+        small = {
+            "data": "digits",
+            "image_size": None,
+            "model": ("resnet8",) * len(config.model),
+            "branch_at": forks,
+            "lr": 0.05,
+        }
         return dataclasses.replace(config, **small, epochs=4, batch_size=64, milestones=None, warmup_epochs=0.0)
     tenth = max(config.epochs // 10, 2)
     milestones = config.milestones and tuple(max(m * tenth // config.epochs, 1) for m in config.milestones)

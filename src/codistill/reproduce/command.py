@@ -168,8 +168,15 @@ def _short(row: dict[str, str]) -> dict[str, str]:
 
 
 def _raise_failures(cells: Sequence[Cell]) -> None:
-    failures = failures_of(cells)
-    if failures:
+    """Raise with every reason once, and what it struck."""
+    struck: dict[str, list[str]] = {}
+    for cell in cells:
+        for seed, why in sorted(cell.failures.items()):
+            struck.setdefault(why, []).append(f"{cell.label}, seed {seed}")
+    if struck:
+        count = sum(map(len, struck.values()))
+        more = lambda runs: f" and {len(runs) - 1} more" if len(runs) > 1 else ""  # noqa: E731
+        reasons = "; ".join(f"{runs[0]}{more(runs)}: {why}" for why, runs in struck.items())
         raise MachineError(
-            f"{len(failures)} of the runs failed (the same command tries them again): " + "; ".join(failures)
+            f"{count} runs failed (the same command tries them again; failures.json lists them): {reasons}"
         )

@@ -27,6 +27,8 @@ from codistill.signals import Stopped, caught_signals
 class GridStopped(Stopped):
     """A signal ended a grid; its runs have written checkpoints."""
 
+    mend = "the same command"
+
 
 @dataclass
 class Cell:

@@ -87,17 +87,17 @@ def cost_columns(cell: Cell | None) -> dict[str, str]:
     """Return what training and deploying cost, mean over seeds; `-` where it was not measured."""
     results = list(cell.results.values()) if cell is not None else []
     costs = [result["cost"] for result in results if "cost" in result]
-    training = [c["training_flops_a_sample"] * c["samples_seen"] for c in costs if c["training_flops_a_sample"]]
-    peaks = [c["peak_mb"] for c in costs if c["peak_mb"]]
+    training = [c["training_flops_a_sample"] * c["samples_seen"] for c in costs if c.get("training_flops_a_sample")]
+    measured = [c for c in costs if "flops_an_image" in c]
     return {
         "trained, M parameters": _say([r["parameters_trained"] / 1e6 for r in results], 3),
         "training, TFLOPs": _say([flops / 1e12 for flops in training], 2),
         "training, s": _say([r["seconds"] for r in results], 0),
         "training, peak MB": _say([c["training_peak_mb"] for c in costs if c["training_peak_mb"]], 0),
         "deployed, M parameters": _say([r["parameters_deployed"] / 1e6 for r in results], 3),
-        "deployed, MFLOPs an image": _say([c["flops_an_image"] / 1e6 for c in costs], 2),
-        "deployed, ms an image": _say([c["ms_an_image"] for c in costs], 2),
-        "deployed, peak MB": _say(peaks, 0),
+        "deployed, MFLOPs an image": _say([c["flops_an_image"] / 1e6 for c in measured], 2),
+        "deployed, ms an image": _say([c["ms_an_image"] for c in measured], 2),
+        "deployed, peak MB": _say([c["peak_mb"] for c in measured if c["peak_mb"]], 0),
     }
 
 
