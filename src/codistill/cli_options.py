@@ -24,7 +24,7 @@ COMMANDS = {
     "evaluate": Command("evaluate RUN", "measure every member of a trained run"),
     "compare": Command("compare METHOD ...", "train methods and baselines of equal cost over seeds, print the table"),
     "export": Command("export RUN", "write the one deployed student as a file that needs no codistill"),
-    "list": Command("list methods|models|data", "show what there is"),
+    "list": Command("list methods|models|data|branch-points", "show what there is"),
     "demo": Command("demo", "the comparison that make demo runs"),
 }
 
@@ -60,6 +60,11 @@ class ExportOptions:
 @dataclass
 class ListOptions:
     """Show what there is."""
+
+    model: str = "resnet32"
+    """Network whose places to fork are listed (branch-points)."""
+    image_size: int | None = None
+    """Height and width of its images (branch-points); default what the network was made for."""
 
 
 @dataclass
@@ -107,7 +112,7 @@ def parse(command: str, argv: list[str]) -> Parsed:
             _tyro(CompareConfig(method="independent"), rest, f"codistill compare {' '.join(words) or 'METHOD ...'}"),
         )
     plain = {"evaluate": EvaluateOptions, "export": ExportOptions, "list": ListOptions, "demo": DemoOptions}
-    expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data"}.get(command)
+    expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data|branch-points"}.get(command)
     if expected and len(words) != 1 and not asks_help:
         raise InputError(f"{command} takes one {expected}, not {len(words)} words")
     prog = f"codistill {command}" + (f" {words[0] if words else expected}" if expected else "")

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import json
 from pathlib import Path
 
-from codistill.cli_options import DemoOptions, EvaluateOptions, ExportOptions, Parsed
+from codistill.cli_options import DemoOptions, EvaluateOptions, ExportOptions, ListOptions, Parsed
 from codistill.config import METHODS, Config, InputError, suggest
 from codistill.console import RichReporter, members_table, out, print_rows
 
@@ -119,6 +120,7 @@ def list(parsed: Parsed) -> int:
         ]
     elif what == "models":
         from codistill.models import MODELS
+        from codistill.models.sources import ELSEWHERE
         from codistill.setup import count_parameters
 
         rows = [
@@ -129,11 +131,47 @@ def list(parsed: Parsed) -> int:
             }
             for n, f in MODELS.items()
         ]
+        rows += [
+            {"model": say, "parameters at 100 classes": "-", "what it is": about} for say, about in ELSEWHERE.items()
+        ]
     elif what == "data":
         from codistill.data.sets import SETS
 
         rows = [{"data": name, "what it is": about} for name, about in SETS.items()]
+    elif what == "branch-points":
+        rows, what = branch_point_rows(parsed.options), f"where {parsed.options.model} may fork (--branch-at)"
     else:
-        raise InputError(f'list: unknown "{what}"{suggest(what, ("methods", "models", "data"))}')
+        raise InputError(f'list: unknown "{what}"{suggest(what, ("methods", "models", "data", "branch-points"))}')
     print_rows(rows, what)
     return 0
+
+
+def branch_point_rows(options: ListOptions) -> builtins.list[dict[str, str]]:
+    """Return the places where a network may fork, in the order in which they run."""
+    from codistill.branch_points import branch_points
+    from codistill.heads import example_for, split_head
+    from codistill.models import build, resolve
+    from codistill.models.sources import Source
+    from codistill.peers import default_fork
+
+    factory = resolve(options.model)
+    size = options.image_size or (factory.native_size if isinstance(factory, Source) else None)
+    size = size or (224 if isinstance(factory, Source) and factory.is_library else 32)
+    model = build(factory, num_classes=100, in_channels=3, image_size=options.image_size)
+    example = example_for(model, 3, size)
+    member = split_head(model, example)
+    points = branch_points(member.body, member.head_path, example)
+    try:
+        chosen = default_fork(options.model, member, 3, size)
+    except InputError:  # a network of one's own has no default
+        chosen = None
+    whole = sum(p.numel() for p in member.parameters())
+    return [
+        {
+            "module": point.path + (" (default)" if point.path == chosen else ""),
+            "entering": " x ".join(map(str, point.entering)),
+            "in every branch": f"{100 * (point.after + member.head_parameters) / whole:.0f} %",
+            "parameters a branch": f"{point.after + member.head_parameters:,}",
+        }
+        for point in points
+    ]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,7 +40,15 @@ class Config:
     method: MethodConfig | str = "okddip"
     """The method, by name or as its config."""
     model: tuple[str, ...] | str = ("resnet32",)
-    """The network, by name; several names make peers of different sizes, one a peer."""
+    """The network: a built-in name, timm:NAME, torchvision:NAME, hf:PATH or package.module:callable, with options after
+    commas (torchvision:mobilenet_v2,width_mult=0.5); several make peers of different sizes, one a peer."""
+    pretrained: bool = False
+    """Start from the weights that the network's library offers; every peer gets a new classifier head."""
+    weights: str | None = None
+    """Start from this file of weights (.safetensors or a state dict); every peer gets a new classifier head."""
+    channels: Literal[1, 3] | None = None
+    """Channels the networks take: gray images are repeated to 3, colour is made gray for 1. Default: the data set's, or
+    3 for torchvision's networks and pretrained ones of transformers."""
     data: str = "digits"
     """digits, fashion-mnist, cifar10, cifar100, npz:PATH (x_train, y_train, x_test, y_test), or folder:PATH."""
     data_dir: str | None = None
@@ -143,7 +152,7 @@ class Config:
         if getattr(method, "ramp_epochs", 0.0) is None:
             method.ramp_epochs = full.epochs * 80 / 300 if method.default_ramp() else 0.0  # type: ignore[attr-defined]
         if full.out is None:
-            name = "-".join([full.data.replace(":", "-").replace("/", "_"), method.name, topology, *full.model])
+            name = "-".join(slug(part) for part in [full.data, method.name, topology, *full.model])
             full.out = f"runs/{name}-seed{full.seed}"
         return full
 
@@ -186,6 +195,11 @@ class Config:
         if not isinstance(values, dict):
             raise InputError(f"--config: {path} holds no table of options")
         return cls.from_dict(values)
+
+
+def slug(name: str) -> str:
+    """Return a name that any file system takes: `timm:resnet18` becomes `timm-resnet18`."""
+    return re.sub(r"[^A-Za-z0-9._+]+", lambda found: "_" if "/" in found[0] else "-", name).strip("-_.") or "x"
 
 
 def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:

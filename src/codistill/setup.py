@@ -19,6 +19,7 @@ from codistill.data.loader import Augmentation
 from codistill.guard import FiniteGuard
 from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
+from codistill.models.sources import takes_colour_alone
 from codistill.peers import BranchPeers, MeanTeacher, Peers, build_peers
 from codistill.run import load_checkpoint, restore_rng
 from codistill.teacher import load_teacher
@@ -92,11 +93,12 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def setup(config: Config, teacher: nn.Module | None = None) -> Training:
+def setup(config: Config, teacher: nn.Module | None = None, fresh: bool = True) -> Training:
     """Build data, peers, method and optimiser of a resolved config.
 
     Args:
         config: A resolved config.
+        fresh: Whether `pretrained` and `weights` are to be read; not where a checkpoint is loaded anyway.
         teacher: A trained network for a method that needs one, instead of the one its config names.
 
     Raises:
@@ -107,13 +109,15 @@ def setup(config: Config, teacher: nn.Module | None = None) -> Training:
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     data = load_set(config.data, config.data_dir, config.image_size)
+    data = data.with_channels(channels_taken(config, data.channels))
     holdout_fraction = getattr(config.method, "holdout_fraction", 0.0) if config.method.needs_holdout() else 0.0
     splits = make_splits(data, config.val_fraction, holdout_fraction, config.train_per_class)
     if config.batch_size > len(splits.train):
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {len(splits.train)} training images; give a smaller one"
         )
-    peers = build_peers(config, len(data.classes), data.channels, data.image_size)
+    start = config if fresh else dataclasses.replace(config, pretrained=False, weights=None)
+    peers = build_peers(start, len(data.classes), data.channels, data.image_size)
     method = build_method(config.method, peers, config.seed)
     if isinstance(peers, BranchPeers):
         peers.set_rescale(method.rescale_trunk)
@@ -139,6 +143,13 @@ def setup(config: Config, teacher: nn.Module | None = None) -> Training:
     loader = make_loader(config, data, part, device, augmentation, views)
     guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device)
     return Training(config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema)
+
+
+def channels_taken(config: Config, channels: int) -> int:
+    """Return the channels that the networks take: as asked for, 3 where one knows no other, or the data set's."""
+    if config.channels is not None:
+        return config.channels
+    return 3 if any(takes_colour_alone(name, config.pretrained) for name in config.model) else channels
 
 
 def make_loader(
@@ -238,6 +249,6 @@ def load_run(path: str | Path, data_dir: str | None = None, device: Device = "au
     config = Config.from_file(path)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir).resolved()
     state = load_checkpoint(path / "last.pt")
-    t = setup(config)
+    t = setup(config, fresh=False)
     t.load_state(state)
     return t

@@ -147,7 +147,7 @@ def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) ->
     with caught_signals() as caught:
         while t.epoch < t.config.epochs:
             if t.step == 0:
-                t.sums = _zero_sums(t)
+                t.sums = zero_sums(t)
             _run_epoch(t, folder, reporter, caught)
             line = _close_epoch(t, curve)
             folder.log(line)
@@ -201,7 +201,7 @@ def _look(t: Training, folder: RunFolder) -> None:
     )
 
 
-def _zero_sums(t: Training) -> dict[str, Tensor]:
+def zero_sums(t: Training) -> dict[str, Tensor]:
     zeros = torch.zeros(t.peers.num_peers, dtype=wide_dtype(t.device), device=t.device)
     return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
 
@@ -280,8 +280,8 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
     reporter = reporter or Reporter()
     config = config.resolved()
     folder = RunFolder(config)
-    t = setup(config, teacher)
     state = folder.load()
+    t = setup(config, teacher, fresh=state is None)
     if state is not None:
         t.load_state(state)
     tracker = Tracker(config.tracker, folder.path)
