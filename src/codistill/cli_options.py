@@ -50,9 +50,11 @@ class ExportOptions:
     """Write the deployed student."""
 
     out: str | None = None
-    """File to write; default student.safetensors in the run folder."""
-    format: Literal["safetensors"] = "safetensors"
-    """File format."""
+    """File to write; default student.safetensors, .pt2 or .onnx in the run folder. A model card (.md) goes beside it."""
+    format: Literal["safetensors", "torch-export", "onnx"] = "safetensors"
+    """safetensors: weights; torch-export: a program for torch.export.load; onnx: with a free batch size."""
+    license: str = "unknown"
+    """Licence of the weights, as the Hub spells it (apache-2.0, mit, ...), for the model card."""
     data_dir: str | None = None
     """Where the data lies, if not where the run found it."""
 

@@ -91,17 +91,24 @@ def demo(parsed: Parsed) -> int:
 
 
 def export(parsed: Parsed) -> int:
-    """Write the deployed student, check it against the run, and say so."""
-    from codistill.export import export_safetensors
+    """Write the deployed student, check it against the run, write its model card, and say so."""
+    from codistill.card import model_card
+    from codistill.export import SUFFIXES, export_student
+    from codistill.run import write_atomically
+    from codistill.setup import deployed_name as deployed
     from codistill.setup import load_run
 
     options: ExportOptions = parsed.options
     run = Path(parsed.words[0])
-    path = Path(options.out) if options.out else run / "student.safetensors"
+    path = Path(options.out) if options.out else run / f"student{SUFFIXES[options.format]}"
     t = load_run(run, data_dir=options.data_dir, device="cpu")
-    difference = export_safetensors(t, path)
-    out.print(f"wrote {path}" + (" and student.py beside it" if path.with_name("student.py").exists() else ""))
-    out.print(f"largest difference of its logits from the trained member's: {difference:.3g}")
+    difference = export_student(t, path, options.format)
+    card = path.with_suffix(".md")
+    text = model_card(t, run, path, difference, options.license)
+    write_atomically(card, lambda stream: stream.write(text.encode()))
+    beside = [card.name] + ["student.py"] * path.with_name("student.py").exists()
+    out.print(f"wrote {path}, and {' and '.join(beside)} beside it", markup=False)
+    out.print(f"largest difference of its outputs, in its own runtime, from the trained {deployed(t)}'s: {difference:.3g}")
     return 0
 
 

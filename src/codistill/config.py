@@ -42,13 +42,6 @@ class Config:
     model: tuple[str, ...] | str = ("resnet32",)
     """The network: a built-in name, timm:NAME, torchvision:NAME, hf:PATH or package.module:callable, with options after
     commas (torchvision:mobilenet_v2,width_mult=0.5); several make peers of different sizes, one a peer."""
-    pretrained: bool = False
-    """Start from the weights that the network's library offers; every peer gets a new classifier head."""
-    weights: str | None = None
-    """Start from this file of weights (.safetensors or a state dict); every peer gets a new classifier head."""
-    channels: Literal[1, 3] | None = None
-    """Channels the networks take: gray images are repeated to 3, colour is made gray for 1. Default: the data set's, or
-    3 for torchvision's networks and pretrained ones of transformers."""
     data: str = "digits"
     """digits, fashion-mnist, cifar10, cifar100, npz:PATH (x_train, y_train, x_test, y_test), or folder:PATH."""
     data_dir: str | None = None
@@ -59,6 +52,13 @@ class Config:
     """Part of the training set kept for validation: deterministic, balanced over classes, the same for every seed."""
     image_size: int | None = None
     """Height and width that the images of a folder are resized to."""
+    pretrained: bool = False
+    """Start from the weights that the network's library offers; every peer gets a new classifier head."""
+    weights: str | None = None
+    """Start from this file of weights (.safetensors or a state dict); every peer gets a new classifier head."""
+    channels: Literal[1, 3] | None = None
+    """Channels the networks take: gray images are repeated to 3, colour is made gray for 1. Default: the data set's, or
+    3 for torchvision's networks and pretrained ones of transformers."""
     augment: bool = True
     """Random crops (and flips, where the data set allows them), drawn anew for every sample, view and epoch."""
     cutout: int = 0
@@ -148,7 +148,7 @@ class Config:
         if full.protocol == "paper":
             full.val_fraction = 0.0
         if full.milestones is None:
-            full.milestones = (full.epochs // 2, full.epochs * 3 // 4) if full.schedule == "step" else ()
+            full.milestones = (max(full.epochs // 2, 1), max(full.epochs * 3 // 4, 1)) if full.schedule == "step" else ()
         if getattr(method, "ramp_epochs", 0.0) is None:
             method.ramp_epochs = full.epochs * 80 / 300 if method.default_ramp() else 0.0  # type: ignore[attr-defined]
         if full.out is None:
