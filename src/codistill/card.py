@@ -108,7 +108,13 @@ def _accuracy(t: Training, result: dict[str, Any], run: Path) -> str:
 def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
     c, method = t.config, t.method
     environment = _read(run / "environment.json") or {}
-    start = "the library's pretrained weights" if c.pretrained else f"the weights in {c.weights}" if c.weights else "scratch"
+    start = (
+        "the library's pretrained weights"
+        if c.pretrained
+        else f"the weights in {c.weights}"
+        if c.weights
+        else "scratch"
+    )
     device = environment.get("gpu") or f"CPU ({environment.get('threads', '?')} threads)"
     lines = [
         f"- Data: {escape(c.data)}; {t.splits.describe(t.data)}",
@@ -129,5 +135,9 @@ def _use(t: Training, exported: Path, difference: float, licence: str) -> str:
         f"## File\n\nThe metadata of `{exported.name.replace('`', '')}` hold the classes, mean, std and image size. Its "
         f"outputs, read back in its own runtime, differ from the trained student's by at most {difference:.3g} on "
         f"{min(64, len(t.data.y_test))} test images.\n\n## Licence\n\n"
-        + ("Not stated. The licence of the data, and of pretrained weights, may bind it." if licence == "unknown" else escape(licence))
+        + (
+            "Not stated. The licence of the data, and of pretrained weights, may bind it."
+            if licence == "unknown"
+            else escape(licence)
+        )
     )

@@ -22,6 +22,7 @@ class Command:
 COMMANDS = {
     "train": Command("train METHOD", "train peers with a method, in a run folder"),
     "evaluate": Command("evaluate RUN", "measure every member of a trained run"),
+    "predict": Command("predict RUN IMAGES ...", "say what the deployed student sees in image files, as CSV or JSON"),
     "compare": Command("compare METHOD ...", "train methods and baselines of equal cost over seeds, print the table"),
     "export": Command("export RUN", "write the one deployed student as a file that needs no codistill"),
     "list": Command("list methods|models|data|branch-points", "show what there is"),
@@ -43,6 +44,20 @@ class EvaluateOptions:
     """Where to run."""
     json: bool = False
     """Print JSON instead of a table."""
+
+
+@dataclass
+class PredictOptions:
+    """Say what the deployed student sees in image files; a folder stands for all images in it."""
+
+    top: int = 5
+    """Guesses an image, the most probable first."""
+    json: bool = False
+    """Print JSON instead of CSV."""
+    batch_size: int = 64
+    """Images at once."""
+    device: Device = "auto"
+    """Where to run."""
 
 
 @dataclass
@@ -113,6 +128,12 @@ def parse(command: str, argv: list[str]) -> Parsed:
             words,
             _tyro(CompareConfig(method="independent"), rest, f"codistill compare {' '.join(words) or 'METHOD ...'}"),
         )
+    if command == "predict":
+        if len(words) < 2 and not asks_help:
+            raise InputError(
+                "predict takes a RUN and image files or folders, as in: codistill predict runs/first cat.jpg"
+            )
+        return Parsed(words, _tyro(PredictOptions(), rest, "codistill predict RUN IMAGES ..."))
     plain = {"evaluate": EvaluateOptions, "export": ExportOptions, "list": ListOptions, "demo": DemoOptions}
     expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data|branch-points"}.get(command)
     if expected and len(words) != 1 and not asks_help:

@@ -7,7 +7,7 @@ import dataclasses
 import json
 from pathlib import Path
 
-from codistill.cli_options import DemoOptions, EvaluateOptions, ExportOptions, ListOptions, Parsed
+from codistill.cli_options import DemoOptions, EvaluateOptions, ExportOptions, ListOptions, Parsed, PredictOptions
 from codistill.config import METHODS, Config, InputError, suggest
 from codistill.console import RichReporter, members_table, out, print_rows
 
@@ -65,6 +65,28 @@ def evaluate(parsed: Parsed) -> int:
     return 0
 
 
+def predict(parsed: Parsed) -> int:
+    """Print what the deployed student sees in image files; a file that cannot be read is said so in its row."""
+    from codistill.predict import as_csv, image_files, load_predictor
+    from codistill.predict import predict as guess
+
+    options: PredictOptions = parsed.options
+    for name, value in (("top", options.top), ("batch-size", options.batch_size)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}; give at least 1")
+    files = image_files(parsed.words[1:])
+    predictor = load_predictor(parsed.words[0], options.device)
+    top = min(options.top, len(predictor.about["classes"]))
+    rows = [*guess(predictor, files, top, options.batch_size)]
+    print(
+        json.dumps(rows, indent=2, ensure_ascii=False) if options.json else as_csv(rows, top), end="\n" * options.json
+    )
+    bad = [row for row in rows if "error" in row]
+    if len(bad) == len(rows):
+        raise InputError(f"predict: none of the {len(rows)} files can be read ({bad[0]['error']})")
+    return 0
+
+
 def compare(parsed: Parsed) -> int:
     """Train methods side by side and print the table."""
     from codistill.reproduce.compare import compare as run
@@ -108,7 +130,9 @@ def export(parsed: Parsed) -> int:
     write_atomically(card, lambda stream: stream.write(text.encode()))
     beside = [card.name] + ["student.py"] * path.with_name("student.py").exists()
     out.print(f"wrote {path}, and {' and '.join(beside)} beside it", markup=False)
-    out.print(f"largest difference of its outputs, in its own runtime, from the trained {deployed(t)}'s: {difference:.3g}")
+    out.print(
+        f"largest difference of its outputs, in its own runtime, from the trained {deployed(t)}'s: {difference:.3g}"
+    )
     return 0
 
 

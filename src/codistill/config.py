@@ -148,7 +148,9 @@ class Config:
         if full.protocol == "paper":
             full.val_fraction = 0.0
         if full.milestones is None:
-            full.milestones = (max(full.epochs // 2, 1), max(full.epochs * 3 // 4, 1)) if full.schedule == "step" else ()
+            full.milestones = (
+                (max(full.epochs // 2, 1), max(full.epochs * 3 // 4, 1)) if full.schedule == "step" else ()
+            )
         if getattr(method, "ramp_epochs", 0.0) is None:
             method.ramp_epochs = full.epochs * 80 / 300 if method.default_ramp() else 0.0  # type: ignore[attr-defined]
         if full.out is None:

@@ -1,6 +1,7 @@
 """The run folder: resolved config, environment, metrics, checkpoints; everything written atomically.
 
 config.json        what --config takes to repeat the run
+data.json          classes, channels, size and normalising of the images: what predict needs
 environment.json   versions, hardware, git commit, command
 metrics.jsonl      one line an epoch
 last.pt            the newest checkpoint: weights, optimiser, position, every random state; loads with weights_only

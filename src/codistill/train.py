@@ -286,6 +286,8 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
         t.load_state(state)
     tracker = Tracker(config.tracker, folder.path)
     folder.begin()
+    if not (folder.path / "data.json").exists():
+        write_json(folder.path / "data.json", t.data.about())
     folder.keep_lines(t.epoch)
     reporter.begin(describe(t, resumed=state is not None), config.epochs, len(t.loader), t.epoch)
     if not folder.complete:

@@ -77,6 +77,17 @@ class ImageSet:
             raise InputError(f"--channels {channels}: images of {self.channels} channels cannot be made into that")
         return replace(self, x_train=parts[0], x_test=parts[1], mean=mean, std=std)
 
+    def about(self) -> dict[str, Any]:
+        """Return what a user of a trained network must know of its images."""
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "channels": self.channels,
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
     @property
     def images(self) -> tuple[np.ndarray, np.ndarray]:
         """Training and test images."""
