@@ -87,6 +87,18 @@ class Config:
     """step: x0.1 at every milestone; cosine: half a cosine down to 0."""
     milestones: tuple[int, ...] | None = None
     """Epochs (counted from 0) from which the rate is ten times smaller; default 1/2 and 3/4 of the epochs."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd with momentum, as the papers have it; adamw, as networks with attention want it (with --lr 0.001 or less)."""
+    head_lr: float = 1.0
+    """Factor on the learning rate of the classifier heads: 10 is usual where the rest is pretrained."""
+    freeze: tuple[str, ...] = ()
+    """Modules that stay as they are, by their paths; trunk: what branches share, or all but the heads of networks."""
+    label_smoothing: float = 0.0
+    """Part of every label that is spread over all classes."""
+    mixup: float = 0.0
+    """Strength (the Beta distribution's parameter) of mixing pairs of images and labels; 0 = off, 0.2 is usual."""
+    cutmix: float = 0.0
+    """Strength of pasting a rectangle of another image, labels mixed by area; 0 = off, 1 is usual."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up at the start."""
     momentum: float = 0.9
@@ -128,6 +140,7 @@ class Config:
         self.model = (self.model,) if isinstance(self.model, str) else tuple(self.model)
         self.branch_at = (self.branch_at,) if isinstance(self.branch_at, str) else tuple(self.branch_at)
         self.fan_out = tuple(self.fan_out)
+        self.freeze = (self.freeze,) if isinstance(self.freeze, str) else tuple(self.freeze)
 
     def resolved(self) -> Config:
         """Return this config with every default that depends on the rest filled in, and checked.
@@ -249,6 +262,10 @@ def _check_numbers(c: Config) -> None:
         ("warmup_epochs", math.isfinite(c.warmup_epochs) and c.warmup_epochs >= 0, "0 or more"),
         ("val_fraction", 0 <= c.val_fraction < 1, "from 0 to below 1"),
         ("cutout", c.cutout >= 0, "0 or more"),
+        ("head_lr", math.isfinite(c.head_lr) and c.head_lr > 0, "a number above 0"),
+        ("label_smoothing", 0 <= c.label_smoothing < 1, "from 0 to below 1"),
+        ("mixup", math.isfinite(c.mixup) and c.mixup >= 0, "0 or more"),
+        ("cutmix", math.isfinite(c.cutmix) and c.cutmix >= 0, "0 or more"),
         ("checkpoint_every_steps", c.checkpoint_every_steps >= 0, "0 or more"),
         ("seed", 0 <= c.seed < 2**31, "from 0 to 2147483647"),
         ("milestones", all(m >= 1 for m in c.milestones or ()), "1 or more, each"),
@@ -271,7 +288,14 @@ def _check_numbers(c: Config) -> None:
         if not fine:
             value = getattr(method, name[7:]) if name.startswith("method.") else getattr(c, name)
             raise InputError(f"--{name.replace('_', '-')} is {value}; give {words}")
-    if c.nesterov and c.momentum == 0:
+    soft = [flag for flag in ("label_smoothing", "mixup", "cutmix") if getattr(c, flag)]
+    target = getattr(method, "target", None) if getattr(method, "name", None) == "kdcl" else None
+    if soft and target in ("naive", "linear", "minlogit"):
+        raise InputError(
+            f"--{soft[0].replace('_', '-')} makes labels soft, and kdcl's {target} target reads one hard label an image; "
+            "drop it, or give --method.target general"
+        )
+    if c.optimizer == "sgd" and c.nesterov and c.momentum == 0:
         raise InputError("--nesterov needs a momentum; give --momentum above 0, or --no-nesterov")
 
 

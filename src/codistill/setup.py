@@ -23,6 +23,7 @@ from codistill.models.sources import takes_colour_alone
 from codistill.peers import BranchPeers, MeanTeacher, Peers, build_peers
 from codistill.run import load_checkpoint, restore_rng
 from codistill.teacher import load_teacher
+from codistill.tuning import freeze, make_optimizers
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
@@ -43,6 +44,8 @@ class Training:
     guard: FiniteGuard
     teacher: nn.Module | None = None
     ema: MeanTeacher | None = None
+    frozen: list[nn.Module] = field(default_factory=list)
+    """Modules that stay as they are, running statistics included."""
     epoch: int = 0
     step: int = 0
     """Steps done in this epoch."""
@@ -131,18 +134,14 @@ def setup(config: Config, teacher: nn.Module | None = None, fresh: bool = True) 
         teacher = load_teacher(config.method, data) if teacher is None else teacher
         teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
-    if method.update == "alternating":
-        shares = [[*member.parameters()] for member in peers.members]
-    else:
-        shares = [[*peers.parameters(), *method.parameters()]]
-    options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(share, *options, fused=True) for share in shares]
+    frozen = freeze(peers, config.freeze)
+    optimizers = make_optimizers(config, peers, method, method.update == "alternating")
     augmentation = Augmentation(data.pad if config.augment else 0, data.flip and config.augment, config.cutout)
     views = peers.num_peers if "views" in method.needs else 1
     part = (data.x_train[splits.train], data.y_train[splits.train])
     loader = make_loader(config, data, part, device, augmentation, views)
     guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device)
-    return Training(config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema)
+    return Training(config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema, frozen)
 
 
 def channels_taken(config: Config, channels: int) -> int:

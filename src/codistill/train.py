@@ -22,6 +22,7 @@ from codistill.data import DeviceLoader
 from codistill.losses import wide_dtype
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
+from codistill.mixing import mix_batch, wants_soft_labels
 from codistill.peers import PeerOutputs, Peers, eval_mode
 from codistill.run import RunFolder, Tracker, write_json
 from codistill.setup import (
@@ -36,6 +37,7 @@ from codistill.setup import (
     test_loader,
 )
 from codistill.signals import Stopped, caught_signals
+from codistill.tuning import set_rate
 
 
 class Reporter:
@@ -86,14 +88,17 @@ def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
 
 def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> dict[str, Tensor]:
     """Do one step and return the method's terms; the host waits for nothing here."""
+    labels_B = targets_B
+    if wants_soft_labels(t.config):
+        views_VBCHW, targets_B = mix_batch(t.config, t.peers.num_classes, views_VBCHW, labels_B, t.epoch, t.step)
     if t.method.update == "alternating":
-        terms, hits_P = _alternate(t, views_VBCHW, targets_B, weight)
+        terms, hits_P = _alternate(t, views_VBCHW, targets_B, labels_B, weight)
     else:
         outputs = _outputs(t, views_VBCHW)
         terms = t.method(outputs, targets_B, weight)
         terms["loss"].backward()
         _update(t, t.optimizers[0], terms)
-        hits_P = (outputs.logits_PBC.detach().argmax(-1) == targets_B).sum(-1)
+        hits_P = (outputs.logits_PBC.detach().argmax(-1) == labels_B).sum(-1)
     t.guard.count()
     if t.ema is not None:
         t.ema.update(t.peers, t.epoch * len(t.loader) + t.step)
@@ -121,7 +126,9 @@ def _update(t: Training, optimizer: torch.optim.Optimizer, terms: dict[str, Tens
     optimizer.zero_grad(set_to_none=True)
 
 
-def _alternate(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> tuple[dict[str, Tensor], Tensor]:
+def _alternate(
+    t: Training, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
+) -> tuple[dict[str, Tensor], Tensor]:
     """Step one member after the other, each on fresh predictions of all; its figures are those of its turn."""
     turns, hits = [], []
     for p, optimizer in enumerate(t.optimizers):
@@ -130,7 +137,7 @@ def _alternate(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
         terms["loss_P"][p].backward()
         _update(t, optimizer, terms)
         turns.append((terms["loss_P"][p].detach(), terms["distill_P"][p]))
-        hits.append((outputs.logits_PBC[p].detach().argmax(-1) == targets_B).sum())
+        hits.append((outputs.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
     loss_P, distill_P = (torch.stack(values) for values in zip(*turns))
     return {"loss": loss_P.sum(), "distill_P": distill_P}, torch.stack(hits)
 
@@ -167,11 +174,12 @@ def _run_epoch(t: Training, folder: RunFolder, reporter: Reporter, caught: list[
     weight = t.method.weight_at(t.epoch)
     t.peers.train()
     t.method.train()
+    for module in t.frozen:
+        module.eval()  # their running statistics and dropout stand still too
     for views_VBCHW, targets_B in t.loader.epoch(t.epoch, t.step):
         rate = lr_at(config, t.epoch, t.step, steps)
         for optimizer in t.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, rate)
         train_step(t, views_VBCHW, targets_B, weight)
         t.step += 1
         last = t.step == steps
