@@ -1,7 +1,7 @@
 """Which architectures work as peers and branches, and under which methods: the proof, and docs/architectures.md.
 
-    OMP_NUM_THREADS=1 python benchmarks/architectures.py --out docs/architectures.md            # about 3 minutes, 1 core
-    OMP_NUM_THREADS=1 python benchmarks/architectures.py --matrix --out runs/architectures.md   # every method: 30 minutes
+    OMP_NUM_THREADS=1 python benchmarks/architectures.py --out docs/architectures.md           # 4 minutes, 1 core
+    OMP_NUM_THREADS=1 python benchmarks/architectures.py --matrix --out runs/architectures.md  # every method: 30
 
 For every architecture, two branches at the default place are compared with explicit copies: outputs and the gradient of
 every parameter, float64, training mode, dropout and stochastic depth off. Then two steps run under a method.
@@ -189,10 +189,10 @@ def row(family: str, name: str, size: int, pairs: list[tuple[str, str]], folder:
 HEAD = ["family", "name", "side", "fork", "head", "outputs", "gradients", "two steps under"]
 ABOUT = """# Architectures
 
-Written by `benchmarks/architectures.py` (torch {torch}, timm {timm}, torchvision {torchvision}; CPU). Two branches at the
-default place against explicit copies that share nothing: the largest difference of outputs and of every parameter's
-gradient (float64, relative above 1, training mode). "side" is that of the images tried. Two steps then ran through the real
-set-up under the methods named. Options after the name make a network small enough to try; they are the libraries' own.
+Written by `benchmarks/architectures.py` (torch {torch}, timm {timm}, torchvision {torchvision}; CPU). Two branches at
+the default place against explicit copies that share nothing: the largest difference of outputs and of every parameter's
+gradient (float64, relative above 1, training mode). "side" is that of the images tried. Two steps then ran through the
+real set-up under the methods named. Options after the name make a network small enough to try; they are the libraries' own.
 
 {table}
 """

@@ -11,7 +11,7 @@ from codistill.method_configs import method_config
 from codistill.peers import MeanTeacher, NetworkPeers
 from codistill.run import restore_rng, rng_state
 from codistill.setup import deployed_network, setup
-from codistill.train import zero_sums, train, train_step
+from codistill.train import train, train_step, zero_sums
 from helpers import close
 
 OPTIONS = {

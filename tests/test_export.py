@@ -59,7 +59,8 @@ if "torch-export" in sys.argv:
     extra = {"codistill.json": ""}
     program = torch.export.load("s.pt2", extra_files=extra)
     about = json.loads(extra["codistill.json"])
-    x = (torch.from_numpy(pixels) / 255 - torch.tensor(about["mean"]).view(-1, 1, 1)) / torch.tensor(about["std"]).view(-1, 1, 1)
+    mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    x = (torch.from_numpy(pixels) / 255 - mean) / std
     answers["torch-export"] = program.module()(x)
 if "onnx" in sys.argv:
     import onnxruntime

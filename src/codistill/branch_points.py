@@ -1,8 +1,8 @@
 """Where a network may fork: its modules in the order in which they run, and a sensible default.
 
 The default is the papers' place wherever maps shrink: the first module with weights that works at the last resolution
-(a ResNet's last stage, a ConvNeXt's, a VGG's last block). Where all maps have one size (a ViT), it is the layer at three
-quarters of the depth.
+(a ResNet's last stage, a ConvNeXt's, a VGG's last block). Where all maps have one size (a ViT), it is the layer at
+three quarters of the depth.
 """
 
 from __future__ import annotations

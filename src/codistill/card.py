@@ -79,9 +79,9 @@ def _title(t: Training, exported: Path) -> str:
     size = t.data.image_size
     return (
         f"# {escape(exported.name)}\n\n"
-        f"An image classifier ({models}) for {len(t.data.classes)} classes: {', '.join(names)}{more}. It takes images of "
-        f"{size} x {size} pixels and {t.data.channels} channel{'s' * (t.data.channels > 1)}, as (pixels / 255 - mean) / "
-        f"std with mean {list(t.data.mean)} and std {list(t.data.std)}. Deployed: {deployed_name(t)}."
+        f"An image classifier ({models}) for {len(t.data.classes)} classes: {', '.join(names)}{more}. It takes images "
+        f"of {size} x {size} pixels and {t.data.channels} channel{'s' * (t.data.channels > 1)}, as (pixels / 255 - mean) "
+        f"/ std with mean {list(t.data.mean)} and std {list(t.data.std)}. Deployed: {deployed_name(t)}."
     )
 
 
@@ -102,7 +102,8 @@ def _accuracy(t: Training, result: dict[str, Any], run: Path) -> str:
         return text + "\nNo baseline was trained beside this run; `codistill compare` trains one of equal cost."
     kept = ("peers", "n", "top-1 %", "vs equal cost", "parameters trained", "deployed", "s a run")
     table = [{k: escape(row[k]) if k == "peers" else row[k] for k in kept if k in row} for row in grid["rows"]]
-    return f"{text}\nThe grid that this run belongs to ({escape(grid['title'])}), with baselines of equal cost:\n\n{markdown(table)}"
+    title = escape(grid["title"])
+    return f"{text}\nThe grid that this run belongs to ({title}), with baselines of equal cost:\n\n{markdown(table)}"
 
 
 def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
@@ -116,15 +117,16 @@ def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
         else "scratch"
     )
     device = environment.get("gpu") or f"CPU ({environment.get('threads', '?')} threads)"
+    seconds = result.get("seconds", t.seconds)
+    paper = getattr(CLASSES[_method(t)], "citation", None)
+    cited = f" ({escape(paper)})" if paper else ""
     lines = [
         f"- Data: {escape(c.data)}; {t.splits.describe(t.data)}",
-        f"- Method: {_method(t)}, {t.peers.num_peers} {c.topology} ({escape(CLASSES[_method(t)].citation)})"
-        if hasattr(CLASSES[_method(t)], "citation")
-        else f"- Method: {_method(t)}, {t.peers.num_peers} {c.topology}",
+        f"- Method: {_method(t)}, {t.peers.num_peers} {c.topology}{cited}",
         f"- From {escape(start)}; {c.epochs} epochs, batch {c.batch_size}, learning rate {c.lr:g}, "
         f"weight decay {c.weight_decay:g}; {t.data.describe_augmentation(c.augment, c.cutout)}; seed {c.seed}",
         f"- Cost: {count_parameters(t.peers) + count_parameters(method):,} parameters trained, "
-        f"{count_parameters(deployed_network(t)):,} deployed; {result.get('seconds', t.seconds):.0f} s on {escape(device)}",
+        f"{count_parameters(deployed_network(t)):,} deployed; {seconds:.0f} s on {escape(device)}",
         f"- codistill {environment.get('codistill', '?')}, torch {environment.get('torch', '?')}",
     ]
     return "## Training\n\n" + "\n".join(lines)
@@ -132,8 +134,8 @@ def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
 
 def _use(t: Training, exported: Path, difference: float, licence: str) -> str:
     return (
-        f"## File\n\nThe metadata of `{exported.name.replace('`', '')}` hold the classes, mean, std and image size. Its "
-        f"outputs, read back in its own runtime, differ from the trained student's by at most {difference:.3g} on "
+        f"## File\n\nThe metadata of `{exported.name.replace('`', '')}` hold the classes, mean, std and image size. "
+        f"Its outputs, read back in its own runtime, differ from the trained student's by at most {difference:.3g} on "
         f"{min(64, len(t.data.y_test))} test images.\n\n## Licence\n\n"
         + (
             "Not stated. The licence of the data, and of pretrained weights, may bind it."

@@ -65,7 +65,7 @@ class ExportOptions:
     """Write the deployed student."""
 
     out: str | None = None
-    """File to write; default student.safetensors, .pt2 or .onnx in the run folder. A model card (.md) goes beside it."""
+    """File to write; default student.safetensors, pt2 or onnx in the run folder; a model card (.md) goes beside it."""
     format: Literal["safetensors", "torch-export", "onnx"] = "safetensors"
     """safetensors: weights; torch-export: a program for torch.export.load; onnx: with a free batch size."""
     license: str = "unknown"

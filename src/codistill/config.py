@@ -116,6 +116,9 @@ class Config:
     """Where to train; auto takes a GPU if there is one."""
     channels_last: bool = True
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
+    execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
+    """How peers run in training: loop, one after the other; stacked, as one network (equal peers; wins where launches
+    cost more than the arithmetic); measure tries both; auto takes loop."""
     deterministic: bool = False
     """Use deterministic kernels only (on a CPU with one thread runs repeat bit for bit anyway)."""
 
@@ -292,7 +295,7 @@ def _check_numbers(c: Config) -> None:
     target = getattr(method, "target", None) if getattr(method, "name", None) == "kdcl" else None
     if soft and target in ("naive", "linear", "minlogit"):
         raise InputError(
-            f"--{soft[0].replace('_', '-')} makes labels soft, and kdcl's {target} target reads one hard label an image; "
+            f"--{soft[0].replace('_', '-')} makes labels soft, and kdcl's {target} target reads one hard label each; "
             "drop it, or give --method.target general"
         )
     if c.optimizer == "sgd" and c.nesterov and c.momentum == 0:

@@ -9,7 +9,8 @@ from __future__ import annotations
 import io
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -158,25 +159,20 @@ def _write_onnx(student: nn.Module, images_BCHW: Tensor, about: dict[str, Any], 
     return lambda x_BCHW: torch.from_numpy(session.run(None, {"images": x_BCHW.numpy()})[0])
 
 
-class _refused(warnings.catch_warnings):  # noqa: N801
+@contextmanager
+def _refused(kind: str) -> Iterator[None]:
     """Turn what an exporter meets into one sentence, and keep its warnings to itself."""
-
-    def __init__(self, kind: str) -> None:
-        super().__init__()
-        self.kind = kind
-
-    def __enter__(self) -> None:  # type: ignore[override]
-        super().__enter__()
-        warnings.simplefilter("ignore")
-
-    def __exit__(self, kind: Any, error: BaseException | None, *rest: Any) -> None:  # type: ignore[override]
-        super().__exit__(kind, error, *rest)
-        if isinstance(error, Exception) and not isinstance(error, InputError):
-            reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-            raise InputError(
-                f"--format {self.kind}: PyTorch cannot write this network in that format ({reason}); "
-                "use --format safetensors"
-            ) from error
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    except InputError:
+        raise
+    except Exception as error:  # the exporters raise whatever they meet
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        raise InputError(
+            f"--format {kind}: PyTorch cannot write this network in that format ({reason}); use --format safetensors"
+        ) from error
 
 
 def _own_docstring(source: str) -> str:

@@ -1,4 +1,4 @@
-"""Cutting a classifier before its head, without forward hooks: the head is swapped for an identity and called explicitly.
+"""Cutting a classifier before its head, without hooks: the head is swapped for an identity and called explicitly.
 
 Shapes: B batch, C classes, D features.
 """
@@ -68,8 +68,8 @@ def split_head(model: nn.Module, example: Tensor | None = None) -> SplitMember:
         model.set_submodule(path, member.head)
     shown = ", ".join(f'"{path}"' for path in paths[:3])
     raise InputError(
-        f"--model {_name(model)}: calling {shown} by itself after the rest does not give the network's output, so it is "
-        "not its classifier head; name the right one in the attribute head_path"
+        f"--model {_name(model)}: calling {shown} by itself after the rest does not give the network's output, so it "
+        "is not its classifier head; name the right one in the attribute head_path"
     )
 
 

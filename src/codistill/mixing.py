@@ -32,7 +32,8 @@ def mix_batch(
         return views_VBCHW, targets_BC
     rng = np.random.default_rng((config.seed, 7_001, epoch, step))
     cut = config.cutmix > 0 and (not config.mixup or rng.random() < 0.5)
-    share = float(rng.beta(*[config.cutmix if cut else config.mixup] * 2))
+    strength = config.cutmix if cut else config.mixup
+    share = float(rng.beta(strength, strength))
     partner_B = torch.from_numpy(rng.permutation(len(labels_B))).to(labels_B.device)
     if cut:
         rows, columns, share = cut_square(views_VBCHW.shape[-2], views_VBCHW.shape[-1], share, rng)

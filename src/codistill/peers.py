@@ -10,6 +10,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +22,9 @@ from codistill.heads import SplitMember, eval_mode, example_for, running_statist
 from codistill.models import Filled, build, has_weights, resolve
 from codistill.models.sources import Source
 from codistill.sharing import Entry, Shared, share_until
+
+if TYPE_CHECKING:
+    from codistill.stacked import StackedPeers
 
 Spec = str | Callable[..., nn.Module] | nn.Module
 
@@ -75,6 +79,12 @@ class Peers(nn.Module):
     num_classes: int
     autocast: torch.dtype | None = None
     """Dtype of autocast around the members' bodies, if any."""
+    runner: StackedPeers | None = None
+    """Runs all members as one network in training (see codistill.stacked); None: one after the other."""
+
+    def trained_parameters(self) -> list[nn.Parameter]:
+        """Return what an optimiser steps on: the members' parameters, or the stacked ones that they are views of."""
+        return list(self.parameters()) if self.runner is None else self.runner.parameters
 
     @property
     def num_peers(self) -> int:
@@ -173,6 +183,8 @@ class NetworkPeers(Peers):
         """
         views = self._views(views_VBCHW)
         own_views = views.shape[0] > 1
+        if self.runner is not None and self.training and only is None:
+            return self.runner(views)
         pairs = []
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
             for p, member in enumerate(self.members):
@@ -323,6 +335,8 @@ class BranchPeers(Peers):
         """Run the trunk once and every branch; with one view a peer, the trunk runs once a view."""
         views = self._views(views_VBCHW)
         own_views = views.shape[0] > 1
+        if self.runner is not None and self.training and not own_views:
+            return self.runner(views)
         self._forget()
         pairs = []
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
@@ -400,6 +414,6 @@ class MeanTeacher(nn.Module):
     def update(self, peers: Peers, step: int) -> None:
         """Average in the peers as they are after step `step`, counted from 0 (which copies them)."""
         keep = min(1.0 - 1.0 / (step + 1), self.decay)
-        ours = [*self.peers.parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
-        theirs = [*peers.parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
+        ours = [*self.peers.trained_parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
+        theirs = [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
         torch._foreach_lerp_(ours, theirs, 1.0 - keep)

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from codistill.config import Config, Device, InputError, MethodConfig
 from codistill.data import DeviceLoader, ImageSet, Splits, load_set, make_splits
 from codistill.data.loader import Augmentation
+from codistill.execution import choose_execution, stack
 from codistill.guard import FiniteGuard
 from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
@@ -44,6 +45,7 @@ class Training:
     guard: FiniteGuard
     teacher: nn.Module | None = None
     ema: MeanTeacher | None = None
+    execution: str = "loop"
     frozen: list[nn.Module] = field(default_factory=list)
     """Modules that stay as they are, running statistics included."""
     epoch: int = 0
@@ -59,6 +61,7 @@ class Training:
         return {
             "peers": self.peers.state_dict(),
             "method": self.method.state_dict(),
+            "execution": self.execution,
             "ema": None if self.ema is None else self.ema.state_dict(),
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
             "epoch": self.epoch,
@@ -96,13 +99,16 @@ def pick_device(name: str) -> torch.device:
     return torch.device(name)
 
 
-def setup(config: Config, teacher: nn.Module | None = None, fresh: bool = True) -> Training:
+def setup(
+    config: Config, teacher: nn.Module | None = None, execution: str | None = None, fresh: bool = True
+) -> Training:
     """Build data, peers, method and optimiser of a resolved config.
 
     Args:
         config: A resolved config.
-        fresh: Whether `pretrained` and `weights` are to be read; not where a checkpoint is loaded anyway.
         teacher: A trained network for a method that needs one, instead of the one its config names.
+        execution: What an earlier part of this run chose, instead of choosing anew.
+        fresh: Whether `pretrained` and `weights` are to be read; not where a checkpoint is loaded anyway.
 
     Raises:
         InputError: some part of the config cannot be had.
@@ -135,13 +141,19 @@ def setup(config: Config, teacher: nn.Module | None = None, fresh: bool = True) 
         teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
     frozen = freeze(peers, config.freeze)
-    optimizers = make_optimizers(config, peers, method, method.update == "alternating")
     augmentation = Augmentation(data.pad if config.augment else 0, data.flip and config.augment, config.cutout)
     views = peers.num_peers if "views" in method.needs else 1
     part = (data.x_train[splits.train], data.y_train[splits.train])
     loader = make_loader(config, data, part, device, augmentation, views)
+    batch = loader.first()
+    execution = execution or choose_execution(config, peers, method, batch)
+    if execution == "stacked":
+        stack(peers, ema, batch)
+    optimizers = make_optimizers(config, peers, method, method.update == "alternating")
     guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device)
-    return Training(config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema, frozen)
+    return Training(
+        config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema, execution, frozen
+    )
 
 
 def channels_taken(config: Config, channels: int) -> int:
@@ -248,6 +260,6 @@ def load_run(path: str | Path, data_dir: str | None = None, device: Device = "au
     config = Config.from_file(path)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir).resolved()
     state = load_checkpoint(path / "last.pt")
-    t = setup(config, fresh=False)
+    t = setup(config, execution=state.get("execution"), fresh=False)
     t.load_state(state)
     return t

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from codistill.config import Config, MachineError, MethodConfig
 from codistill.data import DeviceLoader
+from codistill.folding import folded_for_evaluation
 from codistill.losses import wide_dtype
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
@@ -210,6 +211,7 @@ def _look(t: Training, folder: RunFolder) -> None:
 
 
 def zero_sums(t: Training) -> dict[str, Tensor]:
+    """Return the sums with which an epoch begins."""
     zeros = torch.zeros(t.peers.num_peers, dtype=wide_dtype(t.device), device=t.device)
     return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
 
@@ -254,8 +256,9 @@ def validate(peers: Peers, method: Method, loader: DeviceLoader) -> dict[str, An
     """Measure every member and the method's ensemble on a set."""
     metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device)
     with eval_mode(peers), eval_mode(method), torch.inference_mode():
+        folded = folded_for_evaluation(peers, loader.first()[0][:2])
         for views_VBCHW, targets_B in loader.epoch():
-            outputs = peers(views_VBCHW)
+            outputs = folded(views_VBCHW)
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
     return metrics.compute()
 
@@ -289,7 +292,7 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
     config = config.resolved()
     folder = RunFolder(config)
     state = folder.load()
-    t = setup(config, teacher, fresh=state is None)
+    t = setup(config, teacher, None if state is None else state.get("execution"), fresh=state is None)
     if state is not None:
         t.load_state(state)
     tracker = Tracker(config.tracker, folder.path)
@@ -324,6 +327,7 @@ def _result(t: Training) -> dict[str, Any]:
         "parameters_deployed": count_parameters(deployed_network(t)),
         "split": t.splits.describe(t.data),
         "seconds": round(t.seconds, 3),
+        "execution": t.execution,
     }
     if measured["ema"] is not None:
         figures["test_ema"] = measured["ema"]
@@ -345,7 +349,7 @@ def describe(t: Training, resumed: bool = False) -> list[str]:
         f"{t.data.describe_augmentation(config.augment, config.cutout)}; protocol {config.protocol}",
         f"{config.epochs} epochs of {len(t.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
-        f"{config.dtype} on {t.device}, seed {config.seed}",
+        f"{config.dtype} on {t.device}, execution {t.execution}, seed {config.seed}",
     ]
     if method.ramp_epochs:
         notes.append(f"distillation weight ramps up to {method.weight:g} over {method.ramp_epochs:g} epochs")

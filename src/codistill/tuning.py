@@ -50,7 +50,7 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
     if alternating:
         shares = [[*member.parameters()] for member in peers.members]
     else:
-        shares = [[*peers.parameters(), *method.parameters()]]
+        shares = [[*peers.trained_parameters(), *method.parameters()]]
     heads = {id(q) for p in range(peers.num_peers) for q in peers.member(p).head.parameters()}
     optimizers: list[torch.optim.Optimizer] = []
     for share in shares:

@@ -1,4 +1,4 @@
-"""One image file -> uint8 pixels, as a person sees it: turned upright, palettes and transparency resolved, 16 bits scaled.
+"""One image file -> uint8 pixels, as a person sees it: upright, palettes and transparency resolved, 16 bits scaled.
 
 Shapes: H height, W width, C channels.
 """

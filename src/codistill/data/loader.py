@@ -87,6 +87,10 @@ class DeviceLoader:
             batch = {name: draw[:, window] for name, draw in draws.items()}
             yield self._views(self.images_NHWC[index], batch), self.labels_N[index]
 
+    def first(self) -> Tensor:
+        """Return a batch of views to try things on; no draw of any epoch depends on it."""
+        return next(self.epoch())[0]
+
     def _draw(self, epoch: int) -> tuple[Tensor, dict[str, Tensor]]:
         """Draw the epoch's order and, for every view and place in it, its crop, flip and cutout."""
         assert self.augmentation is not None

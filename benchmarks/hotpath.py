@@ -1,0 +1,289 @@
+"""The hot path against the published shape, and every method against independent peers: ratios, not seconds.
+
+    make bench                                                     # or:
+    OMP_NUM_THREADS=1 python benchmarks/hotpath.py [--pairs 5]     # about 8 minutes on 2 cores
+
+One thread, process CPU time, A and B in turn in one process, the median of the pairs' ratios. A float64 parity gate
+runs first: both programs must give the same loss. An epoch is composed: 391 x (augment + step) + 79 x evaluation.
+"""
+
+import argparse
+import resource
+import subprocess
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import published_shape as published
+from codistill.config import METHODS
+from codistill.data.loader import Augmentation, DeviceLoader
+from codistill.folding import folded_for_evaluation
+from codistill.losses import cross_entropy
+from codistill.method_configs import method_config
+from codistill.methods import OKDDip, build_method
+from codistill.metrics import PeerMetrics
+from codistill.peers import BranchPeers, MeanTeacher, NetworkPeers, PeerOutputs
+from codistill.reproduce.table import markdown
+from codistill.stacked import StackedPeers
+
+Step = Callable[[], object]
+
+
+def ratio(ours: Step, theirs: Step, pairs: int) -> float:
+    """Return the median over pairs of theirs / ours, in CPU time of this process, after a warm-up."""
+    ours()
+    theirs()
+    ratios = []
+    for _ in range(pairs):
+        spent = []
+        for step in (ours, theirs):
+            began = time.process_time()
+            step()
+            spent.append(time.process_time() - began)
+        ratios.append(spent[1] / spent[0])
+    return sorted(ratios)[len(ratios) // 2]
+
+
+def seconds(step: Step, times: int = 3) -> float:
+    """Return the median CPU seconds of a step, after a warm-up."""
+    step()
+    spent = []
+    for _ in range(times):
+        began = time.process_time()
+        step()
+        spent.append(time.process_time() - began)
+    return sorted(spent)[len(spent) // 2]
+
+
+class Ours:
+    """OKDDip x 4 ResNet-32 as codistill trains it."""
+
+    def __init__(self, dtype: torch.dtype, batch: int = 128, autocast: torch.dtype | None = None) -> None:
+        self.peers = NetworkPeers("resnet32", 4, 100).to(dtype)
+        self.peers.to(memory_format=torch.channels_last)
+        self.peers.autocast = autocast
+        self.method = OKDDip(4, 64, "okddip_code").to(dtype)
+        parameters = [*self.peers.parameters(), *self.method.parameters()]
+        self.optimizer = torch.optim.SGD(parameters, 0.1, 0.9, 0.0, 5e-4, True, fused=True)
+        rng = np.random.default_rng(0)
+        self.images = rng.integers(0, 256, (512, 32, 32, 3), dtype=np.uint8)
+        self.labels = rng.integers(0, 100, 512)
+        common = {"batch_size": batch, "dtype": dtype}
+        args = (self.images, self.labels, published.MEAN, published.STD)
+        self.loader = DeviceLoader(*args, augmentation=Augmentation(4, True), **common)
+        self.plain = DeviceLoader(*args, **common)
+        self.views, self.targets = next(self.loader.epoch(0))
+        self.sums = torch.zeros(3, dtype=torch.float64)
+
+    def augment(self) -> None:
+        """Make one batch."""
+        next(self.loader.epoch(0))
+
+    def step(self) -> torch.Tensor:
+        """Do one training step."""
+        outputs = self.peers(self.views)
+        terms = self.method(outputs, self.targets, 0.37)
+        terms["loss"].backward()
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        hits = (outputs.logits_PBC.detach().argmax(-1) == self.targets).sum()
+        self.sums += torch.stack((terms["loss"].detach().double(), hits.double(), terms["distill_P"].sum().double()))
+        return terms["loss"]
+
+    def prepare(self) -> None:
+        """Fold for evaluation, once an epoch."""
+        self.peers.eval()
+        with torch.inference_mode():
+            self.folded = folded_for_evaluation(self.peers, self.plain.first()[0][:2])
+        self.peers.train()
+
+    def evaluate(self) -> None:
+        """Measure one batch."""
+        metrics = PeerMetrics(4, 100, (0, 1, 2), "cpu")
+        with torch.inference_mode():
+            views, targets = next(self.plain.epoch())
+            outputs = self.folded(views)
+            metrics.update(outputs.logits_PBC, targets, self.method.ensemble(outputs))
+
+
+class Theirs:
+    """The same networks and weights in the published shape."""
+
+    def __init__(self, ours: Ours) -> None:
+        self.ours = ours
+        networks = [ours.peers.export_member(p).to(memory_format=torch.contiguous_format) for p in range(4)]
+        self.model = published.Published(networks, 64).to(ours.views.dtype)
+        self.model.query.load_state_dict(ours.method.query.state_dict())
+        self.model.key.load_state_dict(ours.method.key.state_dict())
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, 0.9, 0.0, 5e-4, True)
+        self.x, self.y = ours.views[0].contiguous(), ours.targets
+
+    def augment(self) -> None:
+        """Make one batch."""
+        published.load_batch(self.ours.images[: len(self.y)])
+
+    def step(self) -> float:
+        """Do one training step."""
+        self.model.train()
+        return published.train_step(self.model, self.optimizer, self.x, self.y, 0.37)
+
+    def evaluate(self) -> None:
+        """Measure one batch."""
+        self.model.eval()
+        published.evaluate(self.model, self.x, self.y)
+
+
+def parity_gate() -> float:
+    """Return how far three float64 steps of both programs are apart; raise if they are not one program."""
+    ours = Ours(torch.float64, 8)
+    theirs = Theirs(ours)
+    gaps = [abs(float(ours.step()) - theirs.step()) for _ in range(3)]
+    assert max(gaps) < 1e-8, f"the two programs differ: {gaps}"
+    return max(gaps)
+
+
+def overheads() -> list[dict[str, str]]:
+    """Return, for every method, the cost of its head (forward and backward, teachers too) over the peers' own step."""
+    rows = []
+    for name in METHODS:
+        variants = (
+            [("", {})] if name != "kdcl" else [(t, {"target": t}) for t in ("minlogit", "naive", "linear", "general")]
+        )
+        for label, options in variants:
+            topology = "branches" if name == "one" else "networks"
+            peers = (BranchPeers if name == "one" else NetworkPeers)("resnet32", 4, 100).to(
+                memory_format=torch.channels_last
+            )
+            config = method_config(name)
+            for key, value in options.items():
+                setattr(config, key, value)
+            method = build_method(config, peers)
+            views = torch.randn(1, 128, 3, 32, 32).to(memory_format=torch.preserve_format)
+            targets = torch.randint(100, (128,))
+            outputs = peers(views)
+            teacher = MeanTeacher(peers, 0.999) if "ema" in method.needs else None
+            base = seconds(lambda p=peers, v=views, t=targets: cross_entropy(p(v).logits_PBC, t).sum().backward(), 2)
+
+            def head(method=method, outputs=outputs, targets=targets, teacher=teacher, views=views, peers=peers):
+                z = outputs.logits_PBC.detach().requires_grad_()
+                h = [f.detach().requires_grad_() for f in outputs.features]
+                trunk = None if outputs.trunk_BD is None else outputs.trunk_BD.detach().requires_grad_()
+                heard = PeerOutputs(z, h, trunk, teacher_logits_BC=z[0].detach())
+                if teacher is not None:
+                    heard.ema_logits_PBC = teacher(views).logits_PBC
+                method(heard, targets, 1.0)["loss"].backward()
+                if teacher is not None:
+                    teacher.update(peers, 5)
+
+            def plain(outputs=outputs, targets=targets):
+                cross_entropy(outputs.logits_PBC.detach().requires_grad_(), targets).sum().backward()
+
+            extra = seconds(head, 3) - seconds(plain, 3)
+            what = f"{name} {label}".strip() + f", 4 {topology}"
+            rows.append({"method": what, "step over independent": f"{1 + extra / base:.3f}"})
+            print(what, f"{1 + extra / base:.3f}", file=sys.stderr, flush=True)
+    return rows
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators and reads of the device."""
+
+    operators, reads = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        """Count, and go on."""
+        self.operators += 1
+        self.reads += any(n in str(func) for n in ("_local_scalar_dense", "nonzero"))
+        return func(*args, **(kwargs or {}))
+
+
+def count(step: Step) -> tuple[int, int]:
+    """Return operators and host reads of a step, after a warm-up."""
+    step()
+    with Counter() as counter:
+        step()
+    return counter.operators, counter.reads
+
+
+def small_networks(pairs: int) -> list[dict[str, str]]:
+    """Return what stacking does where launches dominate: batch 2, 8 x 8 images, 4 ResNet-32."""
+    loop = NetworkPeers("resnet32", 4, 10, image_size=8)
+    stacked = NetworkPeers("resnet32", 4, 10, image_size=8)
+    x, y = torch.randn(1, 2, 3, 8, 8), torch.randint(10, (2,))
+    stacked.runner = StackedPeers(stacked, x[0])
+
+    def step(peers: NetworkPeers) -> Step:
+        return lambda: cross_entropy(peers(x).logits_PBC, y).sum().backward()
+
+    (ours, reads), (theirs, _) = count(step(stacked)), count(step(loop))
+    return [
+        {"line": "stacked over loop, batch 2, 8 x 8", "ratio": f"{ratio(step(stacked), step(loop), pairs * 4):.2f}"},
+        {"line": "operators a step, stacked (loop)", "ratio": f"{ours} ({theirs})"},
+        {"line": "host reads a step, stacked", "ratio": str(reads)},
+    ]
+
+
+def peak_memory(name: str) -> float:
+    """Return the peak of resident memory of two steps, in MiB, in a process of its own."""
+    code = f"""
+import torch, resource
+torch.set_num_threads(1)
+from codistill.config import Config
+from codistill.setup import setup
+from codistill.train import _zero_sums, train_step
+topology = {METHODS[name].topologies[0]!r}
+t = setup(Config({name!r}, "resnet32", "digits", peers=4, batch_size=128, topology=topology).resolved())
+t.sums = _zero_sums(t)
+t.peers.train()
+start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+views = torch.randn(t.loader.first().shape[0], 128, 1, 32, 32)
+for _ in range(2):
+    train_step(t, views, torch.randint(10, (128,)), 1.0)
+print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024)
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return float(done.stdout.split()[-1])
+
+
+def main() -> int:
+    """Run the lines and print them."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--pairs", type=int, default=5)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    warnings.simplefilter("ignore")
+    print(f"parity gate: losses of both programs differ by {parity_gate():.1e} in float64\n")
+    ours = Ours(torch.float32)
+    theirs = Theirs(ours)
+    ours.prepare()
+    rows = []
+    parts = {}
+    for name in ("augment", "step", "evaluate"):
+        pair = getattr(ours, name), getattr(theirs, name)
+        parts[name] = ratio(*pair, options.pairs), seconds(pair[0], 2)
+        rows.append({"line": f"{name}, against the published shape", "ratio": f"{parts[name][0]:.2f}"})
+    counts = {"augment": 391, "step": 391, "evaluate": 79}
+    mine = sum(counts[n] * s for n, (_, s) in parts.items())
+    other = sum(counts[n] * s * r for n, (r, s) in parts.items())
+    rows.append({"line": "epoch, composed", "ratio": f"{other / mine:.2f}"})
+    rows += small_networks(options.pairs)
+    print(markdown(rows))
+    print(markdown(overheads()))
+    plain = peak_memory("independent")
+    table = [{"method": n, "peak over independent": f"{peak_memory(n) / plain:.2f}"} for n in METHODS if n != "kd"]
+    print(markdown(table))
+    print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
