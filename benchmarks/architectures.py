@@ -192,7 +192,7 @@ ABOUT = """# Architectures
 Written by `benchmarks/architectures.py` (torch {torch}, timm {timm}, torchvision {torchvision}; CPU). Two branches at
 the default place against explicit copies that share nothing: the largest difference of outputs and of every parameter's
 gradient (float64, relative above 1, training mode). "side" is that of the images tried. Two steps then ran through the
-real set-up under the methods named. Options after the name make a network small enough to try; they are the libraries' own.
+real set-up under the methods named. Options after the name make a network small enough to try.
 
 {table}
 """

@@ -80,7 +80,7 @@ def _title(t: Training, exported: Path) -> str:
     return (
         f"# {escape(exported.name)}\n\n"
         f"An image classifier ({models}) for {len(t.data.classes)} classes: {', '.join(names)}{more}. It takes images "
-        f"of {size} x {size} pixels and {t.data.channels} channel{'s' * (t.data.channels > 1)}, as (pixels / 255 - mean) "
+        f"of {size} x {size} pixels and {t.data.channels} channel(s), as (pixels / 255 - mean) "
         f"/ std with mean {list(t.data.mean)} and std {list(t.data.std)}. Deployed: {deployed_name(t)}."
     )
 

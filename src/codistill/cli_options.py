@@ -42,6 +42,12 @@ class EvaluateOptions:
     """Where the data lies, if not where the run found it."""
     device: Device = "auto"
     """Where to run."""
+    per_class: bool = False
+    """Also say, class by class, what the deployed student gets right and what it takes each class for."""
+    confusion: str | None = None
+    """Also write the deployed student's confusion matrix to this CSV file."""
+    calibrate: bool = False
+    """Fit a temperature on the run's validation part, keep it for `predict`, and show calibration with and without."""
     json: bool = False
     """Print JSON instead of a table."""
 

@@ -6,10 +6,15 @@ import builtins
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from codistill.cli_options import DemoOptions, EvaluateOptions, ExportOptions, ListOptions, Parsed, PredictOptions
 from codistill.config import METHODS, Config, InputError, suggest
 from codistill.console import RichReporter, members_table, out, print_rows
+
+if TYPE_CHECKING:
+    from codistill.data import DeviceLoader
+    from codistill.setup import Training
 
 
 def train(parsed: Parsed) -> int:
@@ -57,12 +62,53 @@ def evaluate(parsed: Parsed) -> int:
         loader = test_loader(t)
     assert loader is not None
     measured = measure(t, loader)
+    more = _judge(t, loader, options, Path(parsed.words[0]))
     if options.json:
-        print(json.dumps(measured | {"deployed": deployed_name(t)}))
+        print(json.dumps(measured | {"deployed": deployed_name(t)} | more))
     else:
         title = f"{options.data or f'{t.config.data} {options.split}'}, {loader.num_samples:,} images"
         out.print(members_table(measured["members"], deployed_name(t), title, measured["ema"]))
+        _print_judged(more, deployed_name(t))
     return 0
+
+
+def _judge(t: Training, loader: DeviceLoader, options: EvaluateOptions, run: Path) -> dict[str, Any]:
+    """Return what --per-class, --confusion and --calibrate ask for, and write what they keep."""
+    if not (options.per_class or options.confusion or options.calibrate):
+        return {}
+    from codistill import judging
+    from codistill.run import write_json
+    from codistill.setup import curve_loader
+
+    scores_NC, labels_N = judging.deployed_scores(t, loader)
+    more: dict[str, Any] = {}
+    if options.per_class or options.confusion:
+        counts_CC = judging.confusion_matrix(scores_NC.argmax(-1), labels_N, len(t.data.classes))
+        if options.per_class:
+            more["classes"] = judging.class_rows(counts_CC, t.data.classes)
+        if options.confusion:
+            judging.write_confusion(Path(options.confusion), counts_CC, t.data.classes)
+            more["confusion"] = options.confusion
+    if options.calibrate:
+        validation = curve_loader(t) if len(t.splits.val) else None
+        if validation is None:
+            raise InputError("--calibrate fits on validation images, and this run kept none (--val-fraction 0)")
+        temperature = judging.fit_temperature(*judging.deployed_scores(t, validation))
+        write_json(run / "data.json", t.data.about() | {"temperature": temperature})
+        more["calibration"] = [judging.calibration(scores_NC, labels_N, value) for value in (1.0, temperature)]
+    return more
+
+
+def _print_judged(more: dict[str, Any], name: str) -> None:
+    if "classes" in more:
+        write = lambda v: "-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)  # noqa: E731
+        print_rows([{k: write(v) for k, v in row.items()} for row in more["classes"]], f"{name}, class by class")
+    if "calibration" in more:
+        rows = [{"temperature": f"{c['temperature']:.4f}", "ECE": f"{c['ece']:.4f}", "NLL": f"{c['nll']:.4f}"}
+                for c in more["calibration"]]  # fmt: skip
+        print_rows(rows, f"{name}, without and with the temperature fitted on validation (kept for predict)")
+    if "confusion" in more:
+        out.print(f"confusion matrix: {more['confusion']}", markup=False)
 
 
 def predict(parsed: Parsed) -> int:

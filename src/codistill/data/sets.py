@@ -77,6 +77,17 @@ class ImageSet:
             raise InputError(f"--channels {channels}: images of {self.channels} channels cannot be made into that")
         return replace(self, x_train=parts[0], x_test=parts[1], mean=mean, std=std)
 
+    def imbalance(self, part: np.ndarray) -> str | None:
+        """Say how unequal the classes of a training part are, None where the largest is under twice the smallest."""
+        counts = np.bincount(self.y_train[part], minlength=len(self.classes))
+        if counts.max() < 2 * max(int(counts.min()), 1):
+            return None
+        most, least = int(counts.argmax()), int(counts.argmin())
+        return (
+            f"classes are unequal: {counts[most]:,} training images of {self.classes[most]}, "
+            f"{counts[least]:,} of {self.classes[least]}"
+        )
+
     def about(self) -> dict[str, Any]:
         """Return what a user of a trained network must know of its images."""
         return {
