@@ -23,7 +23,7 @@ def test_the_confusion_matrix_counts_as_a_loop_does():
     rows = class_rows(ours, ["a", "b", "c", "d"])
     assert rows[0]["recall"] == pytest.approx(100 * counts[0][0] / sum(counts[0]))
     assert rows[1]["precision"] == pytest.approx(100 * counts[1][1] / sum(row[1] for row in counts))
-    others = {name: n for name, n in zip("bcd", counts[0][1:])}
+    others = dict(zip("bcd", counts[0][1:]))
     assert others[rows[0]["most often taken for"]] == rows[0]["times"] == max(others.values())
 
 
