@@ -26,7 +26,7 @@ from codistill.errors import MachineError
 from codistill.peers import BranchPeers, NetworkPeers
 from codistill.setup import setup
 from codistill.sharing import Entry
-from codistill.train import train_step, zero_sums
+from codistill.train import _zero_sums, train_step
 
 CLASSES = 5
 SMALL_SWIN = "depths=(1,1,1,1),embed_dim=24,num_heads=(1,2,4,8)"
@@ -157,7 +157,7 @@ def two_steps(name: str, size: int, method: str, topology: str, folder: Path) ->
     if method == "kd":
         teacher = NetworkPeers("resnet8", 1, CLASSES, image_size=size).export_member(0)
     t = setup(config.resolved(), teacher)
-    t.sums = zero_sums(t)
+    t.sums = _zero_sums(t)
     t.peers.train()
     batches = t.loader.epoch(0)
     losses = [train_step(t, *next(batches), 1.0)["loss"].item() for _ in range(2)]

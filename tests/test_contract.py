@@ -11,7 +11,7 @@ from codistill.method_configs import method_config
 from codistill.peers import MeanTeacher, NetworkPeers
 from codistill.run import restore_rng, rng_state
 from codistill.setup import deployed_network, setup
-from codistill.train import train, train_step, zero_sums
+from codistill.train import _zero_sums, train, train_step
 from helpers import close
 
 OPTIONS = {
@@ -53,7 +53,7 @@ def teacher_for(name):
 
 def build(name, options, topology, **more):
     t = setup(config(name, options, topology, **more).resolved(), teacher_for(name))
-    t.sums = zero_sums(t)
+    t.sums = _zero_sums(t)
     t.peers.train()
     t.method.train()
     return t

@@ -11,13 +11,13 @@ from codistill.method_configs import method_config
 from codistill.mixing import cut_square, mix_batch
 from codistill.models import resolve
 from codistill.setup import setup
-from codistill.train import train, train_step, zero_sums
+from codistill.train import _zero_sums, train, train_step
 from test_contract import config, teacher_for
 
 
 def build(c, teacher=None):
     t = setup(c.resolved(), teacher)
-    t.sums = zero_sums(t)
+    t.sums = _zero_sums(t)
     t.peers.train()
     t.method.train()
     return t

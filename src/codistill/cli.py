@@ -5,6 +5,7 @@ Exit codes: 0 done; 2 the user's input; 1 the machine's or ours; 75 stopped by a
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 
@@ -44,8 +45,11 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
+        from codistill.errors import ElsewhereError
         from codistill.failures import explain
 
+        if isinstance(error, ElsewhereError):
+            return error.code
         sentence, code = explain(error)
         if sentence is None:
             raise
@@ -66,5 +70,8 @@ def _warn(message: object, *_: object, **__: object) -> None:
 
 
 def _say(message: object, code: int) -> int:
-    print(f"codistill: {message}", file=sys.stderr)
+    """Print a sentence; in a job of several processes, a failure that not all have comes with its rank."""
+    rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
+    if rank == "0" or code not in (2, 75):  # input and signals are the same for all: the first says it
+        print(f"codistill: {f'rank {rank}: ' if rank != '0' else ''}{message}", file=sys.stderr, flush=True)
     return code

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 def train(parsed: Parsed) -> int:
     """Train one run, or one a seed."""
+    from codistill.mesh import leave
     from codistill.train import train as run
 
     config: Config = parsed.options
@@ -30,6 +31,8 @@ def train(parsed: Parsed) -> int:
         configs = [dataclasses.replace(config, seed=s, out=f"{folder}/seed{s}") for s in range(parsed.seeds)]
     for one in configs:
         result = run(one, RichReporter())
+        if result.training.mesh is not None and result.training.mesh.rank:
+            continue  # the first rank speaks
         figures = result.figures
         title = f"test set, last epoch ({figures['epochs']} epochs, {figures['seconds']:.0f} s)"
         out.print(members_table(figures["test"], figures["deployed"], title, figures.get("test_ema")))
@@ -38,6 +41,7 @@ def train(parsed: Parsed) -> int:
             line = f"best test epoch ({best['epoch']}, chosen on the test set): {best['top1']:.2f} %"
             out.print(line)
         out.print(f"run folder: {result.folder}")
+    leave()
     return 0
 
 

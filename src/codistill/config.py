@@ -83,6 +83,8 @@ class Config:
     """Samples a step."""
     lr: float = 0.1
     """Learning rate at the start."""
+    lr_base_batch: int | None = None
+    """Samples a step that --lr is meant for; another --batch-size scales the rate in proportion. Default: as given."""
     schedule: Literal["step", "cosine"] = "step"
     """step: x0.1 at every milestone; cosine: half a cosine down to 0."""
     milestones: tuple[int, ...] | None = None
@@ -119,8 +121,18 @@ class Config:
     execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
     """How peers run in training: loop, one after the other; stacked, as one network (equal peers; wins where launches
     cost more than the arithmetic); measure tries both; auto takes loop."""
+    checkpoint_activations: bool = False
+    """Keep no activations of a network between forward and backward but run it again there: less memory, a third more
+    arithmetic (networks only)."""
     deterministic: bool = False
     """Use deterministic kernels only (on a CPU with one thread runs repeat bit for bit anyway)."""
+
+    mesh: str | None = None
+    """data=D,peer=P: D x P processes (torchrun starts them); D of them share out each batch, P of them the peers."""
+    sync_bn: bool = False
+    """Normalise by the statistics of the whole batch, over all processes of the axis `data`, not of each one's part."""
+    collective_timeout: float = 600.0
+    """Seconds after which a process that waits for another one in vain ends the job."""
 
     out: str | None = None
     """Run folder; default runs/DATA-METHOD-TOPOLOGY-MODEL-seedN."""
@@ -161,6 +173,7 @@ class Config:
             full.peers = len(full.model) if len(full.model) > 1 else method.default_peers
             full.peers = math.prod(full.fan_out) if full.fan_out else full.peers
         _check_peers(full, method)
+        _check_mesh(full)
         if full.protocol == "paper":
             full.val_fraction = 0.0
         if full.milestones is None:
@@ -258,6 +271,7 @@ def _check_numbers(c: Config) -> None:
     rules += [
         ("train_per_class", c.train_per_class is None or c.train_per_class >= 1, "at least 1"),
         ("image_size", c.image_size is None or c.image_size >= 8, "at least 8"),
+        ("lr_base_batch", c.lr_base_batch is None or c.lr_base_batch >= 1, "at least 1"),
         ("peers", c.peers is None or c.peers >= 1, "at least 1"),
         ("lr", math.isfinite(c.lr) and c.lr > 0, "a number above 0"),
         ("momentum", 0 <= c.momentum < 1, "from 0 to below 1"),
@@ -271,6 +285,7 @@ def _check_numbers(c: Config) -> None:
         ("cutmix", math.isfinite(c.cutmix) and c.cutmix >= 0, "0 or more"),
         ("checkpoint_every_steps", c.checkpoint_every_steps >= 0, "0 or more"),
         ("seed", 0 <= c.seed < 2**31, "from 0 to 2147483647"),
+        ("collective_timeout", math.isfinite(c.collective_timeout) and c.collective_timeout >= 1, "1 second or more"),
         ("milestones", all(m >= 1 for m in c.milestones or ()), "1 or more, each"),
         ("fan_out", all(f >= 1 for f in c.fan_out), "1 or more, each"),
     ]
@@ -324,12 +339,55 @@ def _check_peers(c: Config, method: MethodConfig) -> None:
             raise InputError("--method.update alternating steps one network at a time; branches share a trunk, drop it")
     elif c.branch_at or c.fan_out:
         raise InputError("--branch-at and --fan-out shape branches; add --topology branches")
+    if c.checkpoint_activations and (c.topology == "branches" or c.execution in ("stacked", "measure")):
+        why = "branches share a trunk" if c.topology == "branches" else f"--execution {c.execution} runs them as one"
+        raise InputError(f"--checkpoint-activations runs each network again by itself, but {why}; drop one of the two")
     if c.fan_out and math.prod(c.fan_out) != c.peers:
         raise InputError(
             f"--fan-out {' '.join(map(str, c.fan_out))} makes {math.prod(c.fan_out)} branches, not --peers {c.peers}"
         )
     if len(c.branch_at) > 1 and len(c.fan_out) != len(c.branch_at):
         raise InputError("--fan-out needs one number for each --branch-at")
+
+
+def mesh_shape(mesh: str | None) -> tuple[int, int]:
+    """Return (D, P) of `data=D,peer=P`; an axis that is not named has one process.
+
+    Raises:
+        InputError: the text is something else.
+
+    >>> mesh_shape("data=2,peer=4")
+    (2, 4)
+    """
+    sizes = {"data": 1, "peer": 1}
+    named: set[str] = set()
+    for part in (mesh or "").split(",") if mesh is not None else []:
+        axis, _, size = part.strip().partition("=")
+        if axis not in sizes or axis in named or not size.isdecimal() or int(size) < 1:
+            raise InputError(f'--mesh {mesh}: "{part}" is no axis; give data=D,peer=P with numbers of processes')
+        named.add(axis)
+        sizes[axis] = int(size)
+    return sizes["data"], sizes["peer"]
+
+
+def _check_mesh(c: Config) -> None:
+    """Raise where the mesh does not fit the peers or the batch."""
+    data, peer = mesh_shape(c.mesh)
+    assert c.peers is not None
+    if peer > 1 and c.topology == "branches":
+        raise InputError(
+            f"--mesh {c.mesh}: branches share a trunk, so they cannot be spread over the axis peer; "
+            f"give --mesh data={data * peer}, or --topology networks"
+        )
+    if c.peers % peer:
+        raise InputError(
+            f"--mesh {c.mesh}: {c.peers} peers cannot be shared out evenly among {peer} processes; "
+            f"give a peer=P that divides {c.peers}, or other --peers"
+        )
+    if data * peer > 1 and c.execution == "stacked":
+        raise InputError("--execution stacked runs the peers as one network in one process; drop it, or --mesh")
+    if data > c.batch_size:
+        raise InputError(f"--mesh {c.mesh}: --batch-size {c.batch_size} leaves processes without samples; raise it")
 
 
 # ----------------------------------------------------------------------------------------------------------------------

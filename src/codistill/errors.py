@@ -14,6 +14,14 @@ class MachineError(RuntimeError):
     """The machine or the run failed (disk full, out of memory, non-finite loss); one sentence (exit code 1)."""
 
 
+class ElsewhereError(RuntimeError):
+    """Another rank of the job failed and says why; this one ends in silence, with the same exit code."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__("another rank of the job failed and says why")
+        self.code = code
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean "x"?)` for the nearest of `known`, or the list of them."""
     known = sorted(known)

@@ -8,11 +8,15 @@ those of the last look.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from codistill.losses import wide_dtype
+
+if TYPE_CHECKING:
+    from codistill.mesh import Mesh
 
 
 class FiniteGuard:
@@ -22,11 +26,17 @@ class FiniteGuard:
         modules: Their buffers are kept safe.
         optimizers: Fused ones; they are given the flag as `found_inf`, the protocol of gradient scaling.
         device: Where the flag lives.
+        mesh: The place among several processes, which must raise the flag together.
     """
 
     def __init__(
-        self, modules: Sequence[nn.Module], optimizers: Sequence[torch.optim.Optimizer], device: torch.device
+        self,
+        modules: Sequence[nn.Module],
+        optimizers: Sequence[torch.optim.Optimizer],
+        device: torch.device,
+        mesh: Mesh | None = None,
     ) -> None:
+        self.mesh = mesh
         self.flag = torch.zeros((), dtype=torch.float32, device=device)
         for optimizer in optimizers:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -44,7 +54,7 @@ class FiniteGuard:
     def watch(self, terms: dict[str, Tensor]) -> None:
         """Raise the flag if this step's loss or gradients are not finite, and keep the terms of the first bad step."""
         gradients = [p.grad for p in self.parameters if p.grad is not None]
-        norm = torch.stack(torch._foreach_norm(gradients)).sum()
+        norm = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else self.flag
         loss, ce_P, distill_P = terms["loss"].detach(), terms["ce_P"], terms["distill_P"]
         now = torch.cat((loss.reshape(1), norm.reshape(1), ce_P, distill_P)).to(wide_dtype(loss.device))
         if self.terms is None:
@@ -54,6 +64,8 @@ class FiniteGuard:
         self.terms = torch.where(self.flag > 0, self.terms, now)
         bad = ~now[:2].isfinite().all()
         self.flag.copy_(torch.maximum(self.flag, bad.to(self.flag.dtype)))
+        if self.mesh is not None:
+            self.mesh.agree(self.flag)
 
     def count(self) -> None:
         """Count a step, if it was good."""
@@ -68,4 +80,6 @@ class FiniteGuard:
         assert self.terms is not None
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.kept)
+        if self.mesh is not None:
+            self.terms = self.mesh.mean(self.terms)
         return self.steps_before + int(self.steps_good.item()), dict(zip(self.names, self.terms.tolist()))

@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from codistill.errors import InputError
 from codistill.sharing import plain_copy
@@ -23,10 +24,17 @@ class SplitMember(nn.Module):
         super().__init__()
         self.body, self.head = body, head
         self.head_path, self.feature_dim = head_path, feature_dim
+        self.recompute = False
+        """Whether training keeps no activations of the body, and runs it again in the backward."""
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(features, logits)`. The head runs outside autocast, in its own dtype."""
-        features = self.body(x_BCHW)
+        if self.recompute and self.training and torch.is_grad_enabled():
+            # The second run sees the same draws and batch statistics, and must not record those twice.
+            twice = lambda: (nullcontext(), statistics_recorded_already(self.body))  # noqa: E731
+            features = checkpoint(self.body, x_BCHW, use_reentrant=False, context_fn=twice)
+        else:
+            features = self.body(x_BCHW)
         with torch.autocast(x_BCHW.device.type, enabled=False):
             features = features.to(next(self.head.parameters()).dtype)
             return features, self.head(features)
@@ -172,6 +180,23 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
     finally:
         for m in tracking:
             m.track_running_stats = True
+
+
+@contextmanager
+def statistics_recorded_already(module: nn.Module) -> Iterator[None]:
+    """Let BatchNorm run as ever, down to what it saves for the backward, and move no running statistics."""
+    tracking = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
+    momenta = [m.momentum for m in tracking]
+    counts = [m.num_batches_tracked for m in tracking if m.training and m.num_batches_tracked is not None]
+    for m in tracking:
+        m.momentum = 0.0
+    try:
+        yield
+    finally:
+        for m, momentum in zip(tracking, momenta):
+            m.momentum = momentum
+        if counts:
+            torch._foreach_sub_(counts, 1)
 
 
 @contextmanager

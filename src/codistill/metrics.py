@@ -7,7 +7,7 @@ Shapes: M rows (every member, then the ensemble), P peers, B batch, C classes, K
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -78,6 +78,16 @@ class PeerMetrics:
         disagree = (guess_GB[first] != guess_GB[second]).to(self.wide).mean(0).sum()
         both_wrong = (~hit_GB[first] & ~hit_GB[second]).to(self.wide).mean(0).sum()
         self.pairs += torch.stack((peer_distance(probs_GBC).sum(dtype=self.wide), disagree, both_wrong))
+
+    def add_up(self, total: Callable[[Tensor], Tensor]) -> None:
+        """Take in what other processes have counted on their samples; `total` adds a tensor up over them."""
+        count = torch.tensor(self.count, dtype=self.wide, device=self.correct_M.device)
+        names = ("correct_M", "correct5_M", "nll_M", "bins_3MK", "pairs")
+        held = [count, *(getattr(self, name) for name in names)]
+        summed = total(torch.cat([value.flatten() for value in held])).split([value.numel() for value in held])
+        self.count = int(summed[0].item())
+        for name, value in zip(names, summed[1:]):
+            setattr(self, name, value.view(getattr(self, name).shape))
 
     def compute(self) -> dict[str, Any]:
         """Return plain numbers (this waits for the device): percentages, nats, and lists with one entry a member."""

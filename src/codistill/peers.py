@@ -48,22 +48,22 @@ def member_seed(seed: int, member: int) -> int:
 
 
 def _members(
-    specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int, image_size: int
+    specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int, image_size: int, first: int = 0
 ) -> list[SplitMember]:
-    """Build member p from `specs[p]` and its own seed, and cut it before its head; the random state stays as it was."""
+    """Build member `first + p` from `specs[p]` and its own seed, cut before its head; the random state stays."""
     if not specs:
         raise InputError("0 peers are asked for; give one or more")
     factories = [resolve(spec) if isinstance(spec, str) else spec for spec in specs]
     offers = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     built: list[nn.Module] = []
     with torch.random.fork_rng(devices=[]):
-        for p, factory in enumerate(factories):
+        for p, factory in enumerate(factories, first):
             torch.default_generator.manual_seed(member_seed(seed, p))  # torch.manual_seed would touch GPUs too
             built.append(factory if isinstance(factory, nn.Module) else build(factory, **offers))
         if len({id(b) for b in built}) != len(built):
             raise InputError("the same built model is given twice; give every peer one of its own")
         members = [split_head(b, example_for(b, in_channels, image_size)) for b in built]
-        for p, (factory, member) in enumerate(zip(factories, members)):
+        for p, (factory, member) in enumerate(zip(factories, members), first):
             if has_weights(factory):  # with one head for all, the members would be copies of each other for ever
                 torch.default_generator.manual_seed(member_seed(seed, p))
                 for module in member.head.modules():
@@ -142,6 +142,7 @@ class NetworkPeers(Peers):
         seed: Member p is initialised from a seed made of (seed, p).
         in_channels: Channels of the images.
         image_size: Height and width used once, to check the networks.
+        first: Number of the first member, where these are a part of more peers (see `mesh.py`).
 
     Raises:
         InputError: one built instance is given for several peers, or the heads do not agree.
@@ -160,6 +161,7 @@ class NetworkPeers(Peers):
         seed: int = 0,
         in_channels: int = 3,
         image_size: int = 32,
+        first: int = 0,
     ) -> None:
         super().__init__()
         specs: list[Spec] = [spec] if isinstance(spec, str | nn.Module) or callable(spec) else list(spec)
@@ -170,7 +172,7 @@ class NetworkPeers(Peers):
             specs *= num_peers
         if len(specs) != num_peers:
             raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one a peer")
-        members = _members(specs, seed, num_classes, in_channels, image_size)
+        members = _members(specs, seed, num_classes, in_channels, image_size, first)
         self.members = nn.ModuleList(members)
         self._check([_num_classes(m) for m in members], num_classes)
 
@@ -375,13 +377,17 @@ def _num_classes(member: SplitMember) -> int:
     return [module for module in member.head.modules() if isinstance(module, nn.Linear)][-1].out_features
 
 
-def build_peers(config: Config, num_classes: int, in_channels: int, image_size: int) -> Peers:
-    """Build the peers of a resolved config."""
+def build_peers(
+    config: Config, num_classes: int, in_channels: int, image_size: int, members: range | None = None
+) -> Peers:
+    """Build the peers of a resolved config, or (of networks) only those with the numbers `members`."""
     assert config.peers is not None
     about = {"seed": config.seed, "in_channels": in_channels, "image_size": image_size}
     specs = [resolve(name, config.pretrained, config.weights) for name in config.model]
     if config.topology == "networks":
-        return NetworkPeers(specs, config.peers, num_classes, **about)
+        members = range(config.peers) if members is None else members
+        chosen = [specs[p if len(specs) > 1 else 0] for p in members]
+        return NetworkPeers(chosen, len(members), num_classes, first=members.start, **about)
     fork = {"branch_at": config.branch_at, "fan_out": config.fan_out}
     return BranchPeers(specs[0], config.peers, num_classes, **fork, **about)
 

@@ -29,7 +29,10 @@ from codistill.config import Config, InputError, MachineError, MethodConfig
 
 SCHEMA = 1
 # What may differ between a run and its continuation without changing its result.
-_FREE = {"out", "resume", "data_dir", "checkpoint_every_epochs", "checkpoint_every_steps", "tracker", "device"}
+_FREE = {
+    *("out", "resume", "data_dir", "checkpoint_every_epochs", "checkpoint_every_steps", "tracker", "device"),
+    *("mesh", "collective_timeout", "checkpoint_activations"),
+}
 
 
 def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
@@ -117,6 +120,11 @@ class RunFolder:
             write_json(self.path / "environment.json", environment(self.config))
             write_json(self.path / "config.json", self.config.to_dict() | {"resume": None})
 
+    def describe(self, about: dict[str, Any]) -> None:
+        """Write what the networks take and name (data.json), once."""
+        if not (self.path / "data.json").exists():
+            write_json(self.path / "data.json", about)
+
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""
         try:
@@ -143,6 +151,28 @@ class RunFolder:
     def load(self) -> dict[str, Any] | None:
         """Return the newest checkpoint, or None where there is none yet."""
         return load_checkpoint(self.checkpoint_path) if self.checkpoint_path.exists() else None
+
+
+class SilentFolder(RunFolder):
+    """The run folder as ranks other than the first see it: they check and write nothing."""
+
+    def __init__(self, config: Config) -> None:
+        assert config.out is not None
+        self.path = Path(config.resume if config.resume not in (None, "auto") else config.out)
+        self.config = config
+        self.checkpoint_path = self.path / "last.pt"
+
+    def begin(self) -> None:
+        """Write nothing."""
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write nothing."""
+
+    def keep_lines(self, epochs: int) -> None:
+        """Write nothing."""
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Write nothing."""
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:

@@ -13,18 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from codistill import mesh_state
 from codistill.config import Config, Device, InputError, MethodConfig
 from codistill.data import DeviceLoader, ImageSet, Splits, load_set, make_splits
 from codistill.data.loader import Augmentation
 from codistill.execution import choose_execution, stack
 from codistill.guard import FiniteGuard
+from codistill.mesh import Mesh
+from codistill.mesh_peers import MeshPeers, refuse_foreign
 from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
 from codistill.models.sources import takes_colour_alone
 from codistill.peers import BranchPeers, MeanTeacher, Peers, build_peers
 from codistill.run import load_checkpoint, restore_rng
+from codistill.sync_bn import synchronise
 from codistill.teacher import load_teacher
-from codistill.tuning import freeze, make_optimizers
+from codistill.tuning import freeze, make_optimizers, tuning_flag
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
@@ -55,9 +59,13 @@ class Training:
     best: dict[str, Any] | None = None
     """Figures of the best test epoch (protocol paper only)."""
     sums: dict[str, Tensor] = field(default_factory=dict)
+    mesh: Mesh | None = None
+    """The place among several processes, where there are."""
 
-    def state(self) -> dict[str, Any]:
-        """Return all that a continuation needs."""
+    def state(self) -> dict[str, Any] | None:
+        """Return all that a continuation needs, on whatever mesh; only the first rank gets it."""
+        if self.mesh is not None:
+            return mesh_state.gathered(self, self.mesh)
         return {
             "peers": self.peers.state_dict(),
             "method": self.method.state_dict(),
@@ -72,7 +80,10 @@ class Training:
         }
 
     def load_state(self, state: dict[str, Any]) -> None:
-        """Continue from what `state` returned."""
+        """Continue from what `state` returned, on this mesh or another."""
+        if self.mesh is not None:
+            mesh_state.load(self, self.mesh, state)
+            return
         self.peers.load_state_dict(state["peers"])
         self.method.load_state_dict(state["method"])
         if self.ema is not None:
@@ -100,7 +111,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def setup(
-    config: Config, teacher: nn.Module | None = None, execution: str | None = None, fresh: bool = True
+    config: Config,
+    teacher: nn.Module | None = None,
+    execution: str | None = None,
+    mesh: Mesh | None = None,
+    fresh: bool = True,
 ) -> Training:
     """Build data, peers, method and optimiser of a resolved config.
 
@@ -108,13 +123,14 @@ def setup(
         config: A resolved config.
         teacher: A trained network for a method that needs one, instead of the one its config names.
         execution: What an earlier part of this run chose, instead of choosing anew.
+        mesh: The place among several processes, where there are.
         fresh: Whether `pretrained` and `weights` are to be read; not where a checkpoint is loaded anyway.
 
     Raises:
         InputError: some part of the config cannot be had.
     """
     assert isinstance(config.method, MethodConfig)
-    device = pick_device(config.device)
+    device = pick_device(config.device) if mesh is None else mesh.device
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     data = load_set(config.data, config.data_dir, config.image_size)
@@ -125,12 +141,9 @@ def setup(
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {len(splits.train)} training images; give a smaller one"
         )
-    start = config if fresh else dataclasses.replace(config, pretrained=False, weights=None)
-    peers = build_peers(start, len(data.classes), data.channels, data.image_size)
-    method = build_method(config.method, peers, config.seed)
-    if isinstance(peers, BranchPeers):
-        peers.set_rescale(method.rescale_trunk)
-    peers.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
+    if mesh is not None and (flag := tuning_flag(config)):
+        raise InputError(f"--{flag} works in one process so far; drop it, or train without --mesh")
+    peers, method = _peers_and_method(config, data, mesh, fresh)
     peers.to(device=device, dtype=DTYPES[config.dtype])
     if config.channels_last:
         peers.to(memory_format=torch.channels_last)  # pyrefly: ignore
@@ -141,18 +154,36 @@ def setup(
         teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
     frozen = freeze(peers, config.freeze)
+    if ema is not None and isinstance(ema.peers, MeshPeers):
+        ema.peers.only_logits = True
     augmentation = Augmentation(data.pad if config.augment else 0, data.flip and config.augment, config.cutout)
     views = peers.num_peers if "views" in method.needs else 1
     part = (data.x_train[splits.train], data.y_train[splits.train])
     loader = make_loader(config, data, part, device, augmentation, views)
+    if mesh is not None:
+        loader.share(mesh.data_index, mesh.num_data, mesh.own)
+        execution = "loop"
     batch = loader.first()
     execution = execution or choose_execution(config, peers, method, batch)
     if execution == "stacked":
         stack(peers, ema, batch)
     optimizers = make_optimizers(config, peers, method, method.update == "alternating")
-    guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device)
+    guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device, mesh)
     return Training(
-        config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema, execution, frozen
+        config,
+        device,
+        data,
+        splits,
+        loader,
+        peers,
+        method,
+        optimizers,
+        guard,
+        teacher,
+        ema,
+        execution,
+        frozen,
+        mesh=mesh,
     )
 
 
@@ -161,6 +192,29 @@ def channels_taken(config: Config, channels: int) -> int:
     if config.channels is not None:
         return config.channels
     return 3 if any(takes_colour_alone(name, config.pretrained) for name in config.model) else channels
+
+
+def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None, fresh: bool) -> tuple[Peers, Method]:
+    """Build the peers (on a mesh the rank's own) and the method that hears all of them."""
+    assert isinstance(config.method, MethodConfig)
+    start = config if fresh else dataclasses.replace(config, pretrained=False, weights=None)
+    local = build_peers(start, len(data.classes), data.channels, data.image_size, mesh.own if mesh else None)
+    for index in range(local.num_peers):
+        local.member(index).recompute = config.checkpoint_activations
+    local.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
+    if mesh is None:
+        peers = local
+        method = build_method(config.method, peers, config.seed)
+    else:
+        if config.sync_bn and mesh.num_data > 1:
+            synchronise(local, mesh)
+        peers = MeshPeers(local, mesh)
+        peers.autocast = local.autocast
+        method = build_method(config.method, peers, config.seed)
+        peers.serve(method)
+    if isinstance(local, BranchPeers):
+        local.set_rescale(method.rescale_trunk)
+    return peers, method
 
 
 def make_loader(
@@ -197,18 +251,27 @@ def curve_loader(t: Training) -> DeviceLoader | None:
 
 def test_loader(t: Training) -> DeviceLoader:
     """Return the test set."""
-    return make_loader(t.config, t.data, (t.data.x_test, t.data.y_test), t.device)
+    return _sharded(t, t.data.x_test, t.data.y_test)
 
 
 def part_loader(t: Training, part: Any) -> DeviceLoader:
     """Return a part of the training set (indices), in order and as it is."""
-    return make_loader(t.config, t.data, (t.data.x_train[part], t.data.y_train[part]), t.device)
+    return _sharded(t, t.data.x_train[part], t.data.y_train[part])
+
+
+def _sharded(t: Training, images: Any, labels: Any) -> DeviceLoader:
+    """Return a loader that keeps the order; on a mesh, of this rank's part of the samples, every one on one rank."""
+    if t.mesh is not None:
+        first, last = t.mesh.shard(len(labels))[t.mesh.data_index :][:2]
+        images, labels = images[first:last], labels[first:last]
+    return make_loader(t.config, t.data, (images, labels), t.device)
 
 
 def deployed_network(t: Training) -> nn.Module:
     """Return what `Config.deploy` names, as one network in evaluation mode."""
     if t.config.deploy == "ensemble":
         return t.method.deploy_ensemble(t.peers).eval()
+    refuse_foreign(t.peers, deployed_index(t))
     if t.config.deploy == "ema":
         assert t.ema is not None
         return t.ema.peers.export_member(t.method.deployed).eval()
@@ -243,6 +306,16 @@ def count_parameters(module: nn.Module) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 
+def numbers_trained_and_deployed(t: Training) -> tuple[int, int]:
+    """Return the number of parameters that are trained, and of those that are deployed."""
+    if isinstance(t.peers, MeshPeers) and t.mesh is not None and t.mesh.num_peer > 1:
+        counts = t.peers.parameter_counts
+        trained = sum(counts) + count_parameters(t.method)
+        return trained, trained if t.config.deploy == "ensemble" else counts[deployed_index(t)]
+    trained = count_parameters(t.peers) + count_parameters(t.method)
+    return trained, count_parameters(deployed_network(t))
+
+
 def load_run(path: str | Path, data_dir: str | None = None, device: Device = "auto") -> Training:
     """Build the peers of a run folder with the weights of its newest checkpoint, for evaluation and export.
 
@@ -258,7 +331,7 @@ def load_run(path: str | Path, data_dir: str | None = None, device: Device = "au
     if not (path / "config.json").exists():
         raise InputError(f"{path} is no run folder (it has no config.json)")
     config = Config.from_file(path)
-    config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir).resolved()
+    config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_checkpoint(path / "last.pt")
     t = setup(config, execution=state.get("execution"), fresh=False)
     t.load_state(state)

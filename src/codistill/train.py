@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import time
-import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,44 +17,32 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.config import Config, MachineError, MethodConfig
+from codistill.config import Config, MachineError
 from codistill.data import DeviceLoader
-from codistill.folding import folded_for_evaluation
 from codistill.losses import wide_dtype
+from codistill.mesh import Mesh, after_restart, join_mesh
+from codistill.mesh_peers import folded_members
 from codistill.methods import Method
 from codistill.metrics import PeerMetrics
 from codistill.mixing import mix_batch, wants_soft_labels
 from codistill.peers import PeerOutputs, Peers, eval_mode
-from codistill.run import RunFolder, Tracker, write_json
+from codistill.reporting import Reporter, describe
+from codistill.run import RunFolder, SilentFolder, Tracker, write_json
 from codistill.setup import (
     Training,
-    count_parameters,
     curve_loader,
     deployed_figures,
     deployed_name,
     deployed_network,
+    load_run,
+    numbers_trained_and_deployed,
     part_loader,
+    pick_device,
     setup,
     test_loader,
 )
 from codistill.signals import Stopped, caught_signals
 from codistill.tuning import set_rate
-
-
-class Reporter:
-    """What a run tells its surroundings; this one keeps silent."""
-
-    def begin(self, notes: list[str], epochs: int, steps: int, start: int) -> None:
-        """Hear that the run starts (or goes on) at epoch `start`; `notes` describe it."""
-
-    def step(self, epoch: int, step: int, loss: float) -> None:
-        """Hear of a log point: `loss` is the epoch's mean so far."""
-
-    def epoch(self, line: dict[str, Any]) -> None:
-        """Hear that an epoch is over; `line` is what metrics.jsonl holds of it."""
-
-    def end(self, result: dict[str, Any]) -> None:
-        """Hear that the run is complete."""
 
 
 @dataclass
@@ -68,27 +56,33 @@ class Result:
 
     @property
     def peers(self) -> Peers:
-        """All members, as they ended."""
+        """All members, as they ended (on a mesh: those of this rank)."""
         return self.training.peers
 
     @property
     def student(self) -> nn.Module:
-        """The one plain network that is deployed."""
-        return deployed_network(self.training)
+        """The one plain network that is deployed; on a mesh it is read from the run folder."""
+        return deployed_network(self.training if self.training.mesh is None else load_run(self.folder))
 
 
 def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
     """Return the learning rate of a step of an epoch (both counted from 0): warm-up, then steps or half a cosine."""
+    full = config.lr if config.lr_base_batch is None else config.lr * config.batch_size / config.lr_base_batch
     done = epoch + step / steps
     if done < config.warmup_epochs:
-        return config.lr * (done + 1 / steps) / (config.warmup_epochs + 1 / steps)
+        return full * (done + 1 / steps) / (config.warmup_epochs + 1 / steps)
     if config.schedule == "cosine":
-        return config.lr * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
-    return config.lr * 0.1 ** sum(epoch >= m for m in config.milestones or ())
+        return full * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    return full * 0.1 ** sum(epoch >= m for m in config.milestones or ())
 
 
 def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> dict[str, Tensor]:
     """Do one step and return the method's terms; the host waits for nothing here."""
+    count, number = len(targets_B), t.epoch * len(t.loader) + t.step
+    if t.mesh is not None:
+        t.mesh.open(count, number)
+        count = t.mesh.counted(t.method.whole_batch)
+        targets_B = targets_B if t.method.whole_batch else targets_B[t.mesh.own_rows()]
     labels_B = targets_B
     if wants_soft_labels(t.config):
         views_VBCHW, targets_B = mix_batch(t.config, t.peers.num_classes, views_VBCHW, labels_B, t.epoch, t.step)
@@ -97,15 +91,16 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
     else:
         outputs = _outputs(t, views_VBCHW)
         terms = t.method(outputs, targets_B, weight)
-        terms["loss"].backward()
+        _backward(t, terms["loss"], t.optimizers[0])
         _update(t, t.optimizers[0], terms)
         hits_P = (outputs.logits_PBC.detach().argmax(-1) == labels_B).sum(-1)
     t.guard.count()
     if t.ema is not None:
-        t.ema.update(t.peers, t.epoch * len(t.loader) + t.step)
-    t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * len(targets_B)
-    t.sums["hits_P"] += hits_P
-    t.sums["distill_P"] += terms["distill_P"].to(t.sums["distill_P"].dtype) * len(targets_B)
+        t.ema.update(t.peers, number)
+    if count:  # on a mesh, samples that other ranks count too are counted by one of them
+        t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * count
+        t.sums["hits_P"] += hits_P
+        t.sums["distill_P"] += terms["distill_P"].to(t.sums["loss"].dtype) * count
     return terms
 
 
@@ -121,10 +116,24 @@ def _outputs(t: Training, views_VBCHW: Tensor, only: int | None = None) -> PeerO
     return outputs
 
 
-def _update(t: Training, optimizer: torch.optim.Optimizer, terms: dict[str, Tensor]) -> None:
+def _backward(t: Training, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Find the gradients of what `optimizer` holds; on a mesh, those of the whole batch."""
+    if t.mesh is None:
+        loss.backward()
+        return
+    (loss * t.mesh.weight(t.method.whole_batch)).backward()
+    if t.method.whole_batch:  # every rank's loss is of the whole batch, so each has found the whole already
+        for parameter in t.method.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= t.mesh.num_data
+    t.mesh.sum_gradients([p for group in optimizer.param_groups for p in group["params"]])
+
+
+def _update(t: Training, optimizer: torch.optim.Optimizer | None, terms: dict[str, Tensor]) -> None:
     t.guard.watch(terms)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
 
 
 def _alternate(
@@ -132,15 +141,23 @@ def _alternate(
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Step one member after the other, each on fresh predictions of all; its figures are those of its turn."""
     turns, hits = [], []
-    for p, optimizer in enumerate(t.optimizers):
+    for p in range(t.peers.num_peers):
+        optimizer = _optimizer_of(t, p)
         outputs = _outputs(t, views_VBCHW, only=p)
         terms = t.method(outputs, targets_B, weight)
-        terms["loss_P"][p].backward()
+        if optimizer is not None:
+            _backward(t, terms["loss_P"][p], optimizer)
         _update(t, optimizer, terms)
         turns.append((terms["loss_P"][p].detach(), terms["distill_P"][p]))
         hits.append((outputs.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
     loss_P, distill_P = (torch.stack(values) for values in zip(*turns))
     return {"loss": loss_P.sum(), "distill_P": distill_P}, torch.stack(hits)
+
+
+def _optimizer_of(t: Training, member: int) -> torch.optim.Optimizer | None:
+    """Return the optimiser of a member; None where the member lives on another rank."""
+    own = range(len(t.optimizers)) if t.mesh is None else t.mesh.own
+    return t.optimizers[member - own.start] if member in own else None
 
 
 def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> None:
@@ -155,17 +172,34 @@ def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) ->
     with caught_signals() as caught:
         while t.epoch < t.config.epochs:
             if t.step == 0:
-                t.sums = zero_sums(t)
+                t.sums = _zero_sums(t)
             _run_epoch(t, folder, reporter, caught)
             line = _close_epoch(t, curve)
             folder.log(line)
             tracker.log(line)
             reporter.epoch(line)
             t.epoch, t.step = t.epoch + 1, 0
-            if t.epoch % t.config.checkpoint_every_epochs == 0 or t.epoch == t.config.epochs or caught:
-                folder.save(t.state())
-            if caught and t.epoch < t.config.epochs:
-                raise Stopped(caught[0])
+            stop = _stop_asked(t, caught)
+            if t.epoch % t.config.checkpoint_every_epochs == 0 or t.epoch == t.config.epochs or stop:
+                _save(t, folder)
+            if stop and t.epoch < t.config.epochs:
+                raise Stopped(stop)
+
+
+def _stop_asked(t: Training, caught: list[str]) -> str | None:
+    """Return the name of the signal that asks for an end; on a mesh the host waits for all ranks' answer."""
+    if t.mesh is not None:
+        return t.mesh.first_signal(caught)
+    return caught[0] if caught else None
+
+
+def _save(t: Training, folder: RunFolder) -> None:
+    """Write a checkpoint; on a mesh all ranks go on once it is written."""
+    state = t.state()
+    if t.mesh is None:
+        folder.save(state or {})
+    else:
+        t.mesh.on_first(lambda: folder.save(state or {}))
 
 
 def _run_epoch(t: Training, folder: RunFolder, reporter: Reporter, caught: list[str]) -> None:
@@ -184,15 +218,23 @@ def _run_epoch(t: Training, folder: RunFolder, reporter: Reporter, caught: list[
         train_step(t, views_VBCHW, targets_B, weight)
         t.step += 1
         last = t.step == steps
-        save = bool(caught) or (config.checkpoint_every_steps and t.step % config.checkpoint_every_steps == 0)
-        if last or save or t.step % config.log_every_steps == 0:
+        due = bool(config.checkpoint_every_steps and t.step % config.checkpoint_every_steps == 0)
+        look = last or due or t.step % config.log_every_steps == 0
+        # On a mesh ranks hear of each other's signals only where they look.
+        stop = _stop_asked(t, caught) if look or t.mesh is None else None
+        if look or stop:
             _look(t, folder)
-            reporter.step(t.epoch, t.step, t.sums["loss"].item() / (t.step * config.batch_size))
+            reporter.step(t.epoch, t.step, _sums(t)["loss"].item() / (t.step * config.batch_size))
         t.seconds = before + time.perf_counter() - began
-        if save and not last:
-            folder.save(t.state())
-        if caught and not last:
-            raise Stopped(caught[0])
+        if (due or stop) and not last:
+            _save(t, folder)
+        if stop and not last:
+            raise Stopped(stop)
+
+
+def _sums(t: Training) -> dict[str, Tensor]:
+    """Return the epoch's sums, over all ranks."""
+    return t.sums if t.mesh is None else {name: t.mesh.sum_along_data(value) for name, value in t.sums.items()}
 
 
 def _look(t: Training, folder: RunFolder) -> None:
@@ -202,7 +244,7 @@ def _look(t: Training, folder: RunFolder) -> None:
         return
     steps_done, terms = bad
     t.epoch, t.step = divmod(steps_done, len(t.loader))
-    folder.save(t.state())
+    _save(t, folder)
     values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
     raise MachineError(
         f"the loss stopped being finite at epoch {t.epoch}, step {t.step} ({values}); the weights before it are kept "
@@ -210,7 +252,7 @@ def _look(t: Training, folder: RunFolder) -> None:
     )
 
 
-def zero_sums(t: Training) -> dict[str, Tensor]:
+def _zero_sums(t: Training) -> dict[str, Tensor]:
     """Return the sums with which an epoch begins."""
     zeros = torch.zeros(t.peers.num_peers, dtype=wide_dtype(t.device), device=t.device)
     return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
@@ -218,17 +260,19 @@ def zero_sums(t: Training) -> dict[str, Tensor]:
 
 def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
     """Return the epoch's line: schedule, training figures, and the curve's set where it is due."""
+    if t.mesh is not None:
+        t.mesh.align([t.peers, *([t.ema] if t.ema else [])], t.method)
     if "holdout" in t.method.needs:
         t.method.after_epoch(*_holdout_outputs(t))
-    count = t.loader.num_samples
+    count, sums = t.loader.num_samples, _sums(t)
     line: dict[str, Any] = {
         "epoch": t.epoch,
         "lr": lr_at(t.config, t.epoch),
         "weight": t.method.weight * t.method.weight_at(t.epoch),
         "train": {
-            "loss": t.sums["loss"].item() / count,
-            "top1": (t.sums["hits_P"] * 100 / count).tolist(),
-            "distill": (t.sums["distill_P"] / count).tolist(),
+            "loss": sums["loss"].item() / count,
+            "top1": (sums["hits_P"] * 100 / count).tolist(),
+            "distill": (sums["distill_P"] / count).tolist(),
         },
     }
     due = (t.epoch + 1) % t.config.eval_every_epochs == 0 or t.epoch + 1 == t.config.epochs
@@ -246,27 +290,33 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
 @torch.inference_mode()
 def _holdout_outputs(t: Training) -> tuple[Tensor, Tensor]:
     """Return every member's logits on the holdout, `P x N x C`, in evaluation mode, and the labels."""
+    loader = part_loader(t, t.splits.holdout)
     with eval_mode(t.peers):
-        batches = [(t.peers(views).logits_PBC, targets) for views, targets in part_loader(t, t.splits.holdout).epoch()]
-    logits, targets = zip(*batches)
-    return torch.cat(logits, 1), torch.cat(targets)
+        batches = [t.peers(views).logits_PBC for views, _ in loader.epoch()]
+    none = t.loader.scale_C.new_zeros(t.peers.num_peers, 0, t.peers.num_classes)
+    logits_PNC = torch.cat([none, *batches], 1)
+    if t.mesh is not None:
+        logits_PNC = t.mesh.all_samples(logits_PNC, len(t.splits.holdout))
+    return logits_PNC, torch.from_numpy(t.data.y_train[t.splits.holdout]).to(t.device)
 
 
-def validate(peers: Peers, method: Method, loader: DeviceLoader) -> dict[str, Any]:
-    """Measure every member and the method's ensemble on a set."""
+def validate(peers: Peers, method: Method, loader: DeviceLoader, mesh: Mesh | None = None) -> dict[str, Any]:
+    """Measure every member and the method's ensemble on a set; on a mesh, each rank on its part of it."""
     metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device)
     with eval_mode(peers), eval_mode(method), torch.inference_mode():
-        folded = folded_for_evaluation(peers, loader.first()[0][:2])
+        folded = folded_members(peers, loader)
         for views_VBCHW, targets_B in loader.epoch():
             outputs = folded(views_VBCHW)
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
+    if mesh is not None:
+        metrics.add_up(mesh.sum_along_data)
     return metrics.compute()
 
 
 def measure(t: Training, loader: DeviceLoader) -> dict[str, Any]:
     """Return the figures of the `members`, of their mean teachers (`ema`, else None) and of the deployed `student`."""
-    members = validate(t.peers, t.method, loader)
-    ema = validate(t.ema.peers, t.method, loader) if t.ema is not None else None
+    members = validate(t.peers, t.method, loader, t.mesh)
+    ema = validate(t.ema.peers, t.method, loader, t.mesh) if t.ema is not None else None
     return {"members": members, "ema": ema, "student": deployed_figures(t, members, ema)}
 
 
@@ -288,26 +338,44 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
 
     >>> result = train(Config("okddip", "resnet8", "digits", epochs=60))   # doctest: +SKIP
     """
-    reporter = reporter or Reporter()
-    config = config.resolved()
-    folder = RunFolder(config)
-    state = folder.load()
-    t = setup(config, teacher, None if state is None else state.get("execution"), fresh=state is None)
+    reporter, config = reporter or Reporter(), after_restart(config.resolved())
+    mesh = join_mesh(config, pick_device(config.device))
+    if mesh is None:
+        folder = RunFolder(config)
+        state = folder.load()
+        t = setup(config, teacher, None if state is None else state.get("execution"), fresh=state is None)
+        return _train(t, state, folder, reporter)
+    with mesh.watched():
+        folder = mesh.on_first(lambda: RunFolder(config))
+        state = mesh.on_first(folder.load)
+        t = mesh.together(lambda: setup(config, teacher, mesh=mesh, fresh=state is None))
+        if mesh.rank:
+            folder, reporter = SilentFolder(config), Reporter()
+        return _train(t, state, folder, reporter)
+
+
+def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporter: Reporter) -> Result:
+    """Train what is built, from `state` on if there is one."""
+    first, on_first = t.mesh is None or t.mesh.rank == 0, _call if t.mesh is None else t.mesh.on_first
+    complete = on_first(lambda: folder.complete)
     if state is not None:
-        t.load_state(state)
-    tracker = Tracker(config.tracker, folder.path)
-    folder.begin()
-    if not (folder.path / "data.json").exists():
-        write_json(folder.path / "data.json", t.data.about())
-    folder.keep_lines(t.epoch)
-    reporter.begin(describe(t, resumed=state is not None), config.epochs, len(t.loader), t.epoch)
-    if not folder.complete:
+        t.load_state(state) if t.mesh is None else t.mesh.together(lambda: t.load_state(state))
+    tracker = Tracker(t.config.tracker if first else "none", folder.path)
+    on_first(lambda: (folder.begin(), folder.describe(t.data.about()), folder.keep_lines(t.epoch)))
+    notes = describe(t, resumed=state is not None)
+    reporter.begin(notes, t.config.epochs, len(t.loader), t.epoch)
+    if not complete:
         fit(t, folder, reporter, tracker)
-        write_json(folder.path / "result.json", _result(t))
+        figures = _result(t)
+        on_first(lambda: write_json(folder.path / "result.json", figures))
     tracker.close()
-    figures = _read_result(folder)
+    figures = on_first(lambda: _read_result(folder))
     reporter.end(figures)
     return Result(folder.path, figures, t)
+
+
+def _call(what: Callable[[], Any]) -> Any:
+    return what()
 
 
 def _read_result(folder: RunFolder) -> dict[str, Any]:
@@ -317,14 +385,15 @@ def _read_result(folder: RunFolder) -> dict[str, Any]:
 def _result(t: Training) -> dict[str, Any]:
     """Read the test set and gather the run's figures."""
     measured = measure(t, test_loader(t))
+    trained, deployed = numbers_trained_and_deployed(t)
     figures: dict[str, Any] = {
         "deployed": deployed_name(t),
         "student": measured["student"],
         "protocol": t.config.protocol,
         "epochs": t.config.epochs,
         "test": measured["members"],
-        "parameters_trained": count_parameters(t.peers) + count_parameters(t.method),
-        "parameters_deployed": count_parameters(deployed_network(t)),
+        "parameters_trained": trained,
+        "parameters_deployed": deployed,
         "split": t.splits.describe(t.data),
         "seconds": round(t.seconds, 3),
         "execution": t.execution,
@@ -334,35 +403,3 @@ def _result(t: Training) -> dict[str, Any]:
     if t.best is not None:
         figures["best_test"] = t.best
     return figures
-
-
-def describe(t: Training, resumed: bool = False) -> list[str]:
-    """Say in a few lines what is trained on what; warn where the distillation never reaches its weight."""
-    config, method = t.config, t.method
-    assert isinstance(config.method, MethodConfig)
-    members = f"{t.peers.num_peers} {config.topology}" if t.peers.num_peers > 1 else "1 network"
-    trained, deployed = count_parameters(t.peers) + count_parameters(method), count_parameters(deployed_network(t))
-    notes = [
-        f"{config.method.name}: {members} of {' + '.join(config.model)}, {trained:,} parameters trained; "
-        f"deployed: {deployed_name(t)} ({deployed:,})",
-        f"{config.data}: {t.splits.describe(t.data)}; augmentation: "
-        f"{t.data.describe_augmentation(config.augment, config.cutout)}; protocol {config.protocol}",
-        f"{config.epochs} epochs of {len(t.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
-        f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
-        f"{config.dtype} on {t.device}, execution {t.execution}, seed {config.seed}",
-    ]
-    imbalance = t.data.imbalance(t.splits.train)
-    if imbalance is not None:
-        notes.append(imbalance)
-    if method.ramp_epochs:
-        notes.append(f"distillation weight ramps up to {method.weight:g} over {method.ramp_epochs:g} epochs")
-        reached = method.weight_at(config.epochs - 1)
-        if reached < 0.99:
-            warnings.warn(
-                f"the distillation weight only reaches {reached:.3g} of its full value in {config.epochs} epochs; "
-                "shorten --method.ramp-epochs",
-                stacklevel=2,
-            )
-    if resumed:
-        notes.append(f"resumed at epoch {t.epoch}, step {t.step}")
-    return notes

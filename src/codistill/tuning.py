@@ -51,12 +51,12 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
         shares = [[*member.parameters()] for member in peers.members]
     else:
         shares = [[*peers.trained_parameters(), *method.parameters()]]
-    heads = {id(q) for p in range(peers.num_peers) for q in peers.member(p).head.parameters()}
     optimizers: list[torch.optim.Optimizer] = []
     for share in shares:
         trained = [p for p in share if p.requires_grad]
         groups = [{"params": trained}]
         if config.head_lr != 1.0:
+            heads = {id(q) for p in range(peers.num_peers) for q in peers.member(p).head.parameters()}
             groups = [
                 {"params": [p for p in trained if id(p) not in heads], "lr_scale": 1.0},
                 {"params": [p for p in trained if id(p) in heads], "lr_scale": config.head_lr},
@@ -68,6 +68,17 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
             options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
             optimizers.append(torch.optim.SGD(groups, *options, fused=True))
     return optimizers
+
+
+def tuning_flag(config: Config) -> str | None:
+    """Return an option in use that reads a whole batch or single modules, which no rank of a mesh holds alone."""
+    used = {
+        "freeze": bool(config.freeze),
+        "head-lr": config.head_lr != 1.0,
+        "label-smoothing": config.label_smoothing > 0,
+    }
+    used |= {"mixup": config.mixup > 0, "cutmix": config.cutmix > 0}
+    return next((flag for flag, on in used.items() if on), None)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:

@@ -60,10 +60,26 @@ class DeviceLoader:
         self.labels_N = torch.from_numpy(labels).to(device)
         self.batch_size, self.augmentation, self.views, self.seed = batch_size, augmentation, views, seed
         self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
+        self._share: tuple[int, int] | None = None
+        self._own_views = slice(None)
         # (x / 255 - mean) / std as one multiplication and one addition.
         scale = 1.0 / (255.0 * np.asarray(std, dtype=np.float64))
         self.scale_C = torch.tensor(scale).to(dtype).to(device)
         self.shift_C = torch.tensor(-np.asarray(mean) / np.asarray(std)).to(dtype).to(device)
+
+    def share(self, index: int, parts: int, own_views: range) -> None:
+        """Yield from now on part `index` of each batch's images (as even as can be), with all of its labels.
+
+        Everything is drawn as before, for the whole batch and all views, so that the parts make up the same batch.
+
+        Args:
+            index: Which part; where a batch has no sample for it, its first one stands in.
+            parts: How many there are.
+            own_views: Which views are wanted, where there is one a peer.
+        """
+        self._share = index, parts
+        if self.views > 1:
+            self._own_views = slice(own_views.start, own_views.stop)
 
     def __len__(self) -> int:
         """Return the number of batches an epoch."""
@@ -83,9 +99,20 @@ class DeviceLoader:
             order_N, draws = self._draw(epoch)
         for first in range(start * self.batch_size, count, self.batch_size):
             window = slice(first, min(first + self.batch_size, count))
-            index = window if order_N is None else order_N[window]
-            batch = {name: draw[:, window] for name, draw in draws.items()}
-            yield self._views(self.images_NHWC[index], batch), self.labels_N[index]
+            own = self._own(window)
+            index = own if order_N is None else order_N[own]
+            labelled = index if own == window else window if order_N is None else order_N[window]
+            batch = {name: draw[self._own_views, own] for name, draw in draws.items()}
+            yield self._views(self.images_NHWC[index], batch), self.labels_N[labelled]
+
+    def _own(self, window: slice) -> slice:
+        """Return the part of a batch that is this process's."""
+        if self._share is None:
+            return window
+        (index, parts), size = self._share, window.stop - window.start
+        first = window.start + index * (size // parts) + min(index, size % parts)
+        count = size // parts + (index < size % parts)
+        return slice(first, first + count) if count else slice(window.start, window.start + 1)
 
     def first(self) -> Tensor:
         """Return a batch of views to try things on; no draw of any epoch depends on it."""

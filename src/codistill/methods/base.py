@@ -62,6 +62,9 @@ class Method(nn.Module):
     ramp_epochs: float = 0.0
     ema_decay: float = 0.0
     """Most that a mean teacher keeps of itself, for a method that needs one."""
+    whole_batch: bool = False
+    """Whether the loss is more than a mean over samples (statistics of the batch, a draw a batch), so that processes
+    that share a batch must each hear all of it."""
     holdout_fraction: float = 0.0
     """Part of the training set that is held out, for a method that needs it."""
 

@@ -62,6 +62,7 @@ class KDCL(Method):
         self.needs = frozenset(({"views"} if own_views else set()) | ({"holdout"} if target == "general" else set()))
         self.target, self.temperature, self.weight = target, temperature, weight
         self.granularity, self.mix = granularity, mix
+        self.whole_batch = target == "linear" and granularity == "batch"
         self.holdout_fraction = holdout_fraction if target == "general" else 0.0
         self.weights_P: Tensor
         if target == "general":  # uniform until the first epoch's holdout has been seen

@@ -62,6 +62,8 @@ def compare(methods: list[str], config: CompareConfig) -> int:
     """Train every row and seed, print the table, and keep it as Markdown and JSON in the grid's folder."""
     if config.seeds < 1 or config.workers < 1:
         raise InputError(f"--{'seeds' if config.seeds < 1 else 'workers'} must be at least 1")
+    if config.mesh is not None:
+        raise InputError("--mesh: compare trains every run in one process, --workers of them at a time; drop --mesh")
     folder = Path(config.out or f"runs/compare-{config.data.replace(':', '-').replace('/', '_')}")
     cells = plan(methods, config)
     began = time.perf_counter()

@@ -1,0 +1,131 @@
+"""What one process of a mesh does in tests/test_mesh.py: train cases a few steps and hand the state to the test.
+
+Run by torchrun: mesh_worker.py PLAN FOLDER, where PLAN is JSON: lists [number, case, sync_bn, meshes]. A case goes from
+mesh to mesh through its checkpoint and does an equal part of its steps on each.
+"""
+
+import dataclasses
+import json
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+from codistill.config import Config
+from codistill.mesh import join_mesh, leave
+from codistill.method_configs import method_config
+from codistill.peers import NetworkPeers
+from codistill.run import rng_state
+from codistill.setup import setup, test_loader
+from codistill.train import _close_epoch, _zero_sums, measure, train_step
+
+STEPS = 20
+CASES = {
+    "independent": ("independent", {}, "networks"),
+    "independent, branches": ("independent", {}, "branches"),
+    "kd": ("kd", {}, "networks"),
+    "dml, alternating": ("dml", {}, "networks"),
+    "dml, joint": ("dml", {"update": "joint"}, "networks"),
+    "dml, authors": ("dml", {"variant": "authors"}, "networks"),
+    "dml, okddip_code": ("dml", {"variant": "okddip_code"}, "networks"),
+    "cl_ilr": ("cl_ilr", {}, "networks"),
+    "cl_ilr, okddip_code": ("cl_ilr", {"variant": "okddip_code"}, "networks"),
+    "cl_ilr, branches": ("cl_ilr", {}, "branches"),
+    "one, branches": ("one", {}, "branches"),
+    "one, okddip_code, branches": ("one", {"variant": "okddip_code"}, "branches"),
+    "okddip": ("okddip", {}, "networks"),
+    "okddip, okddip_code": ("okddip", {"variant": "okddip_code"}, "networks"),
+    "okddip, detach=all": ("okddip", {"detach": "all"}, "networks"),
+    "okddip, detach=peers": ("okddip", {"detach": "peers"}, "networks"),
+    "okddip, no leader": ("okddip", {"ablation": "no_leader"}, "networks"),
+    "okddip, random": ("okddip", {"ablation": "random"}, "networks"),
+    "okddip, entropy": ("okddip", {"ablation": "entropy"}, "networks"),
+    "okddip, symmetric": ("okddip", {"ablation": "symmetric"}, "networks"),
+    "okddip, branches": ("okddip", {}, "branches"),
+    "pcl": ("pcl", {}, "networks"),
+    "pcl, branches": ("pcl", {}, "branches"),
+    "kdcl, minlogit": ("kdcl", {}, "networks"),
+    "kdcl, naive": ("kdcl", {"target": "naive"}, "networks"),
+    "kdcl, linear": ("kdcl", {"target": "linear"}, "networks"),
+    "kdcl, linear a batch": ("kdcl", {"target": "linear", "granularity": "batch"}, "networks"),
+    "kdcl, general": ("kdcl", {"target": "general", "holdout_fraction": 0.1}, "networks"),
+    "kdcl, branches": ("kdcl", {}, "branches"),
+}
+
+
+def config(case: str, **more) -> Config:
+    """60 images in batches of 19: uneven parts, and a last batch of 3, of which a fourth rank gets nothing."""
+    name, options, topology = CASES[case]
+    method = dataclasses.replace(method_config(name), **options)
+    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 19, "epochs": 5, "lr": 0.02}
+    return Config(method=method, topology=topology, dtype="float64", **values | more).resolved()
+
+
+def num_peers(case: str, meshes: list[str]) -> int:
+    """Return the fewest peers that a case can have on all of these meshes."""
+    return 4 if CASES[case][0] == "okddip" or "peer=4" in "".join(meshes) else 2
+
+
+def teacher(case: str):
+    if case != "kd":
+        return None
+    return NetworkPeers("resnet8", 1, 10, seed=5, in_channels=1, image_size=8).export_member(0)
+
+
+def run_steps(t, until: int):
+    """Train to step `until`, from wherever `t` stands; return the figures of the epochs that ended on the way."""
+    lines = []
+    t.peers.train()
+    t.method.train()
+    while t.epoch * len(t.loader) + t.step < until:
+        if t.step == 0:
+            t.sums = _zero_sums(t)
+        for views, targets in t.loader.epoch(t.epoch, t.step):
+            train_step(t, views, targets, 0.7)
+            t.step += 1
+            if t.epoch * len(t.loader) + t.step == until:
+                break
+        if t.step == len(t.loader):
+            lines.append(_close_epoch(t, None)["train"])
+            t.epoch, t.step = t.epoch + 1, 0
+    assert t.guard.look() is None
+    return lines
+
+
+def finish(t, lines):
+    """Return all that is compared."""
+    figures = measure(t, test_loader(t))["members"]
+    return {"state": t.state(), "lines": lines, "figures": figures}
+
+
+def walk(number: int, case: str, sync: bool, meshes: list[str], folder: Path) -> None:
+    lines = []
+    place = folder / f"{number}.state"
+    for leg, mesh_text in enumerate(meshes):
+        c = config(case, mesh=mesh_text, sync_bn=sync, peers=num_peers(case, meshes))
+        mesh = join_mesh(c, torch.device("cpu"))
+        assert mesh is not None
+        t = setup(c, teacher(case), mesh=mesh)
+        if leg:
+            t.load_state(torch.load(place, weights_only=True))
+        lines += run_steps(t, STEPS * (leg + 1) // len(meshes))
+        state = t.state()
+        mesh.on_first(lambda state=state: torch.save({**state, "rng": rng_state()}, place))
+    sent = dict(mesh.sent)
+    found = finish(t, lines) | {"sent": sent}
+    if mesh.rank == 0:
+        torch.save(found, folder / f"{number}.pt")
+
+
+def main() -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    plan, folder = sys.argv[1:]
+    for number, case, sync, meshes in json.loads(plan):
+        walk(number, case, sync, meshes, Path(folder))
+    leave()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,97 @@
+"""A job of several processes through the real command: what one process does, and what happens when ranks fail."""
+
+import os
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+from torch.distributed.run import get_args_parser
+
+from codistill.cli import main
+from helpers import read_json
+from test_mesh import torchrun
+
+TRAIN = [
+    *("-m", "codistill", "train", "okddip", "--model", "resnet8", "--data", "digits", "--train-per-class", "6"),
+    *("--batch-size", "16", "--peers", "4", "--epochs", "8", "--device", "cpu", "--checkpoint-every-steps", "1"),
+    *("--log-every-steps", "1", "--mesh", "data=1,peer=2"),
+]
+
+
+def start(out: Path, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
+    if "--shutdown-timeout" in get_args_parser().format_help():  # newer torchrun; else it kills after 30 seconds
+        options = (*options, "--shutdown-timeout=3")
+    command = torchrun(2, *TRAIN, "--out", str(out), *more, options=options)
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def worker(job: subprocess.Popen, rank: int) -> int:
+    """Return the process number of a rank, once the run has done an epoch."""
+    for place in Path("/proc").iterdir():
+        try:
+            parent = int((place / "stat").read_text().rsplit(")", 1)[1].split()[1]) if place.name.isdigit() else 0
+            if parent == job.pid and f"RANK={rank}".encode() in (place / "environ").read_bytes().split(b"\0"):
+                return int(place.name)
+        except OSError:
+            continue
+    raise AssertionError(f"rank {rank} is not there")
+
+
+def wait_for_epochs(job: subprocess.Popen, out: Path, epochs: int) -> None:
+    lines = out / "metrics.jsonl"
+    for _ in range(600):
+        if lines.exists() and len(lines.read_text().splitlines()) >= epochs:
+            return
+        assert job.poll() is None, job.communicate()[1][-3000:]
+        time.sleep(0.05)
+    raise AssertionError("the job does not get on")
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The same run in one process."""
+    out = tmp_path_factory.mktemp("alone") / "run"
+    words = TRAIN[2 : TRAIN.index("--mesh")]
+    assert main([*words, "--out", str(out)]) == 0
+    return out
+
+
+def same_result(one: Path, other: Path) -> None:
+    ours, theirs = read_json(one / "result.json"), read_json(other / "result.json")
+    ours.pop("seconds"), theirs.pop("seconds")
+    assert ours == theirs
+    assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
+
+
+def test_a_killed_rank_is_named_and_the_job_restarts_from_its_checkpoint(tmp_path, alone):
+    out = tmp_path / "run"
+    job = start(out, options=("--max-restarts=1",))
+    wait_for_epochs(job, out, 2)
+    os.kill(worker(job, 1), signal.SIGKILL)
+    _, said = job.communicate(timeout=60)
+    print(said)
+    assert job.returncode == 0, said
+    assert "rank 1 (" in said
+    assert "no longer answers: it was killed, ran out of memory or was stopped" in said
+    assert "resumed at epoch" in said
+    same_result(out, alone)  # bit for bit what one process gives
+
+
+def test_a_stopped_rank_ends_the_job_after_the_timeout_and_the_run_goes_on_in_one_process(tmp_path, alone):
+    out = tmp_path / "run"
+    job = start(out, "--collective-timeout", "10")
+    wait_for_epochs(job, out, 2)
+    stopped, began = worker(job, 1), time.monotonic()
+    os.kill(stopped, signal.SIGSTOP)
+    _, said = job.communicate(timeout=60)
+    print(said)
+    assert job.returncode == 1
+    assert 10 <= time.monotonic() - began < 60
+    assert said.count("no longer answers") == 1
+    assert f"rank 1 ({os.uname().nodename}, process {stopped}) no longer answers" in said
+    assert "Traceback" not in said.split("torch/distributed")[0]
+    words = TRAIN[2 : TRAIN.index("--mesh")]
+    assert main([*words, "--out", str(out), "--resume", "auto"]) == 0
+    same_result(out, alone)
