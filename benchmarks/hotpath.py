@@ -31,7 +31,7 @@ from codistill.method_configs import method_config
 from codistill.methods import OKDDip, build_method
 from codistill.metrics import PeerMetrics
 from codistill.peers import BranchPeers, MeanTeacher, NetworkPeers, PeerOutputs
-from codistill.reproduce.table import markdown
+from codistill.reproduce.formats import markdown
 from codistill.stacked import StackedPeers
 
 Step = Callable[[], object]

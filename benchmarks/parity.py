@@ -16,7 +16,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 import oracles
 from codistill.methods import CLILR, DML, KD, KDCL, ONE, PCL, Independent, OKDDip
 from codistill.peers import PeerOutputs
-from codistill.reproduce.table import markdown
+from codistill.reproduce.formats import markdown
 from helpers import golden, random_peers
 
 

@@ -890,14 +890,42 @@ def test_an_image_too_big_to_be_honest_is_named(tmp_path, monkeypatch):
     assert str(big) in str(error.value)
 
 
-@pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.float32])
-def test_images_of_more_than_8_bits_are_refused_and_not_clipped_to_white(tmp_path, dtype):
+@pytest.mark.parametrize("dtype", [np.uint16, np.int32])
+def test_images_of_16_bits_are_scaled_and_not_clipped_to_white(tmp_path, dtype):
+    write_folder(tmp_path, {"a": 2, "b": 2}, channels=1)
+    deep = np.arange(64).reshape(8, 8) * 1000
+    save(tmp_path / "train" / "a" / "deep.tiff", deep.astype(dtype))
+    data = load_set(f"folder:{tmp_path}")
+    assert any((image[..., 0] == deep // 256).all() for image in data.x_train)
+
+
+def test_floating_point_images_are_refused(tmp_path):
     write_folder(tmp_path, {"a": 2, "b": 2}, channels=1)
     deep = tmp_path / "train" / "a" / "deep.tiff"
-    save(deep, (np.arange(64).reshape(8, 8) * 1000).astype(dtype))
-    with pytest.raises(InputError, match="8 bits") as error:
+    save(deep, (np.arange(64).reshape(8, 8) * 1000).astype(np.float32))
+    with pytest.raises(InputError, match="8 or 16 bits") as error:
         load_set(f"folder:{tmp_path}")
     assert str(deep) in str(error.value)
+
+
+def test_unequal_classes_are_told():
+    labels = np.repeat([0, 1, 2], [20, 5, 9])
+    images = np.zeros((34, 8, 8, 1), np.uint8)
+    data = ImageSet("x", images, labels, images, labels, ("ant", "bee", "cat"), mean=(0.5,), std=(0.5,))
+    assert data.imbalance(np.arange(34)) == "classes are unequal: 20 training images of ant, 5 of bee"
+    assert data.imbalance(np.arange(15, 34)) is None or "cat" in data.imbalance(np.arange(15, 34))
+    assert data.imbalance(np.array([0, 1, 20, 21, 25, 26])) is None
+
+
+def test_gray_is_repeated_and_colour_made_gray():
+    images = np.random.default_rng(0).integers(0, 256, (6, 8, 8, 1), dtype=np.uint8)
+    labels = np.arange(6) % 2
+    data = ImageSet("x", images, labels, images, labels, ("a", "b"))
+    three = data.with_channels(3)
+    assert three.channels == 3
+    assert (three.x_train == images).all()
+    assert three.mean == data.mean * 3
+    assert (three.with_channels(1).x_test == images).all()
 
 
 def test_missing_and_empty_folders_are_errors(tmp_path):

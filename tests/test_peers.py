@@ -430,10 +430,16 @@ class HeadFirst(nn.Module):
 
 
 @pytest.mark.parametrize("build", [networks, branches])
-def test_a_network_whose_last_linear_layer_is_not_its_head_is_refused_until_it_names_its_head(build):
+def test_a_head_that_is_not_the_last_linear_layer_is_found_by_trying_or_by_its_name(build):
     options = {"branch_at": "last"} if build is branches else {}
-    with pytest.raises(InputError, match=r"HeadFirst.*last.*head_path"):
-        build(2, spec=HeadFirst, **options)
+    assert build(2, spec=HeadFirst, **options).member(1).head_path == "head"
+
+    class Scaled(HeadFirst):
+        def forward(self, x):
+            return super().forward(x) * 2  # whatever is called last, the logits are not its output
+
+    with pytest.raises(InputError, match=r"Scaled.*last.*head_path"):
+        build(2, spec=Scaled, **options)
 
     class Named(HeadFirst):
         head_path = "head"

@@ -32,13 +32,14 @@ class Command:
 COMMANDS = {
     "train": Command("train METHOD", "train peers with a method, in a run folder"),
     "evaluate": Command("evaluate RUN", "measure every member of a trained run"),
+    "predict": Command("predict RUN IMAGES ...", "say what the deployed student sees in image files, as CSV or JSON"),
     "compare": Command("compare METHOD ...", "train methods and baselines of equal cost over seeds, print the table"),
     "export": Command("export RUN", "write the one deployed student as a file that needs no codistill"),
     "reproduce": Command(
         "reproduce TABLE", "train a published table anew, with deviations and baselines of equal cost"
     ),
     "report": Command("report RUN ...", "write one self-contained page about runs, grids and tables"),
-    "list": Command("list methods|models|data|tables", "show what there is"),
+    "list": Command("list methods|models|data|tables|branch-points", "show what there is"),
     "demo": Command("demo", "the comparison that make demo runs"),
 }
 
@@ -55,8 +56,28 @@ class EvaluateOptions:
     """Where the data lies, if not where the run found it."""
     device: Device = "auto"
     """Where to run."""
+    per_class: bool = False
+    """Also say, class by class, what the deployed student gets right and what it takes each class for."""
+    confusion: str | None = None
+    """Also write the deployed student's confusion matrix to this CSV file."""
+    calibrate: bool = False
+    """Fit a temperature on the run's validation part, keep it for `predict`, and show calibration with and without."""
     json: bool = False
     """Print JSON instead of a table."""
+
+
+@dataclass
+class PredictOptions:
+    """Say what the deployed student sees in image files; a folder stands for all images in it."""
+
+    top: int = 5
+    """Guesses an image, the most probable first."""
+    json: bool = False
+    """Print JSON instead of CSV."""
+    batch_size: int = 64
+    """Images at once."""
+    device: Device = "auto"
+    """Where to run."""
 
 
 @dataclass
@@ -64,9 +85,11 @@ class ExportOptions:
     """Write the deployed student."""
 
     out: str | None = None
-    """File to write; default student.safetensors in the run folder."""
-    format: Literal["safetensors"] = "safetensors"
-    """File format."""
+    """File to write; default student.safetensors, pt2 or onnx in the run folder; a model card (.md) goes beside it."""
+    format: Literal["safetensors", "torch-export", "onnx"] = "safetensors"
+    """safetensors: weights; torch-export: a program for torch.export.load; onnx: with a free batch size."""
+    license: str = "unknown"
+    """Licence of the weights, as the Hub spells it (apache-2.0, mit, ...), for the model card."""
     data_dir: str | None = None
     """Where the data lies, if not where the run found it."""
 
@@ -84,6 +107,11 @@ class ReportOptions:
 @dataclass
 class ListOptions:
     """Show what there is."""
+
+    model: str = "resnet32"
+    """Network whose places to fork are listed (branch-points)."""
+    image_size: int | None = None
+    """Height and width of its images (branch-points); default what the network was made for."""
 
 
 @dataclass
@@ -139,8 +167,14 @@ def parse(command: str, argv: list[str]) -> Parsed:
             raise InputError("report needs at least one RUN: a run folder, or the folder of a grid or of a table")
         rest = ["--out" if word == "-o" else word for word in rest]
         return Parsed(words, _tyro(ReportOptions(), rest, "codistill report RUN ..."))
+    if command == "predict":
+        if len(words) < 2 and not asks_help:
+            raise InputError(
+                "predict takes a RUN and image files or folders, as in: codistill predict runs/first cat.jpg"
+            )
+        return Parsed(words, _tyro(PredictOptions(), rest, "codistill predict RUN IMAGES ..."))
     plain = {"evaluate": EvaluateOptions, "export": ExportOptions, "list": ListOptions, "demo": DemoOptions}
-    expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data|tables"}.get(command)
+    expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data|tables|branch-points"}.get(command)
     if expected and len(words) != 1 and not asks_help:
         raise InputError(f"{command} takes one {expected}, not {len(words)} words")
     prog = f"codistill {command}" + (f" {words[0] if words else expected}" if expected else "")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import builtins
 import dataclasses
 import json
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from codistill.cli_options import DemoOptions, EvaluateOptions, ExportOptions, Parsed
+from codistill.cli_options import DemoOptions, EvaluateOptions, ExportOptions, ListOptions, Parsed, PredictOptions
 from codistill.config import METHODS, Config, InputError, suggest
 from codistill.console import RichReporter, members_table, out, print_rows
+
+if TYPE_CHECKING:
+    from codistill.data import DeviceLoader
+    from codistill.setup import Training
 
 
 def train(parsed: Parsed) -> int:
@@ -60,11 +66,74 @@ def evaluate(parsed: Parsed) -> int:
         loader = test_loader(t)
     assert loader is not None
     measured = measure(t, loader)
+    more = _judge(t, loader, options, Path(parsed.words[0]))
     if options.json:
-        print(json.dumps(measured | {"deployed": deployed_name(t)}))
+        print(json.dumps(measured | {"deployed": deployed_name(t)} | more))
     else:
         title = f"{options.data or f'{t.config.data} {options.split}'}, {loader.num_samples:,} images"
         out.print(members_table(measured["members"], deployed_name(t), title, measured["ema"]))
+        _print_judged(more, deployed_name(t))
+    return 0
+
+
+def _judge(t: Training, loader: DeviceLoader, options: EvaluateOptions, run: Path) -> dict[str, Any]:
+    """Return what --per-class, --confusion and --calibrate ask for, and write what they keep."""
+    if not (options.per_class or options.confusion or options.calibrate):
+        return {}
+    from codistill import judging
+    from codistill.run import write_json
+    from codistill.setup import curve_loader
+
+    scores_NC, labels_N = judging.deployed_scores(t, loader)
+    more: dict[str, Any] = {}
+    if options.per_class or options.confusion:
+        counts_CC = judging.confusion_matrix(scores_NC.argmax(-1), labels_N, len(t.data.classes))
+        if options.per_class:
+            more["classes"] = judging.class_rows(counts_CC, t.data.classes)
+        if options.confusion:
+            judging.write_confusion(Path(options.confusion), counts_CC, t.data.classes)
+            more["confusion"] = options.confusion
+    if options.calibrate:
+        validation = curve_loader(t) if len(t.splits.val) else None
+        if validation is None:
+            raise InputError("--calibrate fits on validation images, and this run kept none (--val-fraction 0)")
+        temperature = judging.fit_temperature(*judging.deployed_scores(t, validation))
+        write_json(run / "data.json", t.data.about() | {"temperature": temperature})
+        more["calibration"] = [judging.calibration(scores_NC, labels_N, value) for value in (1.0, temperature)]
+    return more
+
+
+def _print_judged(more: dict[str, Any], name: str) -> None:
+    if "classes" in more:
+        write = lambda v: "-" if v is None else f"{v:.2f}" if isinstance(v, float) else str(v)  # noqa: E731
+        print_rows([{k: write(v) for k, v in row.items()} for row in more["classes"]], f"{name}, class by class")
+    if "calibration" in more:
+        rows = [{"temperature": f"{c['temperature']:.4f}", "ECE": f"{c['ece']:.4f}", "NLL": f"{c['nll']:.4f}"}
+                for c in more["calibration"]]  # fmt: skip
+        print_rows(rows, f"{name}, without and with the temperature fitted on validation (kept for predict)")
+    if "confusion" in more:
+        out.print(f"confusion matrix: {more['confusion']}", markup=False)
+
+
+def predict(parsed: Parsed) -> int:
+    """Print what the deployed student sees in image files; a file that cannot be read is said so in its row."""
+    from codistill.predict import as_csv, image_files, load_predictor
+    from codistill.predict import predict as guess
+
+    options: PredictOptions = parsed.options
+    for name, value in (("top", options.top), ("batch-size", options.batch_size)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}; give at least 1")
+    files = image_files(parsed.words[1:])
+    predictor = load_predictor(parsed.words[0], options.device)
+    top = min(options.top, len(predictor.about["classes"]))
+    rows = [*guess(predictor, files, top, options.batch_size)]
+    print(
+        json.dumps(rows, indent=2, ensure_ascii=False) if options.json else as_csv(rows, top), end="\n" * options.json
+    )
+    bad = [row for row in rows if "error" in row]
+    if len(bad) == len(rows):
+        raise InputError(f"predict: none of the {len(rows)} files can be read ({bad[0]['error']})")
     return 0
 
 
@@ -111,17 +180,26 @@ def demo(parsed: Parsed) -> int:
 
 
 def export(parsed: Parsed) -> int:
-    """Write the deployed student, check it against the run, and say so."""
-    from codistill.export import export_safetensors
+    """Write the deployed student, check it against the run, write its model card, and say so."""
+    from codistill.card import model_card
+    from codistill.export import SUFFIXES, export_student
+    from codistill.run import write_atomically
+    from codistill.setup import deployed_name as deployed
     from codistill.setup import load_run
 
     options: ExportOptions = parsed.options
     run = Path(parsed.words[0])
-    path = Path(options.out) if options.out else run / "student.safetensors"
+    path = Path(options.out) if options.out else run / f"student{SUFFIXES[options.format]}"
     t = load_run(run, data_dir=options.data_dir, device="cpu")
-    difference = export_safetensors(t, path)
-    out.print(f"wrote {path}" + (" and student.py beside it" if path.with_name("student.py").exists() else ""))
-    out.print(f"largest difference of its logits from the trained member's: {difference:.3g}")
+    difference = export_student(t, path, options.format)
+    card = path.with_suffix(".md")
+    text = model_card(t, run, path, difference, options.license)
+    write_atomically(card, lambda stream: stream.write(text.encode()))
+    beside = [card.name] + ["student.py"] * path.with_name("student.py").exists()
+    out.print(f"wrote {path}, and {' and '.join(beside)} beside it", markup=False)
+    out.print(
+        f"largest difference of its outputs, in its own runtime, from the trained {deployed(t)}'s: {difference:.3g}"
+    )
     return 0
 
 
@@ -140,6 +218,7 @@ def list(parsed: Parsed) -> int:
         ]
     elif what == "models":
         from codistill.models import MODELS
+        from codistill.models.sources import ELSEWHERE
         from codistill.setup import count_parameters
 
         rows = [
@@ -149,6 +228,9 @@ def list(parsed: Parsed) -> int:
                 "what it is": (f.__doc__ or "").strip(),
             }
             for n, f in MODELS.items()
+        ]
+        rows += [
+            {"model": say, "parameters at 100 classes": "-", "what it is": about} for say, about in ELSEWHERE.items()
         ]
     elif what == "data":
         from codistill.data.sets import SETS
@@ -168,7 +250,42 @@ def list(parsed: Parsed) -> int:
             }
             for name, published in published_tables().items()
         ]
+    elif what == "branch-points":
+        rows, what = branch_point_rows(parsed.options), f"where {parsed.options.model} may fork (--branch-at)"
     else:
-        raise InputError(f'list: unknown "{what}"{suggest(what, ("methods", "models", "data", "tables"))}')
+        raise InputError(
+            f'list: unknown "{what}"{suggest(what, ("methods", "models", "data", "tables", "branch-points"))}'
+        )
     print_rows(rows, what)
     return 0
+
+
+def branch_point_rows(options: ListOptions) -> builtins.list[dict[str, str]]:
+    """Return the places where a network may fork, in the order in which they run."""
+    from codistill.branch_points import branch_points
+    from codistill.heads import example_for, split_head
+    from codistill.models import build, resolve
+    from codistill.models.sources import Source
+    from codistill.peers import default_fork
+
+    factory = resolve(options.model)
+    size = options.image_size or (factory.native_size if isinstance(factory, Source) else None)
+    size = size or (224 if isinstance(factory, Source) and factory.is_library else 32)
+    model = build(factory, num_classes=100, in_channels=3, image_size=options.image_size)
+    example = example_for(model, 3, size)
+    member = split_head(model, example)
+    points = branch_points(member.body, member.head_path, example)
+    try:
+        chosen = default_fork(options.model, member, 3, size)
+    except InputError:  # a network of one's own has no default
+        chosen = None
+    whole = sum(p.numel() for p in member.parameters())
+    return [
+        {
+            "module": point.path + (" (default)" if point.path == chosen else ""),
+            "entering": " x ".join(map(str, point.entering)),
+            "in every branch": f"{100 * (point.after + member.head_parameters) / whole:.0f} %",
+            "parameters a branch": f"{point.after + member.head_parameters:,}",
+        }
+        for point in points
+    ]

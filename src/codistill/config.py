@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 import tomllib
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,7 +41,8 @@ class Config:
     method: MethodConfig | str = "okddip"
     """The method, by name or as its config."""
     model: tuple[str, ...] | str = ("resnet32",)
-    """The network, by name; several names make peers of different sizes, one a peer."""
+    """The network: a built-in name, timm:NAME, torchvision:NAME, hf:PATH or package.module:callable, with options after
+    commas (torchvision:mobilenet_v2,width_mult=0.5); several make peers of different sizes, one a peer."""
     data: str = "digits"
     """digits, fashion-mnist, cifar10, cifar100, npz:PATH (x_train, y_train, x_test, y_test), or folder:PATH."""
     data_dir: str | None = None
@@ -51,6 +53,13 @@ class Config:
     """Part of the training set kept for validation: deterministic, balanced over classes, the same for every seed."""
     image_size: int | None = None
     """Height and width that the images of a folder are resized to."""
+    pretrained: bool = False
+    """Start from the weights that the network's library offers; every peer gets a new classifier head."""
+    weights: str | None = None
+    """Start from this file of weights (.safetensors or a state dict); every peer gets a new classifier head."""
+    channels: Literal[1, 3] | None = None
+    """Channels the networks take: gray images are repeated to 3, colour is made gray for 1. Default: the data set's, or
+    3 for torchvision's networks and pretrained ones of transformers."""
     augment: bool = True
     """Random crops (and flips, where the data set allows them), drawn anew for every sample, view and epoch."""
     cutout: int = 0
@@ -81,6 +90,18 @@ class Config:
     """step: x0.1 at every milestone; cosine: half a cosine down to 0."""
     milestones: tuple[int, ...] | None = None
     """Epochs (counted from 0) from which the rate is ten times smaller; default 1/2 and 3/4 of the epochs."""
+    optimizer: Literal["sgd", "adamw"] = "sgd"
+    """sgd with momentum, as the papers have it; adamw, as networks with attention want it (with --lr 0.001 or less)."""
+    head_lr: float = 1.0
+    """Factor on the learning rate of the classifier heads: 10 is usual where the rest is pretrained."""
+    freeze: tuple[str, ...] = ()
+    """Modules that stay as they are, by their paths; trunk: what branches share, or all but the heads of networks."""
+    label_smoothing: float = 0.0
+    """Part of every label that is spread over all classes."""
+    mixup: float = 0.0
+    """Strength (the Beta distribution's parameter) of mixing pairs of images and labels; 0 = off, 0.2 is usual."""
+    cutmix: float = 0.0
+    """Strength of pasting a rectangle of another image, labels mixed by area; 0 = off, 1 is usual."""
     warmup_epochs: float = 0.0
     """Epochs of linear warm-up at the start."""
     momentum: float = 0.9
@@ -136,6 +157,7 @@ class Config:
         self.model = (self.model,) if isinstance(self.model, str) else tuple(self.model)
         self.branch_at = (self.branch_at,) if isinstance(self.branch_at, str) else tuple(self.branch_at)
         self.fan_out = tuple(self.fan_out)
+        self.freeze = (self.freeze,) if isinstance(self.freeze, str) else tuple(self.freeze)
 
     def resolved(self) -> Config:
         """Return this config with every default that depends on the rest filled in, and checked.
@@ -157,11 +179,13 @@ class Config:
         if full.protocol == "paper":
             full.val_fraction = 0.0
         if full.milestones is None:
-            full.milestones = (full.epochs // 2, full.epochs * 3 // 4) if full.schedule == "step" else ()
+            full.milestones = (
+                (max(full.epochs // 2, 1), max(full.epochs * 3 // 4, 1)) if full.schedule == "step" else ()
+            )
         if getattr(method, "ramp_epochs", 0.0) is None:
             method.ramp_epochs = full.epochs * 80 / 300 if method.default_ramp() else 0.0  # type: ignore[attr-defined]
         if full.out is None:
-            name = "-".join([full.data.replace(":", "-").replace("/", "_"), method.name, topology, *full.model])
+            name = "-".join(slug(part) for part in [full.data, method.name, topology, *full.model])
             full.out = f"runs/{name}-seed{full.seed}"
         return full
 
@@ -204,6 +228,11 @@ class Config:
         if not isinstance(values, dict):
             raise InputError(f"--config: {path} holds no table of options")
         return cls.from_dict(values)
+
+
+def slug(name: str) -> str:
+    """Return a name that any file system takes: `timm:resnet18` becomes `timm-resnet18`."""
+    return re.sub(r"[^A-Za-z0-9._+]+", lambda found: "_" if "/" in found[0] else "-", name).strip("-_.") or "x"
 
 
 def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
@@ -252,6 +281,10 @@ def _check_numbers(c: Config) -> None:
         ("warmup_epochs", math.isfinite(c.warmup_epochs) and c.warmup_epochs >= 0, "0 or more"),
         ("val_fraction", 0 <= c.val_fraction < 1, "from 0 to below 1"),
         ("cutout", c.cutout >= 0, "0 or more"),
+        ("head_lr", math.isfinite(c.head_lr) and c.head_lr > 0, "a number above 0"),
+        ("label_smoothing", 0 <= c.label_smoothing < 1, "from 0 to below 1"),
+        ("mixup", math.isfinite(c.mixup) and c.mixup >= 0, "0 or more"),
+        ("cutmix", math.isfinite(c.cutmix) and c.cutmix >= 0, "0 or more"),
         ("checkpoint_every_steps", c.checkpoint_every_steps >= 0, "0 or more"),
         ("seed", 0 <= c.seed < 2**31, "from 0 to 2147483647"),
         ("collective_timeout", math.isfinite(c.collective_timeout) and c.collective_timeout >= 1, "1 second or more"),
@@ -275,7 +308,14 @@ def _check_numbers(c: Config) -> None:
         if not fine:
             value = getattr(method, name[7:]) if name.startswith("method.") else getattr(c, name)
             raise InputError(f"--{name.replace('_', '-')} is {value}; give {words}")
-    if c.nesterov and c.momentum == 0:
+    soft = [flag for flag in ("label_smoothing", "mixup", "cutmix") if getattr(c, flag)]
+    target = getattr(method, "target", None) if getattr(method, "name", None) == "kdcl" else None
+    if soft and target in ("naive", "linear", "minlogit"):
+        raise InputError(
+            f"--{soft[0].replace('_', '-')} makes labels soft, and kdcl's {target} target reads one hard label each; "
+            "drop it, or give --method.target general"
+        )
+    if c.optimizer == "sgd" and c.nesterov and c.momentum == 0:
         raise InputError("--nesterov needs a momentum; give --momentum above 0, or --no-nesterov")
 
 

@@ -28,7 +28,7 @@ def choose_execution(config: Config, peers: Peers, method: Method, views_VBCHW: 
     """
     if config.execution in ("auto", "loop"):
         return "loop"
-    obstacle = _obstacle(peers, method)
+    obstacle = _obstacle(config, peers, method)
     if config.execution == "stacked":
         if obstacle:
             raise InputError(f"--execution stacked: {obstacle}; use --execution loop")
@@ -45,10 +45,12 @@ def choose_execution(config: Config, peers: Peers, method: Method, views_VBCHW: 
     return "stacked" if seconds[1] < seconds[0] else "loop"
 
 
-def _obstacle(peers: Peers, method: Method) -> str | None:
+def _obstacle(config: Config, peers: Peers, method: Method) -> str | None:
     """Return why these peers cannot be stacked, in words."""
     if peers.num_peers == 1:
         return "one peer has nobody to be stacked with"
+    if config.freeze or config.head_lr != 1.0:
+        return "--freeze and --head-lr mean single modules, and stacked ones hold all members' numbers in one"
     if method.update == "alternating":
         return "alternating updates step one member at a time"
     if isinstance(peers, BranchPeers) and "views" in method.needs:

@@ -74,10 +74,12 @@ class FiniteGuard:
     def look(self) -> tuple[int, dict[str, float]] | None:
         """Wait for the device; if the flag is up, return the number of good steps and the terms of the bad one."""
         if not self.flag.item():
-            torch._foreach_copy_(self.kept, self.buffers)
+            if self.buffers:  # a network without BatchNorm has none
+                torch._foreach_copy_(self.kept, self.buffers)
             return None
         assert self.terms is not None
-        torch._foreach_copy_(self.buffers, self.kept)
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.kept)
         if self.mesh is not None:
             self.terms = self.mesh.mean(self.terms)
         return self.steps_before + int(self.steps_good.item()), dict(zip(self.names, self.terms.tolist()))

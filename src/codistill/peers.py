@@ -6,22 +6,22 @@ Shapes: V views (1, or one a peer), P peers, B batch, C classes, D features.
 from __future__ import annotations
 
 import copy
-import inspect
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
+from codistill.branch_points import branch_points, default_branch_point
 from codistill.config import Config
 from codistill.errors import InputError
-from codistill.models import resolve
-from codistill.sharing import Entry, Shared, plain_copy, share_until
+from codistill.heads import SplitMember, eval_mode, example_for, running_statistics_kept, split_head
+from codistill.models import Filled, build, has_weights, resolve
+from codistill.models.sources import Source
+from codistill.sharing import Entry, Shared, share_until
 
 if TYPE_CHECKING:
     from codistill.stacked import StackedPeers
@@ -42,86 +42,34 @@ class PeerOutputs:
     teacher_logits_BC: Tensor | None = None
 
 
-class SplitMember(nn.Module):
-    """A classifier cut in two: `body` (images -> features) and `head` (features -> logits)."""
-
-    def __init__(self, body: nn.Module, head: nn.Module, head_path: str, feature_dim: int) -> None:
-        super().__init__()
-        self.body, self.head = body, head
-        self.head_path, self.feature_dim = head_path, feature_dim
-        self.recompute = False
-        """Whether training keeps no activations of the body, and runs it again in the backward."""
-
-    def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
-        """Return `(features, logits)`. The head runs outside autocast, in its own dtype."""
-        if self.recompute and self.training and torch.is_grad_enabled():
-            # The second run sees the same draws and batch statistics, and must not record those twice.
-            twice = lambda: (nullcontext(), statistics_recorded_already(self.body))  # noqa: E731
-            features = checkpoint(self.body, x_BCHW, use_reentrant=False, context_fn=twice)
-        else:
-            features = self.body(x_BCHW)
-        with torch.autocast(x_BCHW.device.type, enabled=False):
-            features = features.to(next(self.head.parameters()).dtype)
-            return features, self.head(features)
-
-    def merge(self) -> nn.Module:
-        """Return a plain, independent copy of the classifier with its head back in its place."""
-        plain = plain_copy(self.body)
-        plain.set_submodule(self.head_path, copy.deepcopy(self.head))
-        return plain
-
-
-def split_head(model: nn.Module) -> SplitMember:
-    """Cut `model` before its classifier head: its own `head_path`, or else its last `nn.Linear`.
-
-    The head is swapped for an identity and called explicitly: no hooks, so it survives torch.compile.
-
-    Raises:
-        InputError: the model has no linear layer to split at.
-    """
-    path = getattr(model, "head_path", None)
-    if path is None:
-        linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
-        if not linears or linears == [""]:
-            raise InputError(f"--model {type(model).__name__} has no nn.Linear inside to take as its classifier head")
-        path = linears[-1]
-    head = model.get_submodule(path)
-    first = next((module for module in head.modules() if isinstance(module, nn.Linear)), None)
-    if first is None:
-        raise InputError(f'--model {type(model).__name__}: its head_path "{path}" leads to no nn.Linear')
-    model.set_submodule(path, nn.Identity())
-    return SplitMember(model, head, path, first.in_features)
-
-
 def member_seed(seed: int, member: int) -> int:
     """Return the seed from which one member is initialised."""
     return (seed * 1_000_003 + member * 7_919 + 12_345) % 2**31
 
 
-def _build(spec: Spec, seed: int, member: int, num_classes: int | None, in_channels: int) -> nn.Module:
-    """Build one member from its own seed, leaving the caller's random state as it was."""
-    if isinstance(spec, nn.Module):
-        return spec
-    factory = resolve(spec) if isinstance(spec, str) else spec
-    offers = {"num_classes": num_classes, "in_channels": in_channels}
-    accepted = inspect.signature(factory).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    known = {"num_classes", *accepted} if open_ended else set(accepted)
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(member_seed(seed, member))  # torch.manual_seed would touch GPUs too
-        return factory(**{k: v for k, v in offers.items() if k in known and v is not None})
-
-
-def _build_all(
-    specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int, first: int = 0
-) -> list[nn.Module]:
-    """Build member `first + p` from `specs[p]`."""
+def _members(
+    specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int, image_size: int, first: int = 0
+) -> list[SplitMember]:
+    """Build member `first + p` from `specs[p]` and its own seed, cut before its head; the random state stays."""
     if not specs:
         raise InputError("0 peers are asked for; give one or more")
-    built = [_build(spec, seed, p, num_classes, in_channels) for p, spec in enumerate(specs, first)]
-    if len({id(b) for b in built}) != len(built):
-        raise InputError("the same built model is given twice; give every peer one of its own")
-    return built
+    factories = [resolve(spec) if isinstance(spec, str) else spec for spec in specs]
+    offers = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
+    built: list[nn.Module] = []
+    with torch.random.fork_rng(devices=[]):
+        for p, factory in enumerate(factories, first):
+            torch.default_generator.manual_seed(member_seed(seed, p))  # torch.manual_seed would touch GPUs too
+            built.append(factory if isinstance(factory, nn.Module) else build(factory, **offers))
+        if len({id(b) for b in built}) != len(built):
+            raise InputError("the same built model is given twice; give every peer one of its own")
+        members = [split_head(b, example_for(b, in_channels, image_size)) for b in built]
+        for p, (factory, member) in enumerate(zip(factories, members), first):
+            if has_weights(factory):  # with one head for all, the members would be copies of each other for ever
+                torch.default_generator.manual_seed(member_seed(seed, p))
+                for module in member.head.modules():
+                    if isinstance(module, nn.Linear):
+                        module.reset_parameters()
+    return members
 
 
 class Peers(nn.Module):
@@ -185,9 +133,10 @@ class NetworkPeers(Peers):
     """Whole networks as peers; they may differ in size and kind.
 
     Args:
-        spec: A built-in name, a callable that builds one network, or a list of names, callables or modules, one a peer.
+        spec: A name (see `models.resolve`), a callable that builds one network, or a list of names, callables or
+            modules, one a peer.
             Modules are taken as they are and changed: their heads are cut off (`export_member` puts them back).
-            A callable is given `num_classes` and `in_channels` if its signature takes them.
+            A callable is given `num_classes`, `in_channels` and `image_size` if its signature takes them.
         num_peers: Number of members, the leader included; default the length of the list.
         num_classes: Number of classes; default what the networks end in.
         seed: Member p is initialised from a seed made of (seed, p).
@@ -223,10 +172,9 @@ class NetworkPeers(Peers):
             specs *= num_peers
         if len(specs) != num_peers:
             raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one a peer")
-        members = [split_head(b) for b in _build_all(specs, seed, num_classes, in_channels, first)]
+        members = _members(specs, seed, num_classes, in_channels, image_size, first)
         self.members = nn.ModuleList(members)
-        example = _example(self, in_channels, image_size)
-        self._check([_try(m, example) for m in members], num_classes)
+        self._check([_num_classes(m) for m in members], num_classes)
 
     def forward(self, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
         """Run every member on its view (or all on the only one).
@@ -255,11 +203,11 @@ class BranchPeers(Peers):
     """Branches on one trunk, made from any network: built once a branch, with what comes before the fork shared.
 
     Args:
-        spec: A built-in name, or a callable that builds one network (see `NetworkPeers`).
+        spec: A name, or a callable that builds one network (see `NetworkPeers`).
         num_peers: Number of branches.
         num_classes: Number of classes; default what the network ends in.
         branch_at: Path of the first module that every branch has for itself; several, from the root on, make a tree.
-            Default: the network's own `branch_at` (the papers' place).
+            Default: the network's own `branch_at` (the papers' place), or for a library's network its last stage.
         fan_out: Number of children at each fork; its product is `num_peers`.
         rescale: Divide the gradient that goes from a fork into the layers below by the fork's fan-out.
         seed: Branch p is initialised from a seed made of (seed, p); shared parts come from the first branch of a group.
@@ -292,17 +240,13 @@ class BranchPeers(Peers):
             raise InputError(
                 "branches are built from a name or a callable, once each; a built model or a list cannot be"
             )
-        built = _build_all([spec] * num_peers, seed, num_classes, in_channels)
+        members = _members([spec] * num_peers, seed, num_classes, in_channels, image_size)
+        example = example_for(members[0], in_channels, image_size)
         forks = [branch_at] if isinstance(branch_at, str) else list(branch_at)
-        forks = forks or [getattr(built[0], "branch_at", "")]
-        if forks == [""]:
-            raise InputError(f"--branch-at is needed: {type(built[0]).__name__} has no default place to fork")
+        forks = forks or [default_fork(spec, members[0], in_channels, image_size)]
         fan_out = list(fan_out) or [num_peers]
         if len(forks) != len(fan_out) or math.prod(fan_out) != num_peers:
             raise InputError(f"--fan-out {fan_out} does not make {num_peers} branches at --branch-at {' '.join(forks)}")
-        members = [split_head(b) for b in built]
-        example = _example(members[0], in_channels, image_size)
-        _try(members[0], example)
         share_until([m.body for m in members], forks, fan_out, example)
         self.members = nn.ModuleList(members)
         # Found once: walking the tree of modules at every step would cost more than a small branch.
@@ -385,7 +329,9 @@ class BranchPeers(Peers):
         """Return what entered the first fork in this forward, pooled to `B x D`."""
         x = self._entries[0].seen
         assert x is not None
-        return x if x.dim() == 2 else x.mean((2, 3)) if x.dim() == 4 else x.mean(1)
+        if x.dim() == 4:  # images are square, so where axes 1 and 2 agree and 3 does not, the channels stand last
+            return x.mean((1, 2)) if x.shape[1] == x.shape[2] != x.shape[3] else x.mean((2, 3))
+        return x if x.dim() == 2 else x.mean(1)
 
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
         """Run the trunk once and every branch; with one view a peer, the trunk runs once a view."""
@@ -405,18 +351,45 @@ class BranchPeers(Peers):
         return self._stack(pairs, trunk)
 
 
+def default_fork(spec: Spec, member: SplitMember, in_channels: int, image_size: int) -> str:
+    """Return where a network forks if nobody says: its own `branch_at`, or what its maps say for a library's network.
+
+    Maps are looked at in the size that a convolutional network was made for, so that the place is the same in any run.
+    """
+    own = getattr(member.body, "branch_at", "")
+    if isinstance(own, str) and own:
+        return own
+    factory = resolve(spec) if isinstance(spec, str) else spec
+    factory = factory.factory if isinstance(factory, Filled) else factory
+    if isinstance(factory, Source) and factory.is_library:
+        example = example_for(member, in_channels, factory.native_size or image_size)
+        found = default_branch_point(branch_points(member.body, member.head_path, example))
+        if found is not None:
+            return found
+    raise InputError(
+        f"--branch-at is needed: {type(member.body).__name__} has no default place to fork "
+        "(codistill list branch-points --model NAME shows the places)"
+    )
+
+
+def _num_classes(member: SplitMember) -> int:
+    """Return the number of classes that a member's head ends in."""
+    return [module for module in member.head.modules() if isinstance(module, nn.Linear)][-1].out_features
+
+
 def build_peers(
     config: Config, num_classes: int, in_channels: int, image_size: int, members: range | None = None
 ) -> Peers:
     """Build the peers of a resolved config, or (of networks) only those with the numbers `members`."""
     assert config.peers is not None
     about = {"seed": config.seed, "in_channels": in_channels, "image_size": image_size}
+    specs = [resolve(name, config.pretrained, config.weights) for name in config.model]
     if config.topology == "networks":
         members = range(config.peers) if members is None else members
-        specs = [config.model[p if len(config.model) > 1 else 0] for p in members]
-        return NetworkPeers(specs, len(members), num_classes, first=members.start, **about)
+        chosen = [specs[p if len(specs) > 1 else 0] for p in members]
+        return NetworkPeers(chosen, len(members), num_classes, first=members.start, **about)
     fork = {"branch_at": config.branch_at, "fan_out": config.fan_out}
-    return BranchPeers(config.model[0], config.peers, num_classes, **fork, **about)
+    return BranchPeers(specs[0], config.peers, num_classes, **fork, **about)
 
 
 class MeanTeacher(nn.Module):
@@ -450,65 +423,3 @@ class MeanTeacher(nn.Module):
         ours = [*self.peers.trained_parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
         theirs = [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
         torch._foreach_lerp_(ours, theirs, 1.0 - keep)
-
-
-@contextmanager
-def running_statistics_kept(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm use batch statistics without recording them."""
-    tracking = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    for m in tracking:
-        m.track_running_stats = False
-    try:
-        yield
-    finally:
-        for m in tracking:
-            m.track_running_stats = True
-
-
-@contextmanager
-def statistics_recorded_already(module: nn.Module) -> Iterator[None]:
-    """Let BatchNorm run as ever, down to what it saves for the backward, and move no running statistics."""
-    tracking = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
-    momenta = [m.momentum for m in tracking]
-    counts = [m.num_batches_tracked for m in tracking if m.training and m.num_batches_tracked is not None]
-    for m in tracking:
-        m.momentum = 0.0
-    try:
-        yield
-    finally:
-        for m, momentum in zip(tracking, momenta):
-            m.momentum = momentum
-        if counts:
-            torch._foreach_sub_(counts, 1)
-
-
-def _example(module: nn.Module, in_channels: int, image_size: int) -> Tensor:
-    """Return one image of noise that `module` can be tried on, leaving the random state alone."""
-    parameter = next(module.parameters())
-    noise = torch.linspace(-40.0, 40.0, in_channels * image_size**2).sin()
-    return noise.view(1, in_channels, image_size, image_size).to(parameter)
-
-
-def _try(member: SplitMember, example: Tensor) -> int:
-    """Run one image through a member and return the number of classes it ends in."""
-    try:
-        with eval_mode(member), torch.no_grad():
-            return member(example)[1].shape[-1]
-    except RuntimeError as error:
-        name, shape = type(member.body).__name__, " x ".join(map(str, example.shape[1:]))
-        raise InputError(
-            f'--model {name} cannot take images of {shape} with "{member.head_path}" as its classifier head '
-            f"({str(error).splitlines()[0]}); if that is not its head, name the right one in the attribute head_path"
-        ) from error
-
-
-@contextmanager
-def eval_mode(module: nn.Module) -> Iterator[None]:
-    """Put `module` into evaluation mode for a while; every part gets its own mode back."""
-    modes = [(m, m.training) for m in module.modules()]
-    module.eval()
-    try:
-        yield
-    finally:
-        for m, mode in modes:
-            m.training = mode

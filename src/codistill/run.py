@@ -1,6 +1,7 @@
 """The run folder: resolved config, environment, metrics, checkpoints; everything written atomically.
 
 config.json        what --config takes to repeat the run
+data.json          classes, channels, size and normalising of the images: what predict needs
 environment.json   versions, hardware, git commit, command
 metrics.jsonl      one line an epoch
 last.pt            the newest checkpoint: weights, optimiser, position, every random state; loads with weights_only
@@ -119,6 +120,11 @@ class RunFolder:
         if not (self.path / "config.json").exists():
             write_json(self.path / "environment.json", environment(self.config))
             write_json(self.path / "config.json", self.config.to_dict() | {"resume": None})
+
+    def describe(self, about: dict[str, Any]) -> None:
+        """Write what the networks take and name (data.json), once."""
+        if not (self.path / "data.json").exists():
+            write_json(self.path / "data.json", about)
 
     def log(self, line: dict[str, Any]) -> None:
         """Append one line to metrics.jsonl."""

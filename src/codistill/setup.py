@@ -23,10 +23,12 @@ from codistill.mesh import Mesh
 from codistill.mesh_peers import MeshPeers, refuse_foreign
 from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
+from codistill.models.sources import takes_colour_alone
 from codistill.peers import BranchPeers, MeanTeacher, Peers, build_peers
 from codistill.run import load_checkpoint, restore_rng
 from codistill.sync_bn import synchronise
 from codistill.teacher import load_teacher
+from codistill.tuning import freeze, make_optimizers, tuning_flag
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
@@ -48,6 +50,8 @@ class Training:
     teacher: nn.Module | None = None
     ema: MeanTeacher | None = None
     execution: str = "loop"
+    frozen: list[nn.Module] = field(default_factory=list)
+    """Modules that stay as they are, running statistics included."""
     epoch: int = 0
     step: int = 0
     """Steps done in this epoch."""
@@ -107,7 +111,11 @@ def pick_device(name: str) -> torch.device:
 
 
 def setup(
-    config: Config, teacher: nn.Module | None = None, execution: str | None = None, mesh: Mesh | None = None
+    config: Config,
+    teacher: nn.Module | None = None,
+    execution: str | None = None,
+    mesh: Mesh | None = None,
+    fresh: bool = True,
 ) -> Training:
     """Build data, peers, method and optimiser of a resolved config.
 
@@ -116,6 +124,7 @@ def setup(
         teacher: A trained network for a method that needs one, instead of the one its config names.
         execution: What an earlier part of this run chose, instead of choosing anew.
         mesh: The place among several processes, where there are.
+        fresh: Whether `pretrained` and `weights` are to be read; not where a checkpoint is loaded anyway.
 
     Raises:
         InputError: some part of the config cannot be had.
@@ -125,13 +134,16 @@ def setup(
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
     data = load_set(config.data, config.data_dir, config.image_size)
+    data = data.with_channels(channels_taken(config, data.channels))
     holdout_fraction = getattr(config.method, "holdout_fraction", 0.0) if config.method.needs_holdout() else 0.0
     splits = make_splits(data, config.val_fraction, holdout_fraction, config.train_per_class)
     if config.batch_size > len(splits.train):
         raise InputError(
             f"--batch-size {config.batch_size} is more than the {len(splits.train)} training images; give a smaller one"
         )
-    peers, method = _peers_and_method(config, data, mesh)
+    if mesh is not None and (flag := tuning_flag(config)):
+        raise InputError(f"--{flag} works in one process so far; drop it, or train without --mesh")
+    peers, method = _peers_and_method(config, data, mesh, fresh)
     peers.to(device=device, dtype=DTYPES[config.dtype])
     if config.channels_last:
         peers.to(memory_format=torch.channels_last)  # pyrefly: ignore
@@ -141,6 +153,7 @@ def setup(
         teacher = load_teacher(config.method, data) if teacher is None else teacher
         teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
+    frozen = freeze(peers, config.freeze)
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
     augmentation = Augmentation(data.pad if config.augment else 0, data.flip and config.augment, config.cutout)
@@ -154,22 +167,38 @@ def setup(
     execution = execution or choose_execution(config, peers, method, batch)
     if execution == "stacked":
         stack(peers, ema, batch)
-    if method.update == "alternating":
-        shares = [[*member.parameters()] for member in peers.members]
-    else:
-        shares = [[*peers.trained_parameters(), *method.parameters()]]
-    options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
-    optimizers: list[torch.optim.Optimizer] = [torch.optim.SGD(share, *options, fused=True) for share in shares]
+    optimizers = make_optimizers(config, peers, method, method.update == "alternating")
     guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device, mesh)
     return Training(
-        config, device, data, splits, loader, peers, method, optimizers, guard, teacher, ema, execution, mesh=mesh
+        config,
+        device,
+        data,
+        splits,
+        loader,
+        peers,
+        method,
+        optimizers,
+        guard,
+        teacher,
+        ema,
+        execution,
+        frozen,
+        mesh=mesh,
     )
 
 
-def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None) -> tuple[Peers, Method]:
+def channels_taken(config: Config, channels: int) -> int:
+    """Return the channels that the networks take: as asked for, 3 where one knows no other, or the data set's."""
+    if config.channels is not None:
+        return config.channels
+    return 3 if any(takes_colour_alone(name, config.pretrained) for name in config.model) else channels
+
+
+def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None, fresh: bool) -> tuple[Peers, Method]:
     """Build the peers (on a mesh the rank's own) and the method that hears all of them."""
     assert isinstance(config.method, MethodConfig)
-    local = build_peers(config, len(data.classes), data.channels, data.image_size, mesh.own if mesh else None)
+    start = config if fresh else dataclasses.replace(config, pretrained=False, weights=None)
+    local = build_peers(start, len(data.classes), data.channels, data.image_size, mesh.own if mesh else None)
     for index in range(local.num_peers):
         local.member(index).recompute = config.checkpoint_activations
     local.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
@@ -304,6 +333,6 @@ def load_run(path: str | Path, data_dir: str | None = None, device: Device = "au
     config = Config.from_file(path)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_checkpoint(path / "last.pt")
-    t = setup(config, execution=state.get("execution"))
+    t = setup(config, execution=state.get("execution"), fresh=False)
     t.load_state(state)
     return t

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
@@ -13,7 +14,7 @@ from codistill.data import ImageSet
 from codistill.errors import InputError, suggest
 from codistill.method_configs import KDConfig
 from codistill.methods import build_method
-from codistill.models import resolve
+from codistill.models import build, resolve
 from codistill.peers import build_peers
 from codistill.run import load_checkpoint
 
@@ -48,7 +49,7 @@ def load_teacher(config: KDConfig, data: ImageSet) -> nn.Module:
 def _from_run(path: Path, data: ImageSet) -> nn.Module:
     if not (path / "config.json").exists():
         raise InputError(f"--method.teacher {path} is no run folder (it has no config.json)")
-    config = Config.from_file(path).resolved()
+    config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
     assert isinstance(config.method, MethodConfig)
     peers = build_peers(config, len(data.classes), data.channels, data.image_size)
     method = build_method(config.method, peers, config.seed)
@@ -71,7 +72,7 @@ def _from_export(path: Path, data: ImageSet) -> nn.Module:
         raise InputError(f"--method.teacher {path} is damaged or was not exported by codistill ({error})") from None
     if "model" not in about:
         raise InputError(f"--method.teacher {path} does not name its network; it was not exported by codistill")
-    teacher = resolve(about["model"])(num_classes=len(data.classes), in_channels=data.channels)
+    teacher = _network(about["model"], data)
     teacher.load_state_dict(tensors)
     return teacher
 
@@ -87,6 +88,12 @@ def _from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.Module
     except Exception as error:  # a damaged file fails in many ways
         raise InputError(f"--method.teacher {path} cannot be read ({str(error).splitlines()[0]})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    teacher = resolve(model)(num_classes=len(data.classes), in_channels=data.channels)
+    teacher = _network(model, data)
     teacher.load_state_dict(state)
     return teacher
+
+
+def _network(name: str, data: ImageSet) -> nn.Module:
+    """Build a network for the classes, channels and size of `data`."""
+    about = {"num_classes": len(data.classes), "in_channels": data.channels, "image_size": data.image_size}
+    return build(resolve(name), **about)

@@ -25,6 +25,7 @@ from codistill.errors import ElsewhereError
 from codistill.losses import wide_dtype
 from codistill.mesh import Mesh, after_restart, join_mesh
 from codistill.methods import Method
+from codistill.mixing import mix_batch, wants_soft_labels
 from codistill.outcome import MOST_CLASSES_IN_DETAIL, collect, cost, details, outcome
 from codistill.peers import PeerOutputs, Peers, eval_mode
 from codistill.reporting import Reporter, describe
@@ -42,6 +43,7 @@ from codistill.setup import (
 )
 from codistill.signals import Stopped, caught_signals
 from codistill.trackers import Tracker
+from codistill.tuning import set_rate
 
 
 @dataclass
@@ -82,14 +84,17 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
         t.mesh.open(count, number)
         count = t.mesh.counted(t.method.whole_batch)
         targets_B = targets_B if t.method.whole_batch else targets_B[t.mesh.own_rows()]
+    labels_B = targets_B
+    if wants_soft_labels(t.config):
+        views_VBCHW, targets_B = mix_batch(t.config, t.peers.num_classes, views_VBCHW, labels_B, t.epoch, t.step)
     if t.method.update == "alternating":
-        terms, hits_P = _alternate(t, views_VBCHW, targets_B, weight)
+        terms, hits_P = _alternate(t, views_VBCHW, targets_B, labels_B, weight)
     else:
         outputs = _outputs(t, views_VBCHW)
         terms = t.method(outputs, targets_B, weight)
         _backward(t, terms["loss"], t.optimizers[0])
         _update(t, t.optimizers[0], terms)
-        hits_P = (outputs.logits_PBC.detach().argmax(-1) == targets_B).sum(-1)
+        hits_P = (outputs.logits_PBC.detach().argmax(-1) == labels_B).sum(-1)
     t.guard.count()
     if t.ema is not None:
         t.ema.update(t.peers, number)
@@ -140,7 +145,9 @@ def _update(t: Training, optimizer: torch.optim.Optimizer | None, terms: dict[st
         optimizer.zero_grad(set_to_none=True)
 
 
-def _alternate(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> tuple[dict[str, Tensor], Tensor]:
+def _alternate(
+    t: Training, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
+) -> tuple[dict[str, Tensor], Tensor]:
     """Step one member after the other, each on fresh predictions of all; its figures are those of its turn."""
     turns, hits = [], []
     for p in range(t.peers.num_peers):
@@ -151,7 +158,7 @@ def _alternate(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
             _backward(t, terms["loss_P"][p], optimizer)
         _update(t, optimizer, terms)
         turns.append((terms["loss_P"][p].detach(), terms["distill_P"][p]))
-        hits.append((outputs.logits_PBC[p].detach().argmax(-1) == targets_B).sum())
+        hits.append((outputs.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
     loss_P, distill_P = (torch.stack(values) for values in zip(*turns))
     return {"loss": loss_P.sum(), "distill_P": distill_P}, torch.stack(hits)
 
@@ -211,11 +218,12 @@ def _run_epoch(t: Training, folder: RunFolder, reporter: Reporter, caught: list[
     weight = t.method.weight_at(t.epoch)
     t.peers.train()
     t.method.train()
+    for module in t.frozen:
+        module.eval()  # their running statistics and dropout stand still too
     for views_VBCHW, targets_B in t.loader.epoch(t.epoch, t.step):
         rate = lr_at(config, t.epoch, t.step, steps)
         for optimizer in t.optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            set_rate(optimizer, rate)
         train_step(t, views_VBCHW, targets_B, weight)
         t.step += 1
         last = t.step == steps
@@ -256,6 +264,7 @@ def _look(t: Training, folder: RunFolder) -> None:
 
 
 def _zero_sums(t: Training) -> dict[str, Tensor]:
+    """Return the sums with which an epoch begins."""
     zeros = torch.zeros(t.peers.num_peers, dtype=wide_dtype(t.device), device=t.device)
     return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
 
@@ -340,12 +349,12 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
     if mesh is None:
         folder = RunFolder(config)
         state = folder.load()
-        t = setup(config, teacher, None if state is None else state.get("execution"))
+        t = setup(config, teacher, None if state is None else state.get("execution"), fresh=state is None)
         return _train(t, state, folder, reporter)
     with mesh.watched():
         folder = mesh.on_first(lambda: RunFolder(config))
         state = mesh.on_first(folder.load)
-        t = mesh.together(lambda: setup(config, teacher, mesh=mesh))
+        t = mesh.together(lambda: setup(config, teacher, mesh=mesh, fresh=state is None))
         if mesh.rank:
             folder, reporter = SilentFolder(config), Reporter()
         return _train(t, state, folder, reporter)
@@ -357,7 +366,7 @@ def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporte
     complete = on_first(lambda: folder.complete)
     if state is not None:
         t.load_state(state) if t.mesh is None else t.mesh.together(lambda: t.load_state(state))
-    on_first(lambda: (folder.begin(), folder.keep_lines(t.epoch)))
+    on_first(lambda: (folder.begin(), folder.describe(t.data.about()), folder.keep_lines(t.epoch)))
     tracker = Tracker(t.config.tracker if first else "none", t.config)
     notes = describe(t, resumed=state is not None)
     reporter.begin(notes, t.config.epochs, len(t.loader), t.epoch)

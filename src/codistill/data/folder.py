@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 
 from codistill.config import InputError
+from codistill.data.images import open_upright
 from codistill.data.sets import ImageSet
 from codistill.data.splits import balanced_part
 
@@ -44,33 +45,27 @@ def load_folder(path: Path, image_size: int | None) -> ImageSet:
 
 def _read(path: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, list[str], bool]:
     """Return RGB images, labels, the classes' names, and whether all images are gray."""
-    from PIL import Image, ImageOps
+    from PIL import Image
     from torchvision.datasets import ImageFolder
 
     try:
         folder = ImageFolder(str(path))
     except FileNotFoundError as error:
         raise InputError(f"--data folder:{path}: {str(error).splitlines()[0]}") from None
-    modes, images = set(), []
+    all_gray, images = True, []
     for file, _ in folder.samples:
         try:
-            with Image.open(file) as image:
-                upright = ImageOps.exif_transpose(image)
-                modes.add(upright.mode)
-                if upright.mode[0] in "IF":  # Pillow would clip them
-                    raise InputError(f"--data folder: {file} has more than 8 bits a pixel; convert it to 8 bits")
-                upright = upright.convert("RGB")
-                if image_size is not None:
-                    upright = upright.resize((image_size, image_size), Image.Resampling.BILINEAR)
-                images.append(np.asarray(upright))
-        except InputError:
-            raise
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise InputError(f"--data folder: {file} cannot be read as an image ({error}); mend or remove it") from None
+            upright, gray = open_upright(file)
+        except InputError as error:
+            raise InputError(f"--data folder: {error}") from None
+        all_gray &= gray
+        if image_size is not None:
+            upright = upright.resize((image_size, image_size), Image.Resampling.BILINEAR)
+        images.append(np.asarray(upright))
         if images[-1].shape != images[0].shape:
             raise InputError(
                 f"--data folder: {file} is {images[-1].shape[1]} x {images[-1].shape[0]}, others are "
                 f"{images[0].shape[1]} x {images[0].shape[0]}; give --image-size"
             )
     labels = np.asarray([label for _, label in folder.samples], dtype=np.int64)
-    return np.stack(images), labels, folder.classes, modes <= {"L", "1"}
+    return np.stack(images), labels, folder.classes, all_gray

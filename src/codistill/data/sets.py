@@ -63,6 +63,47 @@ class ImageSet:
         """Height (and width) of the images."""
         return self.x_train.shape[1]
 
+    def with_channels(self, channels: int) -> ImageSet:
+        """Return the set with gray images repeated to 3 channels, or colour made gray (ITU-R 601) for 1."""
+        if channels == self.channels:
+            return self
+        if self.channels == 1:
+            parts = [np.repeat(x, channels, axis=-1) for x in (self.x_train, self.x_test)]
+            mean, std = self.mean * channels, self.std * channels
+        elif self.channels == 3 and channels == 1:
+            parts = [(x @ np.array([0.299, 0.587, 0.114])).round().astype(np.uint8)[..., None] for x in self.images]
+            mean, std = (), ()
+        else:
+            raise InputError(f"--channels {channels}: images of {self.channels} channels cannot be made into that")
+        return replace(self, x_train=parts[0], x_test=parts[1], mean=mean, std=std)
+
+    def imbalance(self, part: np.ndarray) -> str | None:
+        """Say how unequal the classes of a training part are, None where the largest is under twice the smallest."""
+        counts = np.bincount(self.y_train[part], minlength=len(self.classes))
+        if counts.max() < 2 * max(int(counts.min()), 1):
+            return None
+        most, least = int(counts.argmax()), int(counts.argmin())
+        return (
+            f"classes are unequal: {counts[most]:,} training images of {self.classes[most]}, "
+            f"{counts[least]:,} of {self.classes[least]}"
+        )
+
+    def about(self) -> dict[str, Any]:
+        """Return what a user of a trained network must know of its images."""
+        return {
+            "name": self.name,
+            "classes": list(self.classes),
+            "channels": self.channels,
+            "image_size": self.image_size,
+            "mean": list(self.mean),
+            "std": list(self.std),
+        }
+
+    @property
+    def images(self) -> tuple[np.ndarray, np.ndarray]:
+        """Training and test images."""
+        return self.x_train, self.x_test
+
     def describe_augmentation(self, augment: bool, cutout: int) -> str:
         """Say in words what happens to training images."""
         parts = [f"pad {self.pad} and crop"] * bool(augment and self.pad) + ["flip"] * bool(augment and self.flip)

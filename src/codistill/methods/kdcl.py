@@ -22,6 +22,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from codistill.errors import InputError
 from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mix_logits, soften
 from codistill.method_configs import KDCLConfig, MethodConfig
 from codistill.methods.base import Method, PeerInfo, Terms, join
@@ -86,18 +87,23 @@ class KDCL(Method):
     @torch.no_grad()
     def teacher(self, z_PBC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor | None]:
         """Return the teacher's softened log-probabilities, `B x C`, and the members' weights, `B x P`, if any."""
+        if self.target == "general":
+            weights_BP = self.weights_P.to(z_PBC.dtype).expand(z_PBC.shape[1], -1)
+            if self.mix == "probs":
+                return mix_log_probs(weights_BP.log().unsqueeze(1), z_PBC, self.temperature)[0], weights_BP
+            return soften(mix_logits(weights_BP.unsqueeze(1), z_PBC)[0], self.temperature), weights_BP
+        if targets_B.dim() > 1:
+            raise InputError(
+                f"kdcl's {self.target} target reads one hard label an image; give hard labels, or target general"
+            )
         own_PB1 = z_PBC.gather(-1, targets_B.expand(z_PBC.shape[:2]).unsqueeze(-1))
         if self.target == "minlogit":
             return soften((z_PBC - own_PB1).min(0).values, self.temperature), None
-        if self.target == "general":
-            weights_BP = self.weights_P.to(z_PBC.dtype).expand(z_PBC.shape[1], -1)
-        elif self.target == "naive":
+        if self.target == "naive":
             best_B = (z_PBC.logsumexp(-1) - own_PB1.squeeze(-1)).argmin(0)
             weights_BP = torch.nn.functional.one_hot(best_B, self.num_peers).to(z_PBC.dtype)
         else:
             weights_BP = self._linear_weights(z_PBC - own_PB1)
-        if self.target == "general" and self.mix == "probs":
-            return mix_log_probs(weights_BP.log().unsqueeze(1), z_PBC, self.temperature)[0], weights_BP
         return soften(mix_logits(weights_BP.unsqueeze(1), z_PBC)[0], self.temperature), weights_BP
 
     def _linear_weights(self, margins_PBC: Tensor) -> Tensor:

@@ -1,0 +1,55 @@
+"""Soft labels: label smoothing, mixup (Zhang et al., ICLR 2018) and CutMix (Yun et al., ICCV 2019).
+
+Every draw depends on (seed, epoch, step) alone, so that a resumed run mixes as the whole one does. All views of a batch
+are mixed with the same partners and shares: their labels are the same.
+Shapes: V views, B batch, C classes, H height, W width.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from codistill.config import Config
+
+
+def wants_soft_labels(config: Config) -> bool:
+    """Say whether any of the options makes labels soft."""
+    return bool(config.label_smoothing or config.mixup or config.cutmix)
+
+
+def mix_batch(
+    config: Config, num_classes: int, views_VBCHW: Tensor, labels_B: Tensor, epoch: int, step: int
+) -> tuple[Tensor, Tensor]:
+    """Return the mixed views and the soft labels, `B x C`."""
+    targets_BC = F.one_hot(labels_B, num_classes).to(views_VBCHW.dtype)
+    targets_BC = targets_BC * (1 - config.label_smoothing) + config.label_smoothing / num_classes
+    if not (config.mixup or config.cutmix):
+        return views_VBCHW, targets_BC
+    rng = np.random.default_rng((config.seed, 7_001, epoch, step))
+    cut = config.cutmix > 0 and (not config.mixup or rng.random() < 0.5)
+    strength = config.cutmix if cut else config.mixup
+    share = float(rng.beta(strength, strength))
+    partner_B = torch.from_numpy(rng.permutation(len(labels_B))).to(labels_B.device)
+    if cut:
+        rows, columns, share = cut_square(views_VBCHW.shape[-2], views_VBCHW.shape[-1], share, rng)
+        mixed = views_VBCHW.clone(memory_format=torch.preserve_format)
+        mixed[..., rows, columns] = views_VBCHW[:, partner_B][..., rows, columns]
+    else:
+        mixed = views_VBCHW.lerp(views_VBCHW[:, partner_B], 1 - share)
+    return mixed, targets_BC.lerp(targets_BC[partner_B], 1 - share)
+
+
+def cut_square(height: int, width: int, share: float, rng: np.random.Generator) -> tuple[slice, slice, float]:
+    """Return the rows and columns that the partner fills, and the share that is left, counted in pixels."""
+    side = math.sqrt(1 - share)
+    y, x = int(rng.integers(height)), int(rng.integers(width))
+    half_y, half_x = int(height * side) // 2, int(width * side) // 2
+    rows = slice(max(y - half_y, 0), min(y + half_y, height))
+    columns = slice(max(x - half_x, 0), min(x + half_x, width))
+    area = (rows.stop - rows.start) * (columns.stop - columns.start)
+    return rows, columns, 1 - area / (height * width)

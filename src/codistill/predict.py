@@ -1,0 +1,134 @@
+"""`codistill predict`: what the deployed student says about image files, by the run folder alone.
+
+Shapes: B batch, C classes, K guesses.
+"""
+
+from __future__ import annotations
+
+import csv
+import dataclasses
+import io
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from codistill.config import Config, Device, MethodConfig
+from codistill.data.images import read_pixels
+from codistill.errors import InputError
+from codistill.methods import build_method
+from codistill.peers import MeanTeacher, build_peers
+from codistill.run import load_checkpoint
+from codistill.setup import pick_device
+
+SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+
+
+@dataclass
+class Predictor:
+    """A run's deployed student and how images are put before it."""
+
+    network: nn.Module
+    about: dict[str, Any]
+    """What data.json holds: classes, channels, image_size, mean, std, and perhaps a fitted temperature."""
+    device: torch.device
+
+    @torch.inference_mode()
+    def probabilities(self, pixels: np.ndarray) -> np.ndarray:
+        """Return `B x C` probabilities of uint8 images `B x C x H x W`."""
+        mean = torch.tensor(self.about["mean"], device=self.device).view(-1, 1, 1)
+        std = torch.tensor(self.about["std"], device=self.device).view(-1, 1, 1)
+        x = (torch.from_numpy(pixels).to(self.device) / 255 - mean) / std
+        dtype = next(self.network.parameters()).dtype
+        scores = self.network(x.to(dtype)).double() / self.about.get("temperature", 1.0)
+        return scores.softmax(-1).cpu().numpy()
+
+
+def load_predictor(run: str | Path, device: Device = "auto") -> Predictor:
+    """Load the deployed student of a run folder; the data set it was trained on is not needed.
+
+    Raises:
+        InputError: there is no such run, or its training has not begun.
+    """
+    path = Path(run)
+    if not (path / "config.json").exists():
+        raise InputError(f"{path} is no run folder (it has no config.json)")
+    if not (path / "data.json").exists():
+        raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")
+    about = json.loads((path / "data.json").read_text())
+    config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
+    assert isinstance(config.method, MethodConfig)
+    peers = build_peers(config, len(about["classes"]), about["channels"], about["image_size"])
+    method = build_method(config.method, peers, config.seed)
+    state = load_checkpoint(path / "last.pt")
+    if config.deploy == "ema":
+        teacher = MeanTeacher(peers, method.ema_decay)
+        teacher.load_state_dict(state["ema"])
+        network = teacher.peers.export_member(method.deployed)
+    else:
+        peers.load_state_dict(state["peers"])
+        method.load_state_dict(state["method"])
+        if config.deploy == "ensemble":
+            network = method.deploy_ensemble(peers)
+        else:
+            network = peers.export_member(int(config.deploy)) if config.deploy.isdigit() else method.deploy(peers)
+    where = pick_device(device)
+    return Predictor(network.eval().to(where), about, where)
+
+
+def image_files(words: Sequence[str]) -> list[Path]:
+    """Return the files named; a folder stands for all images in it.
+
+    Raises:
+        InputError: a name leads nowhere, or a folder holds no image.
+    """
+    files: list[Path] = []
+    for word in words:
+        path = Path(word)
+        if path.is_dir():
+            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            if not inside:
+                raise InputError(f"predict: the folder {path} holds no image files")
+            files += inside
+        elif not path.exists():
+            raise InputError(f"predict: {path} does not exist; name image files or folders of them")
+        else:
+            files.append(path)
+    return files
+
+
+def predict(predictor: Predictor, files: Sequence[Path], top: int, batch_size: int = 64) -> Iterator[dict[str, Any]]:
+    """Yield, for every file, its `file` and its `top` guesses (class and probability), or the `error` that it met."""
+    about = predictor.about
+    for first in range(0, len(files), batch_size):
+        rows: list[dict[str, Any]] = []
+        pixels = []
+        for file in files[first : first + batch_size]:
+            try:
+                pixels.append(read_pixels(file, about["channels"], about["image_size"]))
+                rows.append({"file": str(file)})
+            except InputError as error:
+                rows.append({"file": str(file), "error": str(error)})
+        probs_BC = predictor.probabilities(np.stack(pixels)) if pixels else np.zeros((0, len(about["classes"])))
+        good = (row for row in rows if "error" not in row)
+        for row, probs_C in zip(good, probs_BC):
+            best = np.argsort(-probs_C, kind="stable")[:top]
+            row["top"] = [{"class": about["classes"][c], "probability": float(probs_C[c])} for c in best]
+        yield from rows
+
+
+def as_csv(rows: Sequence[dict[str, Any]], top: int) -> str:
+    """Write guesses as CSV: file, class1, probability1, class2, ..., error."""
+    stream = io.StringIO()
+    writer = csv.writer(stream, lineterminator="\n")
+    pairs = [name for k in range(1, top + 1) for name in (f"class{k}", f"probability{k}")]
+    writer.writerow(["file", *pairs, "error"])
+    for row in rows:
+        cells = [cell for guess in row.get("top", []) for cell in (guess["class"], f"{guess['probability']:.6f}")]
+        writer.writerow([row["file"], *cells, *[""] * (2 * top - len(cells)), row.get("error", "")])
+    return stream.getvalue()

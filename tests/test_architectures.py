@@ -1,0 +1,82 @@
+"""Networks of timm and torchvision as branches: equal to explicit copies; every method takes two steps."""
+
+import pytest
+import torch
+
+from architectures import ARCHITECTURES, ROTATION, prove, two_steps
+from codistill.branch_points import branch_points, default_branch_point
+from codistill.config import METHODS, InputError
+from codistill.heads import example_for, split_head
+from codistill.models import resolve
+from codistill.peers import BranchPeers, NetworkPeers
+
+CASES = [(name, size) for _, name, size in ARCHITECTURES]
+
+
+@pytest.mark.parametrize(("name", "size"), CASES, ids=[name.split(",")[0] for name, _ in CASES])
+def test_branches_equal_explicit_copies(name, size):
+    proof = prove(name, size)
+    assert proof.outputs <= 1e-10
+    assert proof.gradients <= 1e-10
+
+
+@pytest.mark.parametrize("index", range(len(CASES)), ids=[name.split(",")[0] for name, _ in CASES])
+def test_two_steps_run_under_a_method(index, tmp_path):
+    method, topology = ROTATION[index % len(ROTATION)]
+    losses = two_steps(*CASES[index], method, topology, tmp_path)
+    assert len(losses) == 2
+
+
+def test_the_rotation_meets_every_method_and_twenty_architectures():
+    assert {method for method, _ in ROTATION[: len(CASES)]} == set(METHODS)
+    assert len({name.partition(",")[0] for name, _ in CASES}) >= 20
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "place"),
+    [
+        ("timm:resnet10t", 224, "layer4"),
+        ("timm:mobilenetv3_small_050", 224, "blocks.4"),
+        ("timm:convnext_atto,depths=(1,1,1,1)", 224, "stages.3"),
+        ("torchvision:mobilenet_v2,width_mult=0.5", 224, "features.14"),
+        ("torchvision:regnet_y_400mf", 224, "trunk_output.block4"),
+        ("timm:vit_tiny_patch16_224,depth=4,embed_dim=48", 64, "blocks.3"),
+        ("timm:vit_tiny_patch16_224,depth=12,embed_dim=48", 64, "blocks.9"),
+    ],
+)
+def test_the_default_place_is_the_last_stage_or_three_quarters_of_the_depth(name, size, place):
+    model = resolve(name)(num_classes=5, in_channels=3, image_size=size)
+    member = split_head(model, example_for(model, 3, size))
+    points = branch_points(member.body, member.head_path, example_for(model, 3, size))
+    assert default_branch_point(points) == place
+    paths = [point.path for point in points]
+    assert len(paths) == len(set(paths))
+    after = [point.after for point in points]
+    assert after == sorted(after, reverse=True)
+
+
+def test_the_default_place_does_not_depend_on_the_size_of_the_images():
+    forks = []
+    for size in (16, 64):
+        peers = BranchPeers("timm:resnet10t", 2, 5, image_size=size)
+        forks.append(peers.member(0).body.layer4.fan_out)
+    assert forks == [2, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("torchvision:squeezenet1_1", "has no nn.Linear inside"),
+        ("timm:deit_tiny_distilled_patch16_224,depth=2,embed_dim=48", "is not its classifier head"),
+    ],
+)
+def test_what_cannot_be_cut_is_refused_in_one_sentence(name, sentence):
+    with pytest.raises(InputError, match=sentence):
+        NetworkPeers(name, 2, 5, image_size=64)
+
+
+def test_one_gated_by_maps_whose_channels_stand_last_reads_the_channels():
+    name = "timm:swin_tiny_patch4_window7_224,depths=(1,1,1,1),embed_dim=24,num_heads=(1,2,4,8)"
+    peers = BranchPeers(name, 2, 5, image_size=64)
+    assert peers.trunk_dim == 96
+    assert peers(torch.randn(2, 3, 64, 64)).trunk_BD.shape == (2, 96)
