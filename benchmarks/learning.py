@@ -13,8 +13,9 @@ from pathlib import Path
 from codistill.config import CompareConfig, Config
 from codistill.method_configs import KDConfig, method_config
 from codistill.reproduce.compare import LEGEND, plan
-from codistill.reproduce.formats import markdown, table_rows
+from codistill.reproduce.formats import markdown
 from codistill.reproduce.grid import Cell, run_grid
+from codistill.reproduce.table import table_rows
 
 SHARED = {"model": "resnet8", "data": "digits", "train_per_class": 10, "epochs": 100, "batch_size": 25, "lr": 0.05}
 METHODS = ["dml", "cl_ilr", "one", "okddip", "pcl", "kdcl"]

@@ -174,12 +174,14 @@ def test_splits_are_drawn_and_not_the_first_images_of_a_class():
 
 def test_train_per_class_takes_that_many_of_every_class_and_leaves_validation_alone():
     data = image_set(shuffled_labels([30, 50, 21]))
-    full, few = make_splits(data, 0.1, 0.2), make_splits(data, 0.1, 0.2, 7)
+    full, few = make_splits(data, 0.1), make_splits(data, 0.1, 0.0, 7)
     assert np.bincount(data.y_train[few.train]).tolist() == [7, 7, 7]
     assert len(set(few.train)) == 21
     assert set(few.train) < set(full.train)
     assert np.array_equal(few.val, full.val)
-    assert np.array_equal(few.holdout, full.holdout)
+    held = make_splits(data, 0.1, 0.2, 7)  # a holdout comes out of the same few images: no labels that others lack
+    assert set(held.train) | set(held.holdout) == set(few.train)
+    assert np.bincount(data.y_train[held.holdout]).tolist() == [1, 1, 1]
 
 
 def test_all_seeds_train_on_the_same_few_images_and_are_judged_on_the_same():

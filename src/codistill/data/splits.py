@@ -50,11 +50,7 @@ def make_splits(
     labels = data.y_train
     everything = np.arange(len(labels))
     val = balanced_part(labels, val_fraction, SPLIT_SEED) if val_fraction > 0 else np.zeros(len(labels), dtype=bool)
-    rest = everything[~val]
-    held = np.zeros(len(rest), dtype=bool)
-    if holdout_fraction > 0:
-        held = balanced_part(labels[rest], holdout_fraction, SPLIT_SEED + 1)
-    train = rest[~held]
+    train = everything[~val]
     if train_per_class is not None:
         rng = np.random.default_rng(SPLIT_SEED + 2)
         counts = np.bincount(labels[train], minlength=len(data.classes))
@@ -63,4 +59,8 @@ def make_splits(
             raise InputError(f"--train-per-class {train_per_class}: a class has {least} training images only")
         chosen = [rng.permutation(train[labels[train] == label])[:train_per_class] for label in np.unique(labels)]
         train = np.sort(np.concatenate(chosen))
-    return Splits(train, everything[val], rest[held])
+    # Last, out of what the other methods train on: a method that holds images out gets no labels that others lack.
+    held = np.zeros(len(train), dtype=bool)
+    if holdout_fraction > 0:
+        held = balanced_part(labels[train], holdout_fraction, SPLIT_SEED + 1)
+    return Splits(train[~held], everything[val], train[held])
