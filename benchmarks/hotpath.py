@@ -27,10 +27,11 @@ from codistill.config import METHODS
 from codistill.data.loader import Augmentation, DeviceLoader
 from codistill.folding import folded_for_evaluation
 from codistill.losses import cross_entropy
+from codistill.mean_teacher import MeanTeacher
 from codistill.method_configs import method_config
 from codistill.methods import OKDDip, build_method
 from codistill.metrics import PeerMetrics
-from codistill.peers import BranchPeers, MeanTeacher, NetworkPeers, PeerOutputs
+from codistill.peers import BranchPeers, NetworkPeers, PeerOutputs
 from codistill.reproduce.formats import markdown
 from codistill.stacked import StackedPeers
 

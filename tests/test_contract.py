@@ -7,8 +7,9 @@ import pytest
 import torch
 
 from codistill.config import METHODS, Config, InputError
+from codistill.mean_teacher import MeanTeacher
 from codistill.method_configs import method_config
-from codistill.peers import MeanTeacher, NetworkPeers
+from codistill.peers import NetworkPeers
 from codistill.run import restore_rng, rng_state
 from codistill.setup import deployed_network, setup
 from codistill.train import _zero_sums, train, train_step

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from codistill.config import Config
 from codistill.errors import InputError
+from codistill.mean_teacher import MeanTeacher
 from codistill.methods import Method
-from codistill.peers import BranchPeers, MeanTeacher, Peers
+from codistill.peers import BranchPeers, Peers
 from codistill.stacked import StackedPeers
 
 STEPS = 5

@@ -21,8 +21,9 @@ from torch import nn
 from codistill.config import Config, Device, MethodConfig
 from codistill.data.images import read_pixels
 from codistill.errors import InputError
+from codistill.mean_teacher import MeanTeacher
 from codistill.methods import build_method
-from codistill.peers import MeanTeacher, build_peers
+from codistill.peers import build_peers
 from codistill.run import load_checkpoint
 from codistill.setup import pick_device
 

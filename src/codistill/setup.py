@@ -19,12 +19,13 @@ from codistill.data import DeviceLoader, ImageSet, Splits, load_set, make_splits
 from codistill.data.loader import Augmentation
 from codistill.execution import choose_execution, stack
 from codistill.guard import FiniteGuard
+from codistill.mean_teacher import MeanTeacher
 from codistill.mesh import Mesh
 from codistill.mesh_peers import MeshPeers, refuse_foreign
 from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
 from codistill.models.sources import takes_colour_alone
-from codistill.peers import BranchPeers, MeanTeacher, Peers, build_peers
+from codistill.peers import BranchPeers, Peers, build_peers
 from codistill.run import load_checkpoint, restore_rng
 from codistill.sync_bn import synchronise
 from codistill.teacher import load_teacher

@@ -1,0 +1,46 @@
+"""An exponential moving average of peers, which teaches them (PCL).
+
+Shapes: V views, P peers, B batch, C classes, H height, W width.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from codistill.peers import PeerOutputs, Peers
+
+
+class MeanTeacher(nn.Module):
+    """An exponential moving average of peers: phi = min(1 - 1/(g + 1), decay) at step g (PCL, section 3.3).
+
+    While training it normalises by batch statistics and leaves its running ones alone; those are averaged from the
+    peers' own, for evaluation.
+
+    Args:
+        peers: What is averaged; copied.
+        decay: Most that the average keeps of itself.
+    """
+
+    def __init__(self, peers: Peers, decay: float) -> None:
+        super().__init__()
+        self.peers = copy.deepcopy(peers).requires_grad_(False)
+        self.decay = decay
+        for module in self.peers.modules():
+            if isinstance(module, nn.modules.batchnorm._BatchNorm):
+                module.track_running_stats = False  # in training: batch statistics, nothing recorded
+
+    @torch.no_grad()
+    def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
+        """Return what the averaged peers say; no gradient."""
+        return self.peers(views_VBCHW)
+
+    @torch.no_grad()
+    def update(self, peers: Peers, step: int) -> None:
+        """Average in the peers as they are after step `step`, counted from 0 (which copies them)."""
+        keep = min(1.0 - 1.0 / (step + 1), self.decay)
+        ours = [*self.peers.trained_parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
+        theirs = [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
+        torch._foreach_lerp_(ours, theirs, 1.0 - keep)
