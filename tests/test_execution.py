@@ -119,6 +119,27 @@ def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):
         assert torch.equal(value, again.peers.state_dict()[key]), key
 
 
+@pytest.mark.parametrize(("optimizer", "topology"), [("sgd", "networks"), ("sgd", "branches"), ("adamw", "networks")])
+def test_a_checkpoint_does_not_show_how_the_peers_ran(tmp_path, optimizer, topology):
+    from test_train import StopAt
+
+    options = {"optimizer": optimizer, "topology": topology, "dtype": "float64", "log_every_steps": 1}
+    if optimizer == "adamw":
+        options["lr"] = 1e-3
+    whole = train(config(out=str(tmp_path / "whole"), execution="loop", **options))
+    ways = ["stacked", "loop", "stacked"]
+    for number, execution in enumerate(ways):
+        now = config(out=str(tmp_path / "run"), execution=execution, resume="auto", checkpoint_every_steps=1, **options)
+        if number + 1 < len(ways):
+            with pytest.raises(KeyboardInterrupt):
+                train(now, StopAt(number, 2))
+        else:
+            again = train(now)
+            assert again.figures["execution"] == execution
+    for key, value in whole.peers.state_dict().items():
+        close(again.peers.state_dict()[key].double(), value.double(), 1e-9)
+
+
 def test_bfloat16_stacks_too():
     t = build(dtype="bfloat16", execution="stacked")
     terms = train_step(t, *next(t.loader.epoch(0)), 1.0)

@@ -11,7 +11,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from codistill.errors import InputError
 from codistill.mesh import Mesh
 from codistill.run import restore_rng
 
@@ -46,13 +45,7 @@ def gathered(t: Training, mesh: Mesh) -> State | None:
 
 
 def load(t: Training, mesh: Mesh, state: State) -> None:
-    """Take this rank's part of a checkpoint of any mesh.
-
-    Raises:
-        InputError: its optimiser belongs to peers that ran as one network.
-    """
-    if state.get("execution", "loop") != "loop":
-        raise InputError("--resume: this run went on stacked (--execution), which takes one process; drop --mesh")
+    """Take this rank's part of a checkpoint of any mesh."""
     counts = _member_parameters(t, mesh)
     t.peers.load_state_dict(_own_members(state["peers"], mesh))
     t.method.load_state_dict(state["method"])

@@ -32,7 +32,7 @@ SCHEMA = 1
 # What may differ between a run and its continuation without changing its result.
 _FREE = {
     *("out", "resume", "data_dir", "checkpoint_every_epochs", "checkpoint_every_steps", "tracker", "device"),
-    *("mesh", "collective_timeout", "checkpoint_activations"),
+    *("mesh", "collective_timeout", "checkpoint_activations", "execution"),
 }
 
 

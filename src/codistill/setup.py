@@ -72,13 +72,18 @@ class Training:
             "method": self.method.state_dict(),
             "execution": self.execution,
             "ema": None if self.ema is None else self.ema.state_dict(),
-            "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
+            "optimizers": self._optimizer_states(),
             "epoch": self.epoch,
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
             "sums": self.sums,
         }
+
+    def _optimizer_states(self) -> list[dict[str, Any]]:
+        """Return the optimisers' states in the one form that every execution and mesh reads: an entry a member."""
+        states = [optimizer.state_dict() for optimizer in self.optimizers]
+        return states if self.peers.runner is None else [self.peers.runner.split_optimizer(s) for s in states]
 
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned, on this mesh or another."""
@@ -90,7 +95,7 @@ class Training:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(held)
+            optimizer.load_state_dict(held if self.peers.runner is None else self.peers.runner.join_optimizer(held))
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.best = state["best"]
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
@@ -123,7 +128,7 @@ def setup(
     Args:
         config: A resolved config.
         teacher: A trained network for a method that needs one, instead of the one its config names.
-        execution: What an earlier part of this run chose, instead of choosing anew.
+        execution: What an earlier part of this run chose, where the config leaves the choice open.
         mesh: The place among several processes, where there are.
         fresh: Whether `pretrained` and `weights` are to be read; not where a checkpoint is loaded anyway.
 
@@ -165,7 +170,8 @@ def setup(
         loader.share(mesh.data_index, mesh.num_data, mesh.own)
         execution = "loop"
     batch = loader.first()
-    execution = execution or choose_execution(config, peers, method, batch)
+    if execution is None or (mesh is None and config.execution in ("loop", "stacked")):
+        execution = choose_execution(config, peers, method, batch)
     if execution == "stacked":
         stack(peers, ema, batch)
     optimizers = make_optimizers(config, peers, method, method.update == "alternating")

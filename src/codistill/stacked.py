@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -60,6 +61,8 @@ class StackedPeers:
         _refuse_unequal(members, trunk)
         expected = _plain_outputs(peers, example)
         self.parameters: list[nn.Parameter] = []
+        self.parts: list[list[Tensor]] = []
+        """The members' parameters that every one of `parameters` is made of, row upon row."""
         body = copy.deepcopy(members[0].body, {id(shared): shared for shared in trunk})
         self.body = self._convert(body, [m.body for m in members])
         heads = [m.head for m in members if isinstance(m.head, nn.Linear)]
@@ -67,7 +70,9 @@ class StackedPeers:
             raise InputError("--execution stacked takes classifier heads of one Linear; use --execution loop")
         self.head_weight = self._join([h.weight for h in heads])
         self.head_bias = self._join([h.bias for h in heads]) if heads[0].bias is not None else None
-        self.parameters += [p for shared in trunk for p in shared.parameters()]
+        for parameter in (p for shared in trunk for p in shared.parameters()):
+            self.parameters.append(parameter)
+            self.parts.append([parameter])
         ours = _plain_outputs(peers, example, self)
         if not torch.allclose(ours, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
             raise InputError("--execution stacked: the network mixes channels outside its layers; use --execution loop")
@@ -162,7 +167,61 @@ class StackedPeers:
         for part, view in zip(parts, joined.chunk(len(parts))):
             part.data = view
         self.parameters.append(nn.Parameter(joined))
+        self.parts.append([*parts])
         return self.parameters[-1]
+
+    def split_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the optimiser's state as the plain loop would hold it: one entry a parameter of every member."""
+        places, extra = self._places()
+        entries: dict[int, Any] = {}
+        for index, entry in state["state"].items():
+            if index >= len(self.parameters):  # the method's own
+                entries[index + extra] = entry
+                continue
+            for row, place in enumerate(places[index]):
+                entries[place] = {name: _part(v, row, len(places[index])) for name, v in entry.items()}
+        return _with_entries(state, entries, extra)
+
+    def join_optimizer(self, state: dict[str, Any]) -> dict[str, Any]:
+        """Return the stacked form of a state that `split_optimizer` or the plain loop gave."""
+        places, extra = self._places()
+        total = len(self.parameters) + extra
+        entries = {index - extra: entry for index, entry in state["state"].items() if index >= total}
+        for index, (parameter, rows) in enumerate(zip(self.parameters, places)):
+            held = [state["state"][place] for place in rows if place in state["state"]]
+            if held:
+                entries[index] = {
+                    # In the parameter's own order in memory, which a fused optimiser takes for granted.
+                    name: torch.empty_like(parameter).copy_(torch.cat([h[name] for h in held])) if _rowwise(v) else v
+                    for name, v in held[0].items()
+                }
+        return _with_entries(state, entries, -extra)
+
+    def _places(self) -> tuple[list[list[int]], int]:
+        """Return where the parts of each parameter stand among the members' ones, and how many more those are."""
+        numbers = {id(p): index for index, p in enumerate(self.peers.parameters())}
+        return [[numbers[id(p)] for p in parts] for parts in self.parts], len(numbers) - len(self.parameters)
+
+
+def _part(value: Any, row: int, count: int) -> Any:
+    """Return one member's share of an entry, copied: fused optimisers count steps in place, each for itself."""
+    if not isinstance(value, Tensor):
+        return value
+    return (value.chunk(count)[row] if _rowwise(value) else value).clone()
+
+
+def _rowwise(value: object) -> bool:
+    """Say whether an entry of an optimiser has a row a row of its parameter (a count of steps has not)."""
+    return isinstance(value, Tensor) and value.dim() > 0
+
+
+def _with_entries(state: dict[str, Any], entries: dict[int, Any], longer: int) -> dict[str, Any]:
+    """Return an optimiser's state with other entries, its one group of parameters longer by some."""
+    (group,) = state["param_groups"]
+    return {
+        "state": dict(sorted(entries.items())),
+        "param_groups": [group | {"params": list(range(len(group["params"]) + longer))}],
+    }
 
 
 def _refuse_unequal(members: Sequence[nn.Module], trunk: Sequence[nn.Module]) -> None:
