@@ -26,7 +26,8 @@ from codistill.errors import MachineError
 from codistill.peers import BranchPeers, NetworkPeers
 from codistill.setup import setup
 from codistill.sharing import Entry
-from codistill.train import _zero_sums, train_step
+from codistill.step import train_step
+from codistill.train import _zero_sums
 
 CLASSES = 5
 SMALL_SWIN = "depths=(1,1,1,1),embed_dim=24,num_heads=(1,2,4,8)"

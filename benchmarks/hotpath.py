@@ -239,7 +239,8 @@ import torch, resource
 torch.set_num_threads(1)
 from codistill.config import Config
 from codistill.setup import setup
-from codistill.train import _zero_sums, train_step
+from codistill.step import train_step
+from codistill.train import _zero_sums
 topology = {METHODS[name].topologies[0]!r}
 t = setup(Config({name!r}, "resnet32", "digits", peers=4, batch_size=128, topology=topology).resolved())
 t.sums = _zero_sums(t)

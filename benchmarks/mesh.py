@@ -27,7 +27,8 @@ from codistill.config import Config
 from codistill.mesh import join_mesh, leave
 from codistill.method_configs import method_config
 from codistill.setup import setup
-from codistill.train import _zero_sums, train_step
+from codistill.step import train_step
+from codistill.train import _zero_sums
 
 KINDS = {
     "one process": None,

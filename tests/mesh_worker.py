@@ -18,7 +18,8 @@ from codistill.method_configs import method_config
 from codistill.peers import NetworkPeers
 from codistill.run import rng_state
 from codistill.setup import setup, test_loader
-from codistill.train import _close_epoch, _zero_sums, measure, train_step
+from codistill.step import train_step
+from codistill.train import _close_epoch, _zero_sums, measure
 
 STEPS = 20
 CASES = {

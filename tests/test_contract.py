@@ -12,7 +12,8 @@ from codistill.method_configs import method_config
 from codistill.peers import NetworkPeers
 from codistill.run import restore_rng, rng_state
 from codistill.setup import deployed_network, setup
-from codistill.train import _zero_sums, train, train_step
+from codistill.step import train_step
+from codistill.train import _zero_sums, train
 from helpers import close
 
 OPTIONS = {

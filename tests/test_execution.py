@@ -9,7 +9,8 @@ from codistill.config import Config
 from codistill.errors import InputError
 from codistill.execution import choose_execution
 from codistill.setup import deployed_network, load_run, setup
-from codistill.train import _zero_sums, train, train_step
+from codistill.step import train_step
+from codistill.train import _zero_sums, train
 from helpers import close
 
 CASES = [

@@ -16,7 +16,8 @@ from codistill.peers import member_seed
 from codistill.run import RunFolder
 from codistill.setup import setup
 from codistill.signals import Stopped
-from codistill.train import Reporter, lr_at, train, train_step
+from codistill.step import train_step
+from codistill.train import Reporter, lr_at, train
 from helpers import read_json
 
 

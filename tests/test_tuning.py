@@ -11,7 +11,8 @@ from codistill.method_configs import method_config
 from codistill.mixing import cut_square, mix_batch
 from codistill.models import resolve
 from codistill.setup import setup
-from codistill.train import _zero_sums, train, train_step
+from codistill.step import train_step
+from codistill.train import _zero_sums, train
 from test_contract import config, teacher_for
 
 

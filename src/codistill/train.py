@@ -25,9 +25,8 @@ from codistill.errors import ElsewhereError
 from codistill.losses import wide_dtype
 from codistill.mesh import Mesh, after_restart, join_mesh
 from codistill.methods import Method
-from codistill.mixing import mix_batch, wants_soft_labels
 from codistill.outcome import MOST_CLASSES_IN_DETAIL, collect, cost, details, outcome
-from codistill.peers import PeerOutputs, Peers, eval_mode
+from codistill.peers import Peers, eval_mode
 from codistill.reporting import Reporter, describe
 from codistill.run import RunFolder, SilentFolder, write_json
 from codistill.setup import (
@@ -42,6 +41,7 @@ from codistill.setup import (
     test_loader,
 )
 from codistill.signals import Stopped, caught_signals
+from codistill.step import of_samples, outputs_of, train_step
 from codistill.trackers import Tracker
 from codistill.tuning import set_rate
 
@@ -75,98 +75,6 @@ def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
     if config.schedule == "cosine":
         return full * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
     return full * 0.1 ** sum(epoch >= m for m in config.milestones or ())
-
-
-def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> dict[str, Tensor]:
-    """Do one step and return the method's terms; the host waits for nothing here."""
-    count, number = len(targets_B), t.epoch * len(t.loader) + t.step
-    if t.mesh is not None:
-        t.mesh.open(count, number)
-        count = t.mesh.counted(t.method.whole_batch)
-        targets_B = targets_B if t.method.whole_batch else targets_B[t.mesh.own_rows()]
-    labels_B = targets_B
-    if wants_soft_labels(t.config):
-        views_VBCHW, targets_B = mix_batch(t.config, t.peers.num_classes, views_VBCHW, labels_B, t.epoch, t.step)
-    if t.method.update == "alternating":
-        terms, hits_P = _alternate(t, views_VBCHW, targets_B, labels_B, weight)
-    else:
-        outputs = _outputs(t, views_VBCHW)
-        terms = t.method(outputs, targets_B, weight)
-        _backward(t, terms["loss"], t.optimizers[0])
-        _update(t, t.optimizers[0], terms)
-        hits_P = (outputs.logits_PBC.detach().argmax(-1) == labels_B).sum(-1)
-    t.guard.count()
-    if t.ema is not None:
-        t.ema.update(t.peers, number)
-    if count:  # on a mesh, samples that other ranks count too are counted by one of them
-        t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * count
-        t.sums["hits_P"] += hits_P
-        t.sums["distill_P"] += terms["distill_P"].to(t.sums["loss"].dtype) * count
-    for name in filter(_of_samples, terms):  # every rank keeps the sum, so that all can be added up
-        total = terms[name].sum(0, dtype=t.sums["loss"].dtype)
-        t.sums[name] = t.sums.get(name, torch.zeros_like(total)) + total * bool(count)
-    return terms
-
-
-def _of_samples(name: str) -> bool:
-    """Say whether a term holds a row a sample (its letters begin with B): a method's attention, gate or weights."""
-    return name.rpartition("_")[2].startswith("B")
-
-
-def _outputs(t: Training, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
-    """Run the peers, and whatever else the method needs to hear."""
-    outputs = t.peers(views_VBCHW) if only is None else t.peers(views_VBCHW, only=only)
-    if t.ema is not None:
-        outputs.ema_logits_PBC = t.ema(views_VBCHW).logits_PBC
-    if t.teacher is not None:
-        autocast = t.peers.autocast
-        with torch.no_grad(), torch.autocast(t.device.type, autocast, enabled=autocast is not None):
-            outputs.teacher_logits_BC = t.teacher(views_VBCHW[0]).to(outputs.logits_PBC.dtype)
-    return outputs
-
-
-def _backward(t: Training, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Find the gradients of what `optimizer` holds; on a mesh, those of the whole batch."""
-    if t.mesh is None:
-        loss.backward()
-        return
-    (loss * t.mesh.weight(t.method.whole_batch)).backward()
-    if t.method.whole_batch:  # every rank's loss is of the whole batch, so each has found the whole already
-        for parameter in t.method.parameters():
-            if parameter.grad is not None:
-                parameter.grad /= t.mesh.num_data
-    t.mesh.sum_gradients([p for group in optimizer.param_groups for p in group["params"]])
-
-
-def _update(t: Training, optimizer: torch.optim.Optimizer | None, terms: dict[str, Tensor]) -> None:
-    t.guard.watch(terms)
-    if optimizer is not None:
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-
-
-def _alternate(
-    t: Training, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Step one member after the other, each on fresh predictions of all; its figures are those of its turn."""
-    turns, hits = [], []
-    for p in range(t.peers.num_peers):
-        optimizer = _optimizer_of(t, p)
-        outputs = _outputs(t, views_VBCHW, only=p)
-        terms = t.method(outputs, targets_B, weight)
-        if optimizer is not None:
-            _backward(t, terms["loss_P"][p], optimizer)
-        _update(t, optimizer, terms)
-        turns.append((terms["loss_P"][p].detach(), terms["distill_P"][p]))
-        hits.append((outputs.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
-    loss_P, distill_P = (torch.stack(values) for values in zip(*turns))
-    return {"loss": loss_P.sum(), "distill_P": distill_P}, torch.stack(hits)
-
-
-def _optimizer_of(t: Training, member: int) -> torch.optim.Optimizer | None:
-    """Return the optimiser of a member; None where the member lives on another rank."""
-    own = range(len(t.optimizers)) if t.mesh is None else t.mesh.own
-    return t.optimizers[member - own.start] if member in own else None
 
 
 def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> None:
@@ -286,7 +194,7 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
             "distill": (sums["distill_P"] / count).tolist(),
         },
     }
-    inspected = {name: total for name, total in sums.items() if _of_samples(name)}
+    inspected = {name: total for name, total in sums.items() if of_samples(name)}
     if inspected:  # means over the epoch's samples
         line["method"] = {name.rpartition("_")[0]: (total / count).tolist() for name, total in inspected.items()}
     due = (t.epoch + 1) % t.config.eval_every_epochs == 0 or t.epoch + 1 == t.config.epochs
@@ -397,5 +305,5 @@ def _finish(t: Training) -> tuple[dict[str, Any], dict[str, Any]]:
     members = collect(t.peers, t.method, loader, t.mesh, detail)
     ema = collect(t.ema.peers, t.method, loader, t.mesh, detail) if t.ema is not None else None
     figures = outcome(t, members.compute(), ema.compute() if ema is not None else None)
-    figures["cost"] = {"training_peak_mb": memory, **cost(t, partial(_outputs, t))}
+    figures["cost"] = {"training_peak_mb": memory, **cost(t, partial(outputs_of, t))}
     return figures, details(t, members, ema)

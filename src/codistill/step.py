@@ -1,0 +1,105 @@
+"""One step of the loop: forward, the method's loss, backward, update; the host waits for nothing here.
+
+Shapes: P peers, V views, B batch, C classes.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from codistill.mixing import mix_batch, wants_soft_labels
+from codistill.peers import PeerOutputs
+from codistill.setup import Training
+
+
+def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> dict[str, Tensor]:
+    """Do one step and return the method's terms; the host waits for nothing here."""
+    count, number = len(targets_B), t.epoch * len(t.loader) + t.step
+    if t.mesh is not None:
+        t.mesh.open(count, number)
+        count = t.mesh.counted(t.method.whole_batch)
+        targets_B = targets_B if t.method.whole_batch else targets_B[t.mesh.own_rows()]
+    labels_B = targets_B
+    if wants_soft_labels(t.config):
+        views_VBCHW, targets_B = mix_batch(t.config, t.peers.num_classes, views_VBCHW, labels_B, t.epoch, t.step)
+    if t.method.update == "alternating":
+        terms, hits_P = _alternate(t, views_VBCHW, targets_B, labels_B, weight)
+    else:
+        outputs = outputs_of(t, views_VBCHW)
+        terms = t.method(outputs, targets_B, weight)
+        _backward(t, terms["loss"], t.optimizers[0])
+        _update(t, t.optimizers[0], terms)
+        hits_P = (outputs.logits_PBC.detach().argmax(-1) == labels_B).sum(-1)
+    t.guard.count()
+    if t.ema is not None:
+        t.ema.update(t.peers, number)
+    if count:  # on a mesh, samples that other ranks count too are counted by one of them
+        t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * count
+        t.sums["hits_P"] += hits_P
+        t.sums["distill_P"] += terms["distill_P"].to(t.sums["loss"].dtype) * count
+    for name in filter(of_samples, terms):  # every rank keeps the sum, so that all can be added up
+        total = terms[name].sum(0, dtype=t.sums["loss"].dtype)
+        t.sums[name] = t.sums.get(name, torch.zeros_like(total)) + total * bool(count)
+    return terms
+
+
+def of_samples(name: str) -> bool:
+    """Say whether a term holds a row a sample (its letters begin with B): a method's attention, gate or weights."""
+    return name.rpartition("_")[2].startswith("B")
+
+
+def outputs_of(t: Training, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
+    """Run the peers, and whatever else the method needs to hear."""
+    outputs = t.peers(views_VBCHW) if only is None else t.peers(views_VBCHW, only=only)
+    if t.ema is not None:
+        outputs.ema_logits_PBC = t.ema(views_VBCHW).logits_PBC
+    if t.teacher is not None:
+        autocast = t.peers.autocast
+        with torch.no_grad(), torch.autocast(t.device.type, autocast, enabled=autocast is not None):
+            outputs.teacher_logits_BC = t.teacher(views_VBCHW[0]).to(outputs.logits_PBC.dtype)
+    return outputs
+
+
+def _backward(t: Training, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
+    """Find the gradients of what `optimizer` holds; on a mesh, those of the whole batch."""
+    if t.mesh is None:
+        loss.backward()
+        return
+    (loss * t.mesh.weight(t.method.whole_batch)).backward()
+    if t.method.whole_batch:  # every rank's loss is of the whole batch, so each has found the whole already
+        for parameter in t.method.parameters():
+            if parameter.grad is not None:
+                parameter.grad /= t.mesh.num_data
+    t.mesh.sum_gradients([p for group in optimizer.param_groups for p in group["params"]])
+
+
+def _update(t: Training, optimizer: torch.optim.Optimizer | None, terms: dict[str, Tensor]) -> None:
+    t.guard.watch(terms)
+    if optimizer is not None:
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def _alternate(
+    t: Training, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Step one member after the other, each on fresh predictions of all; its figures are those of its turn."""
+    turns, hits = [], []
+    for p in range(t.peers.num_peers):
+        optimizer = _optimizer_of(t, p)
+        outputs = outputs_of(t, views_VBCHW, only=p)
+        terms = t.method(outputs, targets_B, weight)
+        if optimizer is not None:
+            _backward(t, terms["loss_P"][p], optimizer)
+        _update(t, optimizer, terms)
+        turns.append((terms["loss_P"][p].detach(), terms["distill_P"][p]))
+        hits.append((outputs.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
+    loss_P, distill_P = (torch.stack(values) for values in zip(*turns))
+    return {"loss": loss_P.sum(), "distill_P": distill_P}, torch.stack(hits)
+
+
+def _optimizer_of(t: Training, member: int) -> torch.optim.Optimizer | None:
+    """Return the optimiser of a member; None where the member lives on another rank."""
+    own = range(len(t.optimizers)) if t.mesh is None else t.mesh.own
+    return t.optimizers[member - own.start] if member in own else None
