@@ -17,7 +17,8 @@ import pytest
 import torch
 
 from codistill.cli import main
-from codistill.config import Config, InputError, mesh_shape
+from codistill.config import Config, InputError
+from codistill.config_checks import mesh_shape
 from codistill.mesh import backend_for, join_mesh
 from codistill.mesh_peers import imbalance
 from codistill.peers import NetworkPeers

@@ -24,7 +24,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from codistill.config import Config, mesh_shape
+from codistill.config import Config
+from codistill.config_checks import mesh_shape
 from codistill.errors import ElsewhereError, InputError, MachineError
 from codistill.heartbeat import Heartbeat, meet
 

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from codistill.config import InputError
+from codistill.data.image_set import ImageSet
 from codistill.data.images import open_upright
-from codistill.data.sets import ImageSet
 from codistill.data.splits import balanced_part
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from codistill.config import InputError
-from codistill.data.sets import ImageSet
+from codistill.data.image_set import ImageSet
 
 SPLIT_SEED = 20_200  # one for all runs, so that every seed and method trains and is judged on the same images
 
