@@ -1,5 +1,6 @@
 """One contract for all methods x topologies, through the real set-up and the real step."""
 
+import copy
 import dataclasses
 import warnings
 
@@ -9,7 +10,7 @@ import torch
 from codistill.config import METHODS, Config, InputError
 from codistill.mean_teacher import MeanTeacher
 from codistill.method_configs import method_config
-from codistill.peers import NetworkPeers
+from codistill.peers import NetworkPeers, PeerOutputs
 from codistill.run import restore_rng, rng_state
 from codistill.setup import deployed_network, setup
 from codistill.step import train_step
@@ -240,11 +241,34 @@ def test_alternating_leaves_the_others_statistics_and_weights_alone():
     train_step(t, views, targets, 1.0)
     assert tracked.item() == 1  # once a step, in its own turn
     before = [p.detach().clone() for p in t.peers.members[1].parameters()]
-    outputs = t.peers(views, only=0)
-    t.method(outputs, targets)["loss_P"].sum().backward()
+    outputs = t.peers(views)
+    t.method(outputs, targets)["loss_P"][0].backward(inputs=[*t.peers.members[0].parameters()])
+    said = dataclasses.replace(outputs, logits_PBC=outputs.logits_PBC.detach().clone())
+    t.peers.refresh(said, views, 1)
+    assert tracked.item() == 2  # the forward above; what is said again leaves no trace
     assert all(p.grad is None for p in t.peers.members[1].parameters())
     assert any(p.grad is not None for p in t.peers.members[0].parameters())
     assert all(torch.equal(a, b) for a, b in zip(before, t.peers.members[1].parameters()))
+
+
+@pytest.mark.parametrize("variant", ["paper", "okddip_code"])
+def test_alternating_equals_fresh_forwards_of_all_at_every_turn(variant):
+    options = {"update": "alternating", "variant": variant}
+    ours, slow = (build("dml", options, "networks", dtype="float64") for _ in range(2))
+    for views, targets in list(ours.loader.epoch(0))[:3]:
+        terms = train_step(ours, views, targets, 0.7)
+        losses = []
+        for p, optimizer in enumerate(slow.optimizers):
+            others = [copy.deepcopy(m) for m in slow.peers.members]  # their statistics are thrown away
+            z = [slow.peers.members[q](views[0])[1] if q == p else others[q](views[0])[1].detach() for q in range(3)]
+            loss = slow.method(PeerOutputs(torch.stack(z), []), targets, 0.7)["loss_P"][p]
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses.append(loss.detach())
+        close(terms["loss"], torch.stack(losses).sum(), 1e-12)
+    for key, value in slow.peers.state_dict().items():
+        close(ours.peers.state_dict()[key].double(), value.double(), 1e-12)
 
 
 def test_unequal_peers_train_wherever_the_formulas_allow(tmp_path):

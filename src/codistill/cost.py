@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from codistill.methods import Method
-from codistill.peers import PeerOutputs, Peers, eval_mode
+from codistill.peers import NetworkPeers, PeerOutputs, Peers, eval_mode
 
 _PROCESS = Path("/proc/self")
 
@@ -51,17 +51,18 @@ def training_flops(peers: Peers, method: Method, outputs_of: Any, views_VBCHW: T
     Args:
         peers: All members.
         method: What is trained with.
-        outputs_of: Runs the peers and whatever else the method hears, as the loop does; takes views and `only`.
+        outputs_of: Runs the peers and whatever else the method hears, as the loop does; takes views.
         views_VBCHW: Images.
         targets_B: Their labels.
     """
-    turns = range(peers.num_peers) if method.update == "alternating" else (None,)
     counter = FlopCounterMode(display=False)
     with eval_mode(peers), eval_mode(method), counter:
-        for turn in turns:
-            outputs: PeerOutputs = outputs_of(views_VBCHW, turn)
-            terms = method(outputs, targets_B, 1.0)
-            (terms["loss"] if turn is None else terms["loss_P"][turn]).backward()
+        outputs: PeerOutputs = outputs_of(views_VBCHW)
+        method(outputs, targets_B, 1.0)["loss"].backward()
+        if method.update == "alternating" and isinstance(peers, NetworkPeers):  # all but the last speak once more
+            said = PeerOutputs(outputs.logits_PBC.detach().clone(), [])
+            for p in range(peers.num_peers - 1):
+                peers.refresh(said, views_VBCHW, p)
     for module in (peers, method):
         module.zero_grad(set_to_none=True)
     return counter.get_total_flops() / len(targets_B)

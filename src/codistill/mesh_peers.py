@@ -17,7 +17,7 @@ from codistill.errors import InputError
 from codistill.folding import folded_for_evaluation
 from codistill.mesh import Mesh
 from codistill.methods import Method
-from codistill.peers import PeerOutputs, Peers, SplitMember, eval_mode, running_statistics_kept
+from codistill.peers import NetworkPeers, PeerOutputs, Peers, SplitMember, eval_mode, running_statistics_kept
 
 IMBALANCE = 1.1  # a rank that costs that many times what another one costs is spoken of
 
@@ -82,23 +82,43 @@ class MeshPeers(Peers):
         """Gather from now on what `method` needs."""
         self.features, self.whole_batch = "features" in method.needs, method.whole_batch
 
-    def forward(self, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
+    def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
         """Run the rank's members on their views and return what all peers say, others' words as constants.
 
         Args:
             views_VBCHW: The rank's rows of the images: one view, or one for each of its members.
-            only: The one member of all that is trained now.
         """
-        mesh = self.mesh
-        chosen = {} if only is None else {"only": only - mesh.own.start if only in mesh.own else -1}
         if not self.training:
-            outputs = self.local(views_VBCHW, **chosen)
-            return self._along_peers(outputs, self.features)
-        with mesh.own_draws(), self._bystander():
-            outputs = self.local(views_VBCHW, **chosen)
+            return self._along_peers(self.local(views_VBCHW), self.features)
+        with self.mesh.own_draws(), self._bystander():
+            outputs = self.local(views_VBCHW)
         features = self.features and not self.only_logits
         outputs = self._along_peers(outputs, features)
         return self._along_data(outputs, features) if self.whole_batch else outputs
+
+    @torch.no_grad()
+    def refresh(self, said: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:
+        """Run one member of all again, wherever it lives; see `NetworkPeers.refresh`."""
+        mesh, local = self.mesh, self.local
+        dims = [self._feature_dims[index]] if said.features else []
+        word = said.logits_PBC.new_zeros(views_VBCHW.shape[1], self.num_classes + sum(dims))
+        if index in mesh.own:
+            own, count = index - mesh.own.start, len(mesh.own)
+            outputs = PeerOutputs(word.new_zeros(count, len(word), self.num_classes), [word] * count if dims else [])
+            assert isinstance(local, NetworkPeers)  # branches are stepped together
+            with mesh.own_draws():
+                local.refresh(outputs, views_VBCHW, own)
+            word = _pack(outputs.logits_PBC[own : own + 1], outputs.features[own : own + 1])
+        if mesh.num_peer > 1:
+            widths = [word.shape[1]] * mesh.num_peer
+            word = mesh.exchange(word, "peer", [len(word)] * mesh.num_peer, widths)[index // len(mesh.own)]
+        if self.whole_batch and mesh.num_data > 1:
+            rows = word[: mesh.rows[mesh.data_index]]
+            word = torch.cat(mesh.exchange(rows, "data", mesh.rows, [word.shape[1]] * mesh.num_data))
+        logits_1BC, features = _unpack(word, 1, self.num_classes, dims)
+        said.logits_PBC[index] = logits_1BC[0]
+        if features:
+            said.features[index] = features[0]
 
     @contextmanager
     def _bystander(self) -> Iterator[None]:

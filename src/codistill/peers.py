@@ -175,27 +175,28 @@ class NetworkPeers(Peers):
         self.members = nn.ModuleList(members)
         self._check([_num_classes(m) for m in members], num_classes)
 
-    def forward(self, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
-        """Run every member on its view (or all on the only one).
-
-        Args:
-            views_VBCHW: Images; V is 1 or the number of peers.
-            only: The one member that is trained now: the others get no gradient, and their running statistics stay.
-        """
+    def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
+        """Run every member on its view (or all on the only one); V is 1 or the number of peers."""
         views = self._views(views_VBCHW)
         own_views = views.shape[0] > 1
-        if self.runner is not None and self.training and only is None:
+        if self.runner is not None and self.training:
             return self.runner(views)
-        pairs = []
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
-            for p, member in enumerate(self.members):
-                x_BCHW = views[p if own_views else 0]
-                if only in (None, p):
-                    pairs.append(member(x_BCHW))
-                else:
-                    with torch.no_grad(), running_statistics_kept(member):
-                        pairs.append(member(x_BCHW))
+            pairs = [member(views[p if own_views else 0]) for p, member in enumerate(self.members)]
         return self._stack(pairs, None)
+
+    @torch.no_grad()
+    def refresh(self, said: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:
+        """Run one member again, with nothing recorded, and put what it says now in the place of what it said."""
+        views, member = self._views(views_VBCHW), self.member(index)
+        with (
+            torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None),
+            running_statistics_kept(member),
+        ):
+            features_BD, logits_BC = member(views[index if views.shape[0] > 1 else 0])
+        said.logits_PBC[index] = logits_BC
+        if said.features:
+            said.features[index] = features_BD
 
 
 class BranchPeers(Peers):

@@ -5,11 +5,14 @@ Shapes: P peers, V views, B batch, C classes.
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import Tensor
 
+from codistill.mesh_peers import MeshPeers
 from codistill.mixing import mix_batch, wants_soft_labels
-from codistill.peers import PeerOutputs
+from codistill.peers import NetworkPeers, PeerOutputs
 from codistill.setup import Training
 
 
@@ -49,9 +52,9 @@ def of_samples(name: str) -> bool:
     return name.rpartition("_")[2].startswith("B")
 
 
-def outputs_of(t: Training, views_VBCHW: Tensor, only: int | None = None) -> PeerOutputs:
+def outputs_of(t: Training, views_VBCHW: Tensor) -> PeerOutputs:
     """Run the peers, and whatever else the method needs to hear."""
-    outputs = t.peers(views_VBCHW) if only is None else t.peers(views_VBCHW, only=only)
+    outputs = t.peers(views_VBCHW)
     if t.ema is not None:
         outputs.ema_logits_PBC = t.ema(views_VBCHW).logits_PBC
     if t.teacher is not None:
@@ -62,16 +65,17 @@ def outputs_of(t: Training, views_VBCHW: Tensor, only: int | None = None) -> Pee
 
 
 def _backward(t: Training, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Find the gradients of what `optimizer` holds; on a mesh, those of the whole batch."""
+    """Find the gradients of what `optimizer` holds, and of nothing else; on a mesh, those of the whole batch."""
+    wanted = [p for group in optimizer.param_groups for p in group["params"]]
     if t.mesh is None:
-        loss.backward()
+        loss.backward(inputs=wanted)
         return
-    (loss * t.mesh.weight(t.method.whole_batch)).backward()
+    (loss * t.mesh.weight(t.method.whole_batch)).backward(inputs=wanted)
     if t.method.whole_batch:  # every rank's loss is of the whole batch, so each has found the whole already
         for parameter in t.method.parameters():
             if parameter.grad is not None:
                 parameter.grad /= t.mesh.num_data
-    t.mesh.sum_gradients([p for group in optimizer.param_groups for p in group["params"]])
+    t.mesh.sum_gradients(wanted)
 
 
 def _update(t: Training, optimizer: torch.optim.Optimizer | None, terms: dict[str, Tensor]) -> None:
@@ -84,12 +88,20 @@ def _update(t: Training, optimizer: torch.optim.Optimizer | None, terms: dict[st
 def _alternate(
     t: Training, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
 ) -> tuple[dict[str, Tensor], Tensor]:
-    """Step one member after the other, each on fresh predictions of all; its figures are those of its turn."""
-    turns, hits = [], []
+    """Step one member after the other, each on fresh predictions of all; its figures are those of its turn.
+
+    What a member says changes by its own step alone, so each runs twice at most: with gradient for its own turn, and
+    after its step for those who come later.
+    """
+    outputs, turns, hits = outputs_of(t, views_VBCHW), [], []
+    logits_PBC = outputs.logits_PBC.detach().clone()
+    said = dataclasses.replace(outputs, logits_PBC=logits_PBC, features=[f.detach() for f in outputs.features])
     for p in range(t.peers.num_peers):
         optimizer = _optimizer_of(t, p)
-        outputs = outputs_of(t, views_VBCHW, only=p)
-        terms = t.method(outputs, targets_B, weight)
+        if p:
+            assert isinstance(t.peers, NetworkPeers | MeshPeers)
+            t.peers.refresh(said, views_VBCHW, p - 1)
+        terms = t.method(_in_turn(said, outputs, p), targets_B, weight)
         if optimizer is not None:
             _backward(t, terms["loss_P"][p], optimizer)
         _update(t, optimizer, terms)
@@ -97,6 +109,13 @@ def _alternate(
         hits.append((outputs.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
     loss_P, distill_P = (torch.stack(values) for values in zip(*turns))
     return {"loss": loss_P.sum(), "distill_P": distill_P}, torch.stack(hits)
+
+
+def _in_turn(said: PeerOutputs, live: PeerOutputs, p: int) -> PeerOutputs:
+    """Return what all have said, member p with the graph of its forward."""
+    z_PBC, features = said.logits_PBC, [live.features[p] if q == p else f for q, f in enumerate(said.features)]
+    logits_PBC = torch.cat((z_PBC[:p], live.logits_PBC[p : p + 1], z_PBC[p + 1 :]))
+    return dataclasses.replace(said, logits_PBC=logits_PBC, features=features)
 
 
 def _optimizer_of(t: Training, member: int) -> torch.optim.Optimizer | None:
