@@ -1,5 +1,6 @@
 # make demo     install, then train peers on real images and print what it buys (DATA=digits|fashion-mnist|cifar100, DATA_DIR=...)
 # make test     install, then lint, type-check and test
+# make bench    install, then measure the hot path against the published shape: ratios, in about 10 minutes
 # make clean    remove the environment and what the demo wrote
 PYTHON ?= $(shell for v in python3.13 python3.12 python3.11 python3; do command -v $$v >/dev/null && $$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$v && break; done)
 VENV   ?= .venv
@@ -8,7 +9,7 @@ DATA   ?= digits
 OUT    ?= demo/$(DATA)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test lint install install-dev clean
+.PHONY: demo test bench lint install install-dev clean
 
 $(VENV)/.made: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "codistill needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3"; exit 2; }
@@ -34,6 +35,9 @@ lint: install-dev
 
 test: lint
 	$(BIN)/python -m pytest
+
+bench: install
+	$(BIN)/python benchmarks/hotpath.py
 
 clean:
 	rm -rf $(VENV) demo

@@ -8,7 +8,7 @@ runs first: both programs must give the same loss. An epoch is composed: 391 x (
 """
 
 import argparse
-import resource
+import dataclasses
 import subprocess
 import sys
 import time
@@ -23,17 +23,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 sys.path.insert(0, str(Path(__file__).parent))
 
 import published_shape as published
-from codistill.config import METHODS
+from codistill.config import METHODS, Config
 from codistill.data.loader import Augmentation, DeviceLoader
 from codistill.folding import folded_for_evaluation
 from codistill.losses import cross_entropy
 from codistill.mean_teacher import MeanTeacher
 from codistill.method_configs import method_config
-from codistill.methods import OKDDip, build_method
+from codistill.methods import Independent, OKDDip, build_method
 from codistill.metrics import PeerMetrics
 from codistill.peers import BranchPeers, NetworkPeers, PeerOutputs
 from codistill.reproduce.formats import markdown
+from codistill.setup import setup
 from codistill.stacked import StackedPeers
+from codistill.step import train_step
+from codistill.train import _zero_sums
 
 Step = Callable[[], object]
 
@@ -139,7 +142,7 @@ class Theirs:
     def evaluate(self) -> None:
         """Measure one batch."""
         self.model.eval()
-        published.evaluate(self.model, self.x, self.y)
+        published.evaluate(self.model, published.load_batch(self.ours.images[: len(self.y)], published.TEST), self.y)
 
 
 def parity_gate() -> float:
@@ -151,67 +154,85 @@ def parity_gate() -> float:
     return max(gaps)
 
 
+def okddip_overhead(pairs: int) -> float:
+    """Return a whole step of okddip over one of independent peers, batch 128, as the median of paired ratios."""
+    okddip, plain = Ours(torch.float32), Ours(torch.float32)
+    plain.method = Independent(4)  # type: ignore[assignment]
+    return 1 / ratio(okddip.step, plain.step, pairs)
+
+
 def overheads() -> list[dict[str, str]]:
-    """Return, for every method, the cost of its head (forward and backward, teachers too) over the peers' own step."""
+    """Return, for every method, its head's cost (forward and backward) over the peers' own step.
+
+    The second column adds the forwards that the method itself asks for: pcl's mean teachers, and in dml's alternating
+    update the members that have stepped and speak again.
+    """
+    variants = [(name, {}) for name in METHODS if name != "kdcl"]
+    variants += [("kdcl", {"target": target}) for target in ("minlogit", "naive", "linear", "general")]
     rows = []
-    for name in METHODS:
-        variants = (
-            [("", {})] if name != "kdcl" else [(t, {"target": t}) for t in ("minlogit", "naive", "linear", "general")]
+    for name, options in variants:
+        topology = METHODS[name].topologies[0] if name == "one" else "networks"
+        peers = (BranchPeers if topology == "branches" else NetworkPeers)("resnet32", 4, 100)
+        peers.to(memory_format=torch.channels_last)
+        method = build_method(dataclasses.replace(method_config(name), **options), peers)
+        views, targets = torch.randn(1, 128, 3, 32, 32), torch.randint(100, (128,))
+        views[0] = views[0].contiguous(memory_format=torch.channels_last)
+        outputs = peers(views)
+        teacher = MeanTeacher(peers, 0.999) if "ema" in method.needs else None
+        base = seconds(lambda p=peers, v=views, t=targets: cross_entropy(p(v).logits_PBC, t).sum().backward(), 2)
+
+        def head(method=method, outputs=outputs, targets=targets):
+            z = outputs.logits_PBC.detach().requires_grad_()
+            h = [f.detach().requires_grad_() for f in outputs.features]
+            trunk = None if outputs.trunk_BD is None else outputs.trunk_BD.detach().requires_grad_()
+            heard = PeerOutputs(z, h, trunk, teacher_logits_BC=z[0].detach(), ema_logits_PBC=z.detach())
+            terms = method(heard, targets, 1.0)
+            terms["loss"].backward()
+
+        def plain(outputs=outputs, targets=targets):
+            cross_entropy(outputs.logits_PBC.detach().requires_grad_(), targets).sum().backward()
+
+        def forwards(method=method, outputs=outputs, views=views, peers=peers, teacher=teacher):
+            if teacher is not None:
+                teacher(views)
+                teacher.update(peers, 5)
+            if method.update == "alternating":
+                said = PeerOutputs(outputs.logits_PBC.detach().clone(), [])
+                for p in range(peers.num_peers - 1):
+                    peers.refresh(said, views, p)
+
+        turns = peers.num_peers if method.update == "alternating" else 1
+        losses = turns * seconds(head, 5) - seconds(plain, 5)
+        rows.append(
+            {
+                "method": f"{name} {options.get('target', '')}".strip() + f", 4 {topology}",
+                "its losses": f"{1 + losses / base:.3f}",
+                "and its forwards": f"{1 + (losses + seconds(forwards, 2)) / base:.3f}",
+            }
         )
-        for label, options in variants:
-            topology = "branches" if name == "one" else "networks"
-            peers = (BranchPeers if name == "one" else NetworkPeers)("resnet32", 4, 100).to(
-                memory_format=torch.channels_last
-            )
-            config = method_config(name)
-            for key, value in options.items():
-                setattr(config, key, value)
-            method = build_method(config, peers)
-            views = torch.randn(1, 128, 3, 32, 32).to(memory_format=torch.preserve_format)
-            targets = torch.randint(100, (128,))
-            outputs = peers(views)
-            teacher = MeanTeacher(peers, 0.999) if "ema" in method.needs else None
-            base = seconds(lambda p=peers, v=views, t=targets: cross_entropy(p(v).logits_PBC, t).sum().backward(), 2)
-
-            def head(method=method, outputs=outputs, targets=targets, teacher=teacher, views=views, peers=peers):
-                z = outputs.logits_PBC.detach().requires_grad_()
-                h = [f.detach().requires_grad_() for f in outputs.features]
-                trunk = None if outputs.trunk_BD is None else outputs.trunk_BD.detach().requires_grad_()
-                heard = PeerOutputs(z, h, trunk, teacher_logits_BC=z[0].detach())
-                if teacher is not None:
-                    heard.ema_logits_PBC = teacher(views).logits_PBC
-                method(heard, targets, 1.0)["loss"].backward()
-                if teacher is not None:
-                    teacher.update(peers, 5)
-
-            def plain(outputs=outputs, targets=targets):
-                cross_entropy(outputs.logits_PBC.detach().requires_grad_(), targets).sum().backward()
-
-            extra = seconds(head, 3) - seconds(plain, 3)
-            what = f"{name} {label}".strip() + f", 4 {topology}"
-            rows.append({"method": what, "step over independent": f"{1 + extra / base:.3f}"})
-            print(what, f"{1 + extra / base:.3f}", file=sys.stderr, flush=True)
+        print(*rows[-1].values(), file=sys.stderr, flush=True)
     return rows
 
 
 class Counter(TorchDispatchMode):
-    """Counts operators and reads of the device."""
+    """Counts operators (views of a tensor, which start nothing, apart) and reads of the device."""
 
-    operators, reads = 0, 0
+    operators, views, reads = 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         """Count, and go on."""
-        self.operators += 1
+        self.operators += not func.is_view
+        self.views += func.is_view
         self.reads += any(n in str(func) for n in ("_local_scalar_dense", "nonzero"))
         return func(*args, **(kwargs or {}))
 
 
-def count(step: Step) -> tuple[int, int]:
-    """Return operators and host reads of a step, after a warm-up."""
+def count(step: Step) -> Counter:
+    """Return the operators and host reads of a step, after a warm-up."""
     step()
     with Counter() as counter:
         step()
-    return counter.operators, counter.reads
+    return counter
 
 
 def small_networks(pairs: int) -> list[dict[str, str]]:
@@ -221,38 +242,72 @@ def small_networks(pairs: int) -> list[dict[str, str]]:
     x, y = torch.randn(1, 2, 3, 8, 8), torch.randint(10, (2,))
     stacked.runner = StackedPeers(stacked, x[0])
 
-    def step(peers: NetworkPeers) -> Step:
-        return lambda: cross_entropy(peers(x).logits_PBC, y).sum().backward()
+    def step_of(peers: NetworkPeers) -> Step:
+        def step() -> None:
+            cross_entropy(peers(x).logits_PBC, y).sum().backward()
+            peers.zero_grad(set_to_none=True)
+            for parameter in peers.trained_parameters():
+                parameter.grad = None
 
-    (ours, reads), (theirs, _) = count(step(stacked)), count(step(loop))
+        return step
+
+    ours, theirs = count(step_of(stacked)), count(step_of(loop))
+    times = ratio(step_of(stacked), step_of(loop), pairs * 4)
     return [
-        {"line": "stacked over loop, batch 2, 8 x 8", "ratio": f"{ratio(step(stacked), step(loop), pairs * 4):.2f}"},
-        {"line": "operators a step, stacked (loop)", "ratio": f"{ours} ({theirs})"},
-        {"line": "host reads a step, stacked", "ratio": str(reads)},
+        {
+            "line": "stacked over loop, batch 2, 8 x 8",
+            "ratio": f"{times:.2f}",
+        },
+        {"line": "operators a step, stacked (loop)", "ratio": f"{ours.operators} ({theirs.operators})"},
+        {"line": "and views, stacked (loop)", "ratio": f"{ours.views} ({theirs.views})"},
     ]
 
 
-def peak_memory(name: str) -> float:
-    """Return the peak of resident memory of two steps, in MiB, in a process of its own."""
+def reads_of_a_run() -> int:
+    """Return the host reads of a whole training step as the loop does it, guard and sums included."""
+    t = setup(Config("okddip", "resnet8", "digits", batch_size=32).resolved())
+    with Counter() as counter:
+        t.sums = _zero_sums(t)
+        t.peers.train()
+        train_step(t, *next(t.loader.epoch(0)), 1.0)
+    return counter.reads
+
+
+def peak_memory(name: str, topology: str, checkpoint: bool = False) -> float:
+    """Return how far two steps of batch 128 raise the resident memory, in MiB, in a process of its own (Linux)."""
     code = f"""
-import torch, resource
+import torch
 torch.set_num_threads(1)
 from codistill.config import Config
+from codistill.cost import forget_peak, peak_megabytes
 from codistill.setup import setup
 from codistill.step import train_step
 from codistill.train import _zero_sums
-topology = {METHODS[name].topologies[0]!r}
-t = setup(Config({name!r}, "resnet32", "digits", peers=4, batch_size=128, topology=topology).resolved())
+size = {{"topology": {topology!r}, "peers": 4, "batch_size": 128, "checkpoint_activations": {checkpoint}}}
+t = setup(Config({name!r}, "resnet32", "digits", **size).resolved())
 t.sums = _zero_sums(t)
 t.peers.train()
-start = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 views = torch.randn(t.loader.first().shape[0], 128, 1, 32, 32)
+forget_peak(t.device)
+start = peak_megabytes(t.device)
 for _ in range(2):
     train_step(t, views, torch.randint(10, (128,)), 1.0)
-print((resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - start) / 1024)
+print(peak_megabytes(t.device) - start)
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     return float(done.stdout.split()[-1])
+
+
+def memory() -> list[dict[str, str]]:
+    """Return every method's peak over that of as many plain networks."""
+    plain = peak_memory("independent", "networks")
+    cells = [(name, topology, False) for name, c in METHODS.items() if name != "kd" for topology in c.topologies]
+    rows = []
+    for name, topology, recompute in [*cells, ("okddip", "networks", True)]:
+        what = f"{name}, 4 {topology}" + (", --checkpoint-activations" if recompute else "")
+        peak = peak_memory(name, topology, recompute)
+        rows.append({"method": what, "peak over 4 plain networks": f"{peak / plain:.2f}", "MiB": f"{peak:.0f}"})
+    return rows
 
 
 def main() -> int:
@@ -278,12 +333,11 @@ def main() -> int:
     other = sum(counts[n] * s * r for n, (r, s) in parts.items())
     rows.append({"line": "epoch, composed", "ratio": f"{other / mine:.2f}"})
     rows += small_networks(options.pairs)
-    print(markdown(rows))
-    print(markdown(overheads()))
-    plain = peak_memory("independent")
-    table = [{"method": n, "peak over independent": f"{peak_memory(n) / plain:.2f}"} for n in METHODS if n != "kd"]
-    print(markdown(table))
-    print(f"peak of this process: {resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024:.0f} MiB")
+    rows.append({"line": "host reads a training step", "ratio": str(reads_of_a_run())})
+    rows.append({"line": "okddip's whole step over independent's", "ratio": f"{okddip_overhead(options.pairs):.3f}"})
+    print(markdown(rows), flush=True)
+    print(markdown(overheads()), flush=True)
+    print(markdown(memory()))
     return 0
 
 

@@ -23,11 +23,12 @@ TRAIN = transforms.Compose(
         transforms.Normalize(MEAN, STD),
     ]
 )
+TEST = transforms.Compose([transforms.ToTensor(), transforms.Normalize(MEAN, STD)])
 
 
-def load_batch(images: np.ndarray) -> Tensor:
+def load_batch(images: np.ndarray, transform: transforms.Compose = TRAIN) -> Tensor:
     """Transform images one by one and collate them."""
-    return torch.stack([TRAIN(Image.fromarray(image)) for image in images])
+    return torch.stack([transform(Image.fromarray(image)) for image in images])
 
 
 class Published(nn.Module):

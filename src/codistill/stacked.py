@@ -61,6 +61,8 @@ class StackedPeers:
         _refuse_unequal(members, trunk)
         expected = _plain_outputs(peers, example)
         self.parameters: list[nn.Parameter] = []
+        self.counts: list[tuple[nn.Module, Tensor]] = []
+        """Stacked BatchNorms and their members' common count of batches."""
         self.parts: list[list[Tensor]] = []
         """The members' parameters that every one of `parameters` is made of, row upon row."""
         body = copy.deepcopy(members[0].body, {id(shared): shared for shared in trunk})
@@ -85,6 +87,9 @@ class StackedPeers:
             x = views_VBCHW[0]
         else:
             x = torch.cat([views_VBCHW[p if len(views_VBCHW) > 1 else 0] for p in range(num_peers)], 1)
+        counts = [count for norm, count in self.counts if norm.training and norm.track_running_stats]
+        if counts:
+            torch._foreach_add_(counts, 1)
         autocast = self.peers.autocast
         with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
             features_BPD = self.body(x)
@@ -156,7 +161,13 @@ class StackedPeers:
                 member._buffers[name] = view
         for member in members:  # one count for all
             member._buffers["num_batches_tracked"] = norm._buffers["num_batches_tracked"]
-        stacked._buffers["num_batches_tracked"] = norm._buffers["num_batches_tracked"]
+        count = norm._buffers["num_batches_tracked"]
+        if norm.momentum is None:
+            stacked._buffers["num_batches_tracked"] = count
+        else:  # nobody needs it to normalise, so all are counted up in one launch
+            stacked._buffers["num_batches_tracked"] = None
+            if count is not None:
+                self.counts.append((stacked, count))
         return stacked
 
     def _join(self, parts: Sequence[Tensor]) -> nn.Parameter:

@@ -24,7 +24,7 @@ class BasicBlock(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Return the block's map."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
-        return F.relu(self.bn2(self.conv2(y)) + self.shortcut(x), inplace=True)
+        return F.relu(self.bn2(self.conv2(y)).add_(self.shortcut(x)), inplace=True)
 
 
 class Bottleneck(nn.Module):
@@ -47,7 +47,7 @@ class Bottleneck(nn.Module):
         """Return the block's map."""
         y = F.relu(self.bn1(self.conv1(x)), inplace=True)
         y = F.relu(self.bn2(self.conv2(y)), inplace=True)
-        return F.relu(self.bn3(self.conv3(y)) + self.shortcut(x), inplace=True)
+        return F.relu(self.bn3(self.conv3(y)).add_(self.shortcut(x)), inplace=True)
 
 
 class WideBottleneck(Bottleneck):
