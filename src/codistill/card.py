@@ -11,7 +11,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from codistill.config import MethodConfig
+from codistill.config import Checkpoint, MethodConfig
 from codistill.methods import CLASSES
 from codistill.reproduce.formats import markdown
 from codistill.setup import Training, count_parameters, deployed_name, deployed_network
@@ -25,9 +25,13 @@ def escape(text: str) -> str:
     return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$-])", r"\\\1", text)
 
 
-def model_card(t: Training, run: Path, exported: Path, difference: float, licence: str) -> str:
-    """Return the card of a run's student that was exported to a file."""
+def model_card(
+    t: Training, run: Path, exported: Path, difference: float, licence: str, checkpoint: Checkpoint = "last"
+) -> str:
+    """Return the card of a run's student that was exported to a file; test figures are those of the last epoch only."""
     result = _read(run / "result.json") or {}
+    if checkpoint == "best":
+        result = {name: value for name, value in result.items() if name != "student"}
     parts = [_front(t, result, licence), _title(t, exported), _accuracy(t, result, run), _training(t, run, result)]
     return "\n\n".join([*parts, _use(t, exported, difference, licence)]) + "\n"
 
@@ -87,6 +91,12 @@ def _title(t: Training, exported: Path) -> str:
 
 def _accuracy(t: Training, result: dict[str, Any], run: Path) -> str:
     student = result.get("student")
+    if not student and result:
+        best = t.best_validation or {"epoch": "?", "top1": float("nan")}
+        return (
+            f"## Accuracy\n\nThese are the weights of epoch {best['epoch']} (counted from 0), the best on validation "
+            f"({best['top1']:.4g} %). The test set was read for the last epoch's weights, not for these."
+        )
     if not student:
         return "## Accuracy\n\nThe run is not complete, so its test set has not been read."
     words = {"top1": "top-1 accuracy, %", "top5": "top-5 accuracy, %", "nll": "negative log-likelihood",

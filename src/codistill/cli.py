@@ -11,12 +11,15 @@ import warnings
 
 from codistill.cli_options import COMMANDS, parse
 from codistill.config import InputError, MachineError, suggest
+from codistill.imports import command_line
 
 USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help says more)
 
 Train a better small network without a teacher: peers teach each other, one plain network is deployed.
 
 {commands}
+
+Every command takes --allow-import: run code (package.module:callable) that only a config file or run folder names.
 
 Begin with:  codistill train okddip --model resnet8 --data digits --epochs 60 --batch-size 64
 """
@@ -37,7 +40,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise InputError(f'unknown command "{argv[0]}"{suggest(argv[0], COMMANDS)}')
-        return run(argv[0], argv[1:])
+        with command_line(argv[1:]) as words:
+            return run(argv[0], words)
     except InputError as error:
         return _say(error, 2)
     except MachineError as error:

@@ -52,7 +52,7 @@ def evaluate(parsed: Parsed) -> int:
     from codistill.train import measure
 
     options: EvaluateOptions = parsed.options
-    t = load_run(parsed.words[0], data_dir=options.data_dir, device=options.device)
+    t = load_run(parsed.words[0], options.data_dir, options.device, options.checkpoint)
     if options.data is not None:
         other = load_set(options.data, options.data_dir, t.config.image_size)
         if other.x_test.shape[1:] != t.data.x_test.shape[1:] or len(other.classes) != len(t.data.classes):
@@ -125,7 +125,7 @@ def predict(parsed: Parsed) -> int:
         if value < 1:
             raise InputError(f"--{name} is {value}; give at least 1")
     files = image_files(parsed.words[1:])
-    predictor = load_predictor(parsed.words[0], options.device)
+    predictor = load_predictor(parsed.words[0], options.device, options.checkpoint)
     top = min(options.top, len(predictor.about["classes"]))
     rows = [*guess(predictor, files, top, options.batch_size)]
     print(
@@ -190,10 +190,10 @@ def export(parsed: Parsed) -> int:
     options: ExportOptions = parsed.options
     run = Path(parsed.words[0])
     path = Path(options.out) if options.out else run / f"student{SUFFIXES[options.format]}"
-    t = load_run(run, data_dir=options.data_dir, device="cpu")
+    t = load_run(run, options.data_dir, "cpu", options.checkpoint)
     difference = export_student(t, path, options.format)
     card = path.with_suffix(".md")
-    text = model_card(t, run, path, difference, options.license)
+    text = model_card(t, run, path, difference, options.license, options.checkpoint)
     write_atomically(card, lambda stream: stream.write(text.encode()))
     beside = [card.name] + ["student.py"] * path.with_name("student.py").exists()
     out.print(f"wrote {path}, and {' and '.join(beside)} beside it", markup=False)

@@ -21,6 +21,7 @@ from codistill.method_configs import METHODS, MethodConfig, method_config
 
 __all__ = [
     "METHODS",
+    "Checkpoint",
     "CompareConfig",
     "Config",
     "Device",
@@ -32,6 +33,7 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Checkpoint = Literal["last", "best"]
 
 
 @dataclass
@@ -143,6 +145,10 @@ class Config:
     """Epochs between two checkpoints."""
     checkpoint_every_steps: int = 0
     """Steps between two checkpoints (0 = only at the end of epochs)."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay; where one is damaged, the one before it is used."""
+    skip_nonfinite: int = 0
+    """How many steps may be skipped whose loss or gradients are not finite; at the next one the run stops."""
     log_every_steps: int = 50
     """Steps between two looks at the loss; between them the device is never waited for."""
     eval_every_epochs: int = 1
@@ -268,7 +274,8 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _check_numbers(c: Config) -> None:
     """Raise for a number out of its range, naming the flag."""
-    least_one = ("epochs", "batch_size", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs")
+    least_one = ("epochs", "batch_size", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs",
+                 "keep_checkpoints")  # fmt: skip
     rules = [(n, getattr(c, n) >= 1, "at least 1") for n in least_one]
     rules += [
         ("train_per_class", c.train_per_class is None or c.train_per_class >= 1, "at least 1"),
@@ -286,6 +293,7 @@ def _check_numbers(c: Config) -> None:
         ("mixup", math.isfinite(c.mixup) and c.mixup >= 0, "0 or more"),
         ("cutmix", math.isfinite(c.cutmix) and c.cutmix >= 0, "0 or more"),
         ("checkpoint_every_steps", c.checkpoint_every_steps >= 0, "0 or more"),
+        ("skip_nonfinite", c.skip_nonfinite >= 0, "0 or more"),
         ("seed", 0 <= c.seed < 2**31, "from 0 to 2147483647"),
         ("collective_timeout", math.isfinite(c.collective_timeout) and c.collective_timeout >= 1, "1 second or more"),
         ("milestones", all(m >= 1 for m in c.milestones or ()), "1 or more, each"),
