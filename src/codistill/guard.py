@@ -46,7 +46,7 @@ class FiniteGuard:
             optimizer.found_inf = self.flag  # type: ignore[attr-defined]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.parameters = [p for group in groups for p in group["params"]]
-        self.buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+        self.buffers = [b for m in modules for b in m.buffers()]
         self.kept = [b.clone() for b in self.buffers]
         self.names: list[str] = []
         self.terms: Tensor | None = None
@@ -76,14 +76,16 @@ class FiniteGuard:
             self.mesh.agree(self.flag)
 
     def go_on(self, skipped: Tensor | int) -> None:
-        """Take over the number of steps that an earlier part of the run has skipped."""
+        """Take over what an earlier part of the run has left: the modules' buffers, the number of steps skipped."""
         self.told = int(skipped)
         self.skipped.fill_(self.told)
+        if self.buffers:
+            torch._foreach_copy_(self.kept, self.buffers)
 
     def count(self) -> None:
         """Count a step, if it was good or may be skipped."""
+        self.bad = self.flag > 0
         if self.limit:
-            self.bad = self.flag > 0
             self.skipped += self.bad
             self.flag *= self.skipped > self.limit
             for buffer, kept in zip(self.buffers, self.kept):
@@ -92,8 +94,12 @@ class FiniteGuard:
         self.steps_good += self.flag == 0
 
     def counted(self, x: Tensor) -> Tensor:
-        """Return a figure of the last step as it goes into sums: 0 where the step was skipped."""
-        return torch.where(self.bad, torch.zeros_like(x), x) if self.limit else x
+        """Return a figure of the last step as it goes into sums: 0 where the step was bad."""
+        return torch.where(self.bad, torch.zeros_like(x), x)
+
+    def passed_over(self) -> Tensor:
+        """Return whether the last step was skipped, and is not the one that ends the run."""
+        return self.bad & (self.flag == 0)
 
     def look(self) -> tuple[int, dict[str, float]] | None:
         """Wait for the device; if the flag is up, return the number of good steps and the terms of the bad one."""

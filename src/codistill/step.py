@@ -40,7 +40,7 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
         t.sums["hits_P"] += counted(hits_P)
         t.sums["distill_P"] += counted(terms["distill_P"].to(t.sums["loss"].dtype)) * count
         if t.guard.limit:
-            t.sums["skipped"] = t.sums.get("skipped", torch.zeros_like(t.guard.skipped)) + t.guard.bad * count
+            t.sums["skipped"] = t.sums.get("skipped", torch.zeros_like(t.guard.skipped)) + t.guard.passed_over() * count
     for name in filter(of_samples, terms):  # every rank keeps the sum, so that all can be added up
         total = counted(terms[name].sum(0, dtype=t.sums["loss"].dtype))
         t.sums[name] = t.sums.get(name, torch.zeros_like(total)) + total * bool(count)
