@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config import Checkpoint, MethodConfig
+from codistill.errors import on_one_line
 from codistill.methods import CLASSES
 from codistill.reproduce.formats import markdown
 from codistill.setup import Training, count_parameters, deployed_name, deployed_network
@@ -21,8 +22,7 @@ MOST_NAMES = 30
 
 def escape(text: str) -> str:
     """Return text that Markdown shows as it is, on one line."""
-    text = "".join(c if c.isprintable() else " " for c in str(text))
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$-])", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$-])", r"\\\1", on_one_line(text))
 
 
 def model_card(
@@ -143,8 +143,9 @@ def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
 
 
 def _use(t: Training, exported: Path, difference: float, licence: str) -> str:
+    name = on_one_line(exported.name).replace("`", "")
     return (
-        f"## File\n\nThe metadata of `{exported.name.replace('`', '')}` hold the classes, mean, std and image size. "
+        f"## File\n\nThe metadata of `{name}` hold the classes, mean, std and image size. "
         f"Its outputs, read back in its own runtime, differ from the trained student's by at most {difference:.3g} on "
         f"{min(64, len(t.data.y_test))} test images.\n\n## Licence\n\n"
         + (

@@ -11,6 +11,7 @@ import warnings
 
 from codistill.cli_options import COMMANDS, parse
 from codistill.config import InputError, MachineError, suggest
+from codistill.errors import on_one_line
 from codistill.imports import command_line
 
 USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help says more)
@@ -70,12 +71,14 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _warn(message: object, *_: object, **__: object) -> None:
-    print(f"codistill: warning: {message}", file=sys.stderr)
+    print(f"codistill: warning: {on_one_line(message)}", file=sys.stderr)
 
 
 def _say(message: object, code: int) -> int:
     """Print a sentence; in a job of several processes, a failure that not all have comes with its rank."""
     rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
     if rank == "0" or code not in (2, 75):  # input and signals are the same for all: the first says it
-        print(f"codistill: {f'rank {rank}: ' if rank != '0' else ''}{message}", file=sys.stderr, flush=True)
+        print(
+            f"codistill: {f'rank {rank}: ' if rank != '0' else ''}{on_one_line(message)}", file=sys.stderr, flush=True
+        )
     return code

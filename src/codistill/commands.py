@@ -112,7 +112,7 @@ def _print_judged(more: dict[str, Any], name: str) -> None:
                 for c in more["calibration"]]  # fmt: skip
         print_rows(rows, f"{name}, without and with the temperature fitted on validation (kept for predict)")
     if "confusion" in more:
-        out.print(f"confusion matrix: {more['confusion']}", markup=False)
+        out.print(f"confusion matrix: {more['confusion']}")
 
 
 def predict(parsed: Parsed) -> int:
@@ -157,7 +157,7 @@ def report(parsed: Parsed) -> int:
 
     path = Path(parsed.options.out)
     about = write_report([Path(word) for word in parsed.words], path, parsed.options.title)
-    out.print(f"wrote {path}: {about}", markup=False)
+    out.print(f"wrote {path}: {about}")
     return 0
 
 
@@ -196,7 +196,7 @@ def export(parsed: Parsed) -> int:
     text = model_card(t, run, path, difference, options.license, options.checkpoint)
     write_atomically(card, lambda stream: stream.write(text.encode()))
     beside = [card.name] + ["student.py"] * path.with_name("student.py").exists()
-    out.print(f"wrote {path}, and {' and '.join(beside)} beside it", markup=False)
+    out.print(f"wrote {path}, and {' and '.join(beside)} beside it")
     out.print(
         f"largest difference of its outputs, in its own runtime, from the trained {deployed(t)}'s: {difference:.3g}"
     )

@@ -26,6 +26,7 @@ from codistill.imports import check_imports, names_of
 from codistill.methods import build_method
 from codistill.peers import MeanTeacher, build_peers
 from codistill.setup import pick_device
+from codistill.untrusted import links_out
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -95,6 +96,8 @@ def image_files(words: Sequence[str]) -> list[Path]:
     for word in words:
         path = Path(word)
         if path.is_dir():
+            if (link := next(links_out(path), None)) is not None:
+                raise InputError(f"predict: {link} is a link out of the folder {path}; name its target, or copy it")
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise InputError(f"predict: the folder {path} holds no image files")

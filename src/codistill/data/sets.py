@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from codistill.config import InputError, suggest
+from codistill.untrusted import check_arrays
 
 SETS = {
     "digits": "1,797 handwritten digits, 8 x 8 gray, 10 classes; embedded, no download",
@@ -217,6 +218,7 @@ def _load_npz(name: str, path: Path) -> ImageSet:
                 raise InputError(
                     f"--data {name}: {path} lacks {', '.join(missing)}; it needs x_ and y_, train and test"
                 )
+            check_arrays(path, ("x_train", "y_train", "x_test", "y_test"))  # before anything is given room
             x_train, y_train, x_test, y_test = (archive[k] for k in ("x_train", "y_train", "x_test", "y_test"))
     except InputError:
         raise
