@@ -6,10 +6,12 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -139,6 +141,8 @@ def setup(
     device = pick_device(config.device) if mesh is None else mesh.device
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
+    np.random.seed(config.seed)  # networks and data of users may draw from these
+    random.seed(config.seed)
     data = load_set(config.data, config.data_dir, config.image_size)
     data = data.with_channels(channels_taken(config, data.channels))
     holdout_fraction = getattr(config.method, "holdout_fraction", 0.0) if config.method.needs_holdout() else 0.0
