@@ -12,11 +12,11 @@ from pathlib import Path
 
 import torch
 
+from codistill.checkpoint import rng_state
 from codistill.config import Config
 from codistill.mesh import join_mesh, leave
 from codistill.method_configs import method_config
 from codistill.peers import NetworkPeers
-from codistill.run import rng_state
 from codistill.setup import setup, test_loader
 from codistill.step import train_step
 from codistill.train import _close_epoch, _zero_sums, measure

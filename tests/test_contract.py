@@ -7,11 +7,11 @@ import warnings
 import pytest
 import torch
 
+from codistill.checkpoint import restore_rng, rng_state
 from codistill.config import METHODS, Config, InputError
 from codistill.mean_teacher import MeanTeacher
 from codistill.method_configs import method_config
 from codistill.peers import NetworkPeers, PeerOutputs
-from codistill.run import restore_rng, rng_state
 from codistill.setup import deployed_network, setup
 from codistill.step import train_step
 from codistill.train import _zero_sums, train

@@ -11,7 +11,8 @@ import re
 from pathlib import Path
 from typing import Any
 
-from codistill.config import MethodConfig
+from codistill.config import Checkpoint, MethodConfig
+from codistill.errors import on_one_line
 from codistill.methods import CLASSES
 from codistill.reproduce.formats import markdown
 from codistill.setup import Training, count_parameters, deployed_name, deployed_network
@@ -21,13 +22,16 @@ MOST_NAMES = 30
 
 def escape(text: str) -> str:
     """Return text that Markdown shows as it is, on one line."""
-    text = "".join(c if c.isprintable() else " " for c in str(text))
-    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$-])", r"\\\1", text)
+    return re.sub(r"([\\`*_{}\[\]()<>#+!|~&$-])", r"\\\1", on_one_line(text))
 
 
-def model_card(t: Training, run: Path, exported: Path, difference: float, licence: str) -> str:
-    """Return the card of a run's student that was exported to a file."""
+def model_card(
+    t: Training, run: Path, exported: Path, difference: float, licence: str, checkpoint: Checkpoint = "last"
+) -> str:
+    """Return the card of a run's student that was exported to a file; test figures are those of the last epoch only."""
     result = _read(run / "result.json") or {}
+    if checkpoint == "best":
+        result = {name: value for name, value in result.items() if name != "student"}
     parts = [_front(t, result, licence), _title(t, exported), _accuracy(t, result, run), _training(t, run, result)]
     return "\n\n".join([*parts, _use(t, exported, difference, licence)]) + "\n"
 
@@ -87,6 +91,12 @@ def _title(t: Training, exported: Path) -> str:
 
 def _accuracy(t: Training, result: dict[str, Any], run: Path) -> str:
     student = result.get("student")
+    if not student and result:
+        best = t.best_validation or {"epoch": "?", "top1": float("nan")}
+        return (
+            f"## Accuracy\n\nThese are the weights of epoch {best['epoch']} (counted from 0), the best on validation "
+            f"({best['top1']:.4g} %). The test set was read for the last epoch's weights, not for these."
+        )
     if not student:
         return "## Accuracy\n\nThe run is not complete, so its test set has not been read."
     words = {"top1": "top-1 accuracy, %", "top5": "top-5 accuracy, %", "nll": "negative log-likelihood",
@@ -133,8 +143,9 @@ def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
 
 
 def _use(t: Training, exported: Path, difference: float, licence: str) -> str:
+    name = on_one_line(exported.name).replace("`", "")
     return (
-        f"## File\n\nThe metadata of `{exported.name.replace('`', '')}` hold the classes, mean, std and image size. "
+        f"## File\n\nThe metadata of `{name}` hold the classes, mean, std and image size. "
         f"Its outputs, read back in its own runtime, differ from the trained student's by at most {difference:.3g} on "
         f"{min(64, len(t.data.y_test))} test images.\n\n## Licence\n\n"
         + (

@@ -11,12 +11,16 @@ import warnings
 
 from codistill.cli_options import COMMANDS, parse
 from codistill.config import InputError, MachineError, suggest
+from codistill.errors import on_one_line
+from codistill.imports import command_line
 
 USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help says more)
 
 Train a better small network without a teacher: peers teach each other, one plain network is deployed.
 
 {commands}
+
+Every command takes --allow-import: run code (package.module:callable) that only a config file or run folder names.
 
 Begin with:  codistill train okddip --model resnet8 --data digits --epochs 60 --batch-size 64
 """
@@ -37,7 +41,8 @@ def main(argv: list[str] | None = None) -> int:
     try:
         if argv[0] not in COMMANDS:
             raise InputError(f'unknown command "{argv[0]}"{suggest(argv[0], COMMANDS)}')
-        return run(argv[0], argv[1:])
+        with command_line(argv[1:]) as words:
+            return run(argv[0], words)
     except InputError as error:
         return _say(error, 2)
     except MachineError as error:
@@ -66,12 +71,14 @@ def run(command: str, argv: list[str]) -> int:
 
 
 def _warn(message: object, *_: object, **__: object) -> None:
-    print(f"codistill: warning: {message}", file=sys.stderr)
+    print(f"codistill: warning: {on_one_line(message)}", file=sys.stderr)
 
 
 def _say(message: object, code: int) -> int:
     """Print a sentence; in a job of several processes, a failure that not all have comes with its rank."""
     rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
     if rank == "0" or code not in (2, 75):  # input and signals are the same for all: the first says it
-        print(f"codistill: {f'rank {rank}: ' if rank != '0' else ''}{message}", file=sys.stderr, flush=True)
+        print(
+            f"codistill: {f'rank {rank}: ' if rank != '0' else ''}{on_one_line(message)}", file=sys.stderr, flush=True
+        )
     return code

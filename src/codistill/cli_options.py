@@ -10,6 +10,7 @@ from typing import Any, Literal
 
 from codistill.config import (
     METHODS,
+    Checkpoint,
     CompareConfig,
     Config,
     Device,
@@ -19,6 +20,7 @@ from codistill.config import (
     method_config,
     suggest,
 )
+from codistill.imports import check_imports, names_of
 
 
 @dataclass
@@ -56,6 +58,8 @@ class EvaluateOptions:
     """Where the data lies, if not where the run found it."""
     device: Device = "auto"
     """Where to run."""
+    checkpoint: Checkpoint = "last"
+    """last: the newest good one; best: the best epoch on validation (runs with a validation part)."""
     per_class: bool = False
     """Also say, class by class, what the deployed student gets right and what it takes each class for."""
     confusion: str | None = None
@@ -78,6 +82,8 @@ class PredictOptions:
     """Images at once."""
     device: Device = "auto"
     """Where to run."""
+    checkpoint: Checkpoint = "last"
+    """last: the newest good one; best: the best epoch on validation (runs with a validation part)."""
 
 
 @dataclass
@@ -90,6 +96,8 @@ class ExportOptions:
     """safetensors: weights; torch-export: a program for torch.export.load; onnx: with a free batch size."""
     license: str = "unknown"
     """Licence of the weights, as the Hub spells it (apache-2.0, mit, ...), for the model card."""
+    checkpoint: Checkpoint = "last"
+    """last: the newest good one; best: the best epoch on validation (runs with a validation part)."""
     data_dir: str | None = None
     """Where the data lies, if not where the run found it."""
 
@@ -182,7 +190,8 @@ def parse(command: str, argv: list[str]) -> Parsed:
 
 
 def _parse_train(words: list[str], rest: list[str], asks_help: bool) -> Parsed:
-    config, rest = _read_config_file(rest)
+    path, rest = _take(rest, "--config")
+    config = Config.from_file(path) if path is not None else None
     if len(words) > 1:
         raise InputError(f"train takes one METHOD, not {len(words)} ({' '.join(words)}); compare takes several")
     if words:
@@ -201,6 +210,8 @@ def _parse_train(words: list[str], rest: list[str], asks_help: bool) -> Parsed:
     if seeds is not None and (not seeds.isdigit() or int(seeds) < 1):
         raise InputError(f"--seeds {seeds} must be a number of seeds, 1 or more")
     options = _tyro(config, rest, f"codistill train {words[0] if words else 'METHOD'}")
+    if path is not None:
+        check_imports(names_of(options), f"--config {path}")
     return Parsed(words, options, int(seeds) if seeds else None)
 
 
@@ -220,11 +231,6 @@ def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
         if word.startswith(flag + "="):
             return word[len(flag) + 1 :], argv[:index] + argv[index + 1 :]
     return None, argv
-
-
-def _read_config_file(argv: list[str]) -> tuple[Config | None, list[str]]:
-    path, argv = _take(argv, "--config")
-    return (Config.from_file(path) if path else None), argv
 
 
 def _gather(argv: list[str], flag: str) -> list[str]:

@@ -52,7 +52,7 @@ def evaluate(parsed: Parsed) -> int:
     from codistill.train import measure
 
     options: EvaluateOptions = parsed.options
-    t = load_run(parsed.words[0], data_dir=options.data_dir, device=options.device)
+    t = load_run(parsed.words[0], options.data_dir, options.device, options.checkpoint)
     if options.data is not None:
         other = load_set(options.data, options.data_dir, t.config.image_size)
         if other.x_test.shape[1:] != t.data.x_test.shape[1:] or len(other.classes) != len(t.data.classes):
@@ -112,7 +112,7 @@ def _print_judged(more: dict[str, Any], name: str) -> None:
                 for c in more["calibration"]]  # fmt: skip
         print_rows(rows, f"{name}, without and with the temperature fitted on validation (kept for predict)")
     if "confusion" in more:
-        out.print(f"confusion matrix: {more['confusion']}", markup=False)
+        out.print(f"confusion matrix: {more['confusion']}")
 
 
 def predict(parsed: Parsed) -> int:
@@ -125,7 +125,7 @@ def predict(parsed: Parsed) -> int:
         if value < 1:
             raise InputError(f"--{name} is {value}; give at least 1")
     files = image_files(parsed.words[1:])
-    predictor = load_predictor(parsed.words[0], options.device)
+    predictor = load_predictor(parsed.words[0], options.device, options.checkpoint)
     top = min(options.top, len(predictor.about["classes"]))
     rows = [*guess(predictor, files, top, options.batch_size)]
     print(
@@ -157,7 +157,7 @@ def report(parsed: Parsed) -> int:
 
     path = Path(parsed.options.out)
     about = write_report([Path(word) for word in parsed.words], path, parsed.options.title)
-    out.print(f"wrote {path}: {about}", markup=False)
+    out.print(f"wrote {path}: {about}")
     return 0
 
 
@@ -190,13 +190,13 @@ def export(parsed: Parsed) -> int:
     options: ExportOptions = parsed.options
     run = Path(parsed.words[0])
     path = Path(options.out) if options.out else run / f"student{SUFFIXES[options.format]}"
-    t = load_run(run, data_dir=options.data_dir, device="cpu")
+    t = load_run(run, options.data_dir, "cpu", options.checkpoint)
     difference = export_student(t, path, options.format)
     card = path.with_suffix(".md")
-    text = model_card(t, run, path, difference, options.license)
+    text = model_card(t, run, path, difference, options.license, options.checkpoint)
     write_atomically(card, lambda stream: stream.write(text.encode()))
     beside = [card.name] + ["student.py"] * path.with_name("student.py").exists()
-    out.print(f"wrote {path}, and {' and '.join(beside)} beside it", markup=False)
+    out.print(f"wrote {path}, and {' and '.join(beside)} beside it")
     out.print(
         f"largest difference of its outputs, in its own runtime, from the trained {deployed(t)}'s: {difference:.3g}"
     )

@@ -22,6 +22,7 @@ from codistill.method_configs import METHODS, MethodConfig, method_config
 
 __all__ = [
     "METHODS",
+    "Checkpoint",
     "CompareConfig",
     "Config",
     "Device",
@@ -33,6 +34,7 @@ __all__ = [
 ]
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
+Checkpoint = Literal["last", "best"]
 
 
 @dataclass
@@ -144,6 +146,10 @@ class Config:
     """Epochs between two checkpoints."""
     checkpoint_every_steps: int = 0
     """Steps between two checkpoints (0 = only at the end of epochs)."""
+    keep_checkpoints: int = 2
+    """How many of the newest checkpoints stay; where one is damaged, the one before it is used."""
+    skip_nonfinite: int = 0
+    """How many steps may be skipped whose loss or gradients are not finite; at the next one the run stops."""
     log_every_steps: int = 50
     """Steps between two looks at the loss; between them the device is never waited for."""
     eval_every_epochs: int = 1

@@ -17,7 +17,10 @@ if TYPE_CHECKING:
 
 def check_numbers(c: Config) -> None:
     """Raise for a number out of its range, naming the flag."""
-    least_one = ("epochs", "batch_size", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs")
+    least_one = (
+        *("epochs", "batch_size", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"),
+        "keep_checkpoints",
+    )
     rules = [(n, getattr(c, n) >= 1, "at least 1") for n in least_one]
     rules += [
         ("train_per_class", c.train_per_class is None or c.train_per_class >= 1, "at least 1"),
@@ -35,6 +38,7 @@ def check_numbers(c: Config) -> None:
         ("mixup", math.isfinite(c.mixup) and c.mixup >= 0, "0 or more"),
         ("cutmix", math.isfinite(c.cutmix) and c.cutmix >= 0, "0 or more"),
         ("checkpoint_every_steps", c.checkpoint_every_steps >= 0, "0 or more"),
+        ("skip_nonfinite", c.skip_nonfinite >= 0, "0 or more"),
         ("seed", 0 <= c.seed < 2**31, "from 0 to 2147483647"),
         ("collective_timeout", math.isfinite(c.collective_timeout) and c.collective_timeout >= 1, "1 second or more"),
         ("milestones", all(m >= 1 for m in c.milestones or ()), "1 or more, each"),

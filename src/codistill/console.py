@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
+from codistill.errors import on_one_line
 from codistill.train import Reporter
 
 WIDE = 160  # where nobody looks at a terminal, tables go to a file, which has no edge
-out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
-err = Console(stderr=True, highlight=False, width=None if sys.stderr.isatty() else WIDE)
+# Names are other people's words: nothing in them is markup.
+out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else WIDE)
+err = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else WIDE)
 
 
 def progress_bar(console: Console) -> Progress:
@@ -28,7 +30,7 @@ class RichReporter(Reporter):
     def begin(self, notes: list[str], epochs: int, steps: int, start: int) -> None:
         """Print the notes and start the bar."""
         for note in notes:
-            err.print(note, style="dim", markup=False)
+            err.print(note, style="dim")
         self.bar = progress_bar(err)
         self.task = self.bar.add_task("epochs", total=epochs, completed=start, note="")
         self.bar.start()
@@ -46,7 +48,7 @@ class RichReporter(Reporter):
             note += f"  ensemble {figures['ensemble_top1']:.1f}"
         self.bar.update(self.task, completed=line["epoch"] + 1, note=note)
         if not err.is_terminal and (line["epoch"] + 1) % 10 == 0:
-            err.print(f"epoch {line['epoch'] + 1}: {note}", markup=False)
+            err.print(f"epoch {line['epoch'] + 1}: {note}")
 
     def end(self, result: dict[str, Any]) -> None:
         """Stop the bar."""
@@ -95,5 +97,5 @@ def print_rows(rows: list[dict[str, str]], title: str) -> None:
             numbers = rows[0][name][:1] in "0123456789+-"
             table.add_column(name, justify="right" if numbers else "left")
         for row in rows:
-            table.add_row(row[names[0]], *(row[name] for name in block))
+            table.add_row(*(on_one_line(row[name]) for name in (names[0], *block)))
         out.print(table)

@@ -22,6 +22,11 @@ class ElsewhereError(RuntimeError):
         self.code = code
 
 
+def on_one_line(text: object) -> str:
+    """Return text without line breaks and without characters that a terminal would obey."""
+    return "".join(c if c.isprintable() else " " for c in str(text))
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean "x"?)` for the nearest of `known`, or the list of them."""
     known = sorted(known)

@@ -2,11 +2,12 @@
 
 Each step raises a flag on the device if the loss or a gradient is not finite. A raised flag makes the fused optimiser
 skip its update, that step's and all later ones, until the host looks. BatchNorm's running statistics are put back to
-those of the last look.
+those of the last look. With a limit, so many such steps are passed over: the flag goes down again at the step's end.
 """
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -27,6 +28,7 @@ class FiniteGuard:
         optimizers: Fused ones; they are given the flag as `found_inf`, the protocol of gradient scaling.
         device: Where the flag lives.
         mesh: The place among several processes, which must raise the flag together.
+        limit: Number of bad steps that are skipped before the flag stays up.
     """
 
     def __init__(
@@ -35,19 +37,25 @@ class FiniteGuard:
         optimizers: Sequence[torch.optim.Optimizer],
         device: torch.device,
         mesh: Mesh | None = None,
+        limit: int = 0,
     ) -> None:
-        self.mesh = mesh
+        self.mesh, self.limit = mesh, limit
         self.flag = torch.zeros((), dtype=torch.float32, device=device)
         for optimizer in optimizers:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = self.flag  # type: ignore[attr-defined]
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.parameters = [p for group in groups for p in group["params"]]
-        self.buffers = [b for m in modules for b in m.buffers() if b.is_floating_point()]
+        self.buffers = [b for m in modules for b in m.buffers()]
         self.kept = [b.clone() for b in self.buffers]
         self.names: list[str] = []
         self.terms: Tensor | None = None
         self.steps_good = torch.zeros((), dtype=torch.int64, device=device)
+        self.skipped = torch.zeros((), dtype=torch.int64, device=device)
+        """Bad steps passed over, in the whole run."""
+        self.bad = self.flag > 0
+        """Whether the last step was bad."""
+        self.told = 0
         self.steps_before = 0
         """Steps done before this process took over; the caller sets it."""
 
@@ -67,17 +75,44 @@ class FiniteGuard:
         if self.mesh is not None:
             self.mesh.agree(self.flag)
 
+    def go_on(self, skipped: Tensor | int) -> None:
+        """Take over what an earlier part of the run has left: the modules' buffers, the number of steps skipped."""
+        self.told = int(skipped)
+        self.skipped.fill_(self.told)
+        if self.buffers:
+            torch._foreach_copy_(self.kept, self.buffers)
+
     def count(self) -> None:
-        """Count a step, if it was good."""
+        """Count a step, if it was good or may be skipped."""
+        self.bad = self.flag > 0
+        if self.limit:
+            self.skipped += self.bad
+            self.flag *= self.skipped > self.limit
+            for buffer, kept in zip(self.buffers, self.kept):
+                buffer.copy_(torch.where(self.bad, kept, buffer))
+                kept.copy_(buffer)
         self.steps_good += self.flag == 0
+
+    def counted(self, x: Tensor) -> Tensor:
+        """Return a figure of the last step as it goes into sums: 0 where the step was bad."""
+        return torch.where(self.bad, torch.zeros_like(x), x)
+
+    def passed_over(self) -> Tensor:
+        """Return whether the last step was skipped, and is not the one that ends the run."""
+        return self.bad & (self.flag == 0)
 
     def look(self) -> tuple[int, dict[str, float]] | None:
         """Wait for the device; if the flag is up, return the number of good steps and the terms of the bad one."""
+        skipped = min(int(self.skipped.item()), self.limit) if self.limit else 0
+        if skipped > self.told and (self.mesh is None or self.mesh.rank == 0):
+            warnings.warn(f"{skipped} of at most {self.limit} steps skipped: their loss was not finite", stacklevel=2)
+        self.told = skipped
         if not self.flag.item():
             if self.buffers:  # a network without BatchNorm has none
                 torch._foreach_copy_(self.kept, self.buffers)
             return None
         assert self.terms is not None
+        self.skipped.fill_(skipped)  # the step that ends the run is not skipped but done again
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.kept)
         if self.mesh is not None:

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from codistill.checkpoint import restore_rng
 from codistill.mesh import Mesh
-from codistill.run import restore_rng
 
 if TYPE_CHECKING:
     from codistill.setup import Training
@@ -34,13 +34,14 @@ def gathered(t: Training, mesh: Mesh) -> State | None:
     parts = mesh.gather_peers(_on_host(part))
     if parts is None:
         return None
-    state = {name: getattr(t, name) for name in ("execution", "epoch", "step", "seconds", "best")}
+    state = {name: getattr(t, name) for name in ("execution", "epoch", "step", "seconds", "best", "best_validation")}
     return state | {
         "peers": {key: value for p in parts for key, value in p["peers"].items()},
         "method": t.method.state_dict(),
         "ema": None if t.ema is None else {key: value for p in parts for key, value in p["ema"].items()},
         "optimizers": _joined(parts, alternating=t.method.update == "alternating"),
         "sums": sums,
+        "skipped": t.guard.skipped,
     }
 
 
@@ -59,6 +60,8 @@ def load(t: Training, mesh: Mesh, state: State) -> None:
     for optimizer, values in zip(t.optimizers, held, strict=True):
         optimizer.load_state_dict(values)
     t.epoch, t.step, t.seconds, t.best = (state[name] for name in ("epoch", "step", "seconds", "best"))
+    t.best_validation = state.get("best_validation")
+    t.guard.go_on(state.get("skipped", 0))
     # Sums add up along `data`: one rank goes on with what there is, the others with nothing.
     t.sums = {n: v.to(t.device) * (mesh.data_index == 0) for n, v in state["sums"].items()}
     restore_rng({name: value for name, value in state["rng"].items() if name != "cuda"})

@@ -59,6 +59,8 @@ def outcome(t: Training, members: dict[str, Any], ema: dict[str, Any] | None) ->
     }
     if ema is not None:
         figures["test_ema"] = ema
+    if t.best_validation is not None:
+        figures["best_validation"] = t.best_validation
     if t.best is not None:
         figures["best_test"] = t.best
     return figures

@@ -18,14 +18,16 @@ import numpy as np
 import torch
 from torch import nn
 
-from codistill.config import Config, Device, MethodConfig
+from codistill.checkpoint import load_state
+from codistill.config import Checkpoint, Config, Device, MethodConfig
 from codistill.data.images import read_pixels
 from codistill.errors import InputError
+from codistill.imports import check_imports, names_of
 from codistill.mean_teacher import MeanTeacher
 from codistill.methods import build_method
 from codistill.peers import build_peers
-from codistill.run import load_checkpoint
 from codistill.setup import pick_device
+from codistill.untrusted import links_out
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -50,23 +52,26 @@ class Predictor:
         return scores.softmax(-1).cpu().numpy()
 
 
-def load_predictor(run: str | Path, device: Device = "auto") -> Predictor:
+def load_predictor(
+    run: str | Path, device: Device = "auto", checkpoint: Checkpoint = "last", allow_import: bool = False
+) -> Predictor:
     """Load the deployed student of a run folder; the data set it was trained on is not needed.
 
     Raises:
-        InputError: there is no such run, or its training has not begun.
+        InputError: there is no such run, its training has not begun, or it names code and `allow_import` is not given.
     """
     path = Path(run)
     if not (path / "config.json").exists():
         raise InputError(f"{path} is no run folder (it has no config.json)")
     if not (path / "data.json").exists():
         raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")
-    about = json.loads((path / "data.json").read_text())
     config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
+    check_imports(names_of(config), path, allow_import)
+    about = json.loads((path / "data.json").read_text())
     assert isinstance(config.method, MethodConfig)
     peers = build_peers(config, len(about["classes"]), about["channels"], about["image_size"])
     method = build_method(config.method, peers, config.seed)
-    state = load_checkpoint(path / "last.pt")
+    state = load_state(path, checkpoint)
     if config.deploy == "ema":
         teacher = MeanTeacher(peers, method.ema_decay)
         teacher.load_state_dict(state["ema"])
@@ -92,6 +97,8 @@ def image_files(words: Sequence[str]) -> list[Path]:
     for word in words:
         path = Path(word)
         if path.is_dir():
+            if (link := next(links_out(path), None)) is not None:
+                raise InputError(f"predict: {link} is a link out of the folder {path}; name its target, or copy it")
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise InputError(f"predict: the folder {path} holds no image files")

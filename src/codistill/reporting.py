@@ -26,8 +26,13 @@ class Reporter:
         """Hear that the run is complete."""
 
 
-def describe(t: Training, resumed: bool = False) -> list[str]:
-    """Say in a few lines what is trained on what; warn where the distillation never reaches its weight."""
+def describe(t: Training, resumed: str | None = None) -> list[str]:
+    """Say in a few lines what is trained on what; warn where the distillation never reaches its weight.
+
+    Args:
+        t: What is trained.
+        resumed: The checkpoint it goes on from, if it does.
+    """
     config, method = t.config, t.method
     assert isinstance(config.method, MethodConfig)
     members = f"{t.peers.num_peers} {config.topology}" if t.peers.num_peers > 1 else "1 network"
@@ -58,6 +63,6 @@ def describe(t: Training, resumed: bool = False) -> list[str]:
         example = t.loader.first()[0][:1]
         if (said := imbalance(t.peers, example)) is not None and t.mesh.rank == 0:
             warnings.warn(said, stacklevel=2)
-    if resumed:
-        notes.append(f"resumed at epoch {t.epoch}, step {t.step}")
+    if resumed is not None:
+        notes.append(f"resumed at epoch {t.epoch}, step {t.step}, from {resumed}")
     return notes

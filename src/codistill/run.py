@@ -4,57 +4,75 @@ config.json        what --config takes to repeat the run
 data.json          classes, channels, size and normalising of the images: what predict needs
 environment.json   versions, hardware, git commit, command
 metrics.jsonl      one line an epoch
-last.pt            the newest checkpoint: weights, optimiser, position, every random state; loads with weights_only
+last.pt            the newest checkpoint: weights, optimiser, position, every random state (checkpoint.py)
+last-1.pt ...      those before it (--keep-checkpoints);  best.pt: the best epoch on validation, where there is one
+run.lock           held by the process that trains; the system lets go of it when the process dies
 details.json       what a report draws: reliability by bins, confusion of the deployed member
 result.json        the final figures; it exists exactly when the run is complete
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import platform
-import random
+import re
+import secrets
 import subprocess
 import sys
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
 
+from codistill.checkpoint import load_newest, shift, write_checkpoint
 from codistill.config import Config, InputError, MachineError, MethodConfig
 
-SCHEMA = 1
 # What may differ between a run and its continuation without changing its result.
 _FREE = {
     *("out", "resume", "data_dir", "checkpoint_every_epochs", "checkpoint_every_steps", "tracker", "device"),
-    *("mesh", "collective_timeout", "checkpoint_activations", "execution"),
+    *("mesh", "collective_timeout", "checkpoint_activations", "execution", "keep_checkpoints", "skip_nonfinite"),
 }
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
 
-def write_atomically(path: Path, write: Callable[[Any], object]) -> None:
+def write_atomically(path: Path, write: Callable[[Any], object], before: Callable[[], object] = lambda: None) -> None:
     """Write a file so that a reader finds the old or the new one whole, whatever happens.
+
+    Args:
+        path: The file.
+        write: Writes to the stream that it is given.
+        before: Called once all is written, just before the file takes its name.
 
     Raises:
         MachineError: the disk is full or the folder cannot be written to.
     """
-    temporary = None
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        with os.fdopen(handle, "wb") as stream:
+        with open(temporary, "xb") as stream:
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
+        before()
         os.replace(temporary, path)
-    except OSError as error:
-        if temporary is not None:
-            Path(temporary).unlink(missing_ok=True)
+    except BaseException as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        if not isinstance(error, OSError):
+            raise
         raise MachineError(f"cannot write {path}: {error.strerror or error}; what was there is kept") from None
+    with suppress(OSError):  # the name is on the disk only when its folder is; some systems cannot do that
+        folder = os.open(path.parent, os.O_RDONLY)
+        try:
+            os.fsync(folder)
+        finally:
+            os.close(folder)
 
 
 def write_json(path: Path, values: Any) -> None:
@@ -79,14 +97,48 @@ class RunFolder:
         resume = config.resume
         self.path = Path(resume if resume not in (None, "auto") else config.out)
         self.config = config
-        held = self.path / "config.json"
+        self.checkpoint_path = self.path / "last.pt"
+        self._check()
+
+    def _check(self) -> None:
+        """Raise where the folder cannot be this run's."""
+        resume, held = self.config.resume, self.path / "config.json"
         if resume not in (None, "auto") and not held.exists():
             raise InputError(f"--resume {resume}: there is no run there (no config.json)")
         if held.exists():
             self._compare(Config.from_file(held), asked=resume is not None)
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())):
+        elif self.path.exists() and (not self.path.is_dir() or not all(map(_own_beginning, self.path.iterdir()))):
             raise InputError(f"--out {self.path} exists and is no run of codistill; name a new or empty folder")
-        self.checkpoint_path = self.path / "last.pt"
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Keep other processes out of the folder; the lock dies with its process, however that ends.
+
+        Raises:
+            InputError: another process trains there, or the folder cannot be written to.
+            MachineError: the disk is full.
+        """
+        try:
+            self.path.mkdir(parents=True, exist_ok=True)
+            stream = open(self.path / "run.lock", "a+")  # noqa: SIM115
+        except OSError as error:
+            kind = MachineError if error.errno in _FULL else InputError
+            raise kind(
+                f"--out {self.path} cannot be written to ({error.strerror or error}); name another folder"
+            ) from None
+        with stream:
+            if not _locked(stream):
+                stream.seek(0)
+                by = f" by {name}" if (name := stream.read().strip()) else ""
+                raise InputError(f"--out {self.path} is in use{by}; wait for that run's end, or name another --out")
+            with suppress(OSError):  # a full disk: the name is a courtesy
+                stream.truncate(0)
+                stream.write(f"process {os.getpid()} on {platform.node()}\n")
+                stream.flush()
+            self._check()  # anew: the process that held it may have written what is there
+            for leftover in self.path.glob(".*.tmp"):  # a killed process was writing it
+                leftover.unlink(missing_ok=True)
+            yield
 
     def _compare(self, held: Config, asked: bool) -> None:
         theirs, ours = held.to_dict(), self.config.to_dict()
@@ -117,9 +169,10 @@ class RunFolder:
 
     def begin(self) -> None:
         """Write what describes the run, once."""
-        if not (self.path / "config.json").exists():
-            write_json(self.path / "environment.json", environment(self.config))
+        if not (self.path / "config.json").exists():  # first: it says whose folder this is
             write_json(self.path / "config.json", self.config.to_dict() | {"resume": None})
+        if not (self.path / "environment.json").exists():
+            write_json(self.path / "environment.json", environment(self.config))
 
     def describe(self, about: dict[str, Any]) -> None:
         """Write what the networks take and name (data.json), once."""
@@ -131,6 +184,8 @@ class RunFolder:
         try:
             with open(self.path / "metrics.jsonl", "a") as stream:
                 stream.write(json.dumps(line) + "\n")
+                stream.flush()
+                os.fsync(stream.fileno())  # before the checkpoint that says that the epoch is over
         except OSError as error:
             raise MachineError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
 
@@ -145,13 +200,17 @@ class RunFolder:
         write_atomically(self.path / "metrics.jsonl", lambda stream: stream.write(text.encode()))
 
     def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint, with every random state, atomically."""
-        state = {"schema": SCHEMA, **state, "rng": rng_state()}
-        write_atomically(self.checkpoint_path, lambda stream: torch.save(state, stream))
+        """Write a checkpoint, with every random state, atomically; the ones before it are kept as asked for."""
+        make_room = lambda: shift(self.path, self.config.keep_checkpoints)  # noqa: E731
+        write_atomically(self.checkpoint_path, lambda stream: write_checkpoint(state, stream), make_room)
+
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write the checkpoint of the best epoch on validation."""
+        write_atomically(self.path / "best.pt", lambda stream: write_checkpoint(state, stream))
 
     def load(self) -> dict[str, Any] | None:
-        """Return the newest checkpoint, or None where there is none yet."""
-        return load_checkpoint(self.checkpoint_path) if self.checkpoint_path.exists() else None
+        """Return the newest good checkpoint, or None where there is none yet; damaged ones are set aside."""
+        return load_newest(self.path, set_aside=True)
 
 
 class SilentFolder(RunFolder):
@@ -175,6 +234,29 @@ class SilentFolder(RunFolder):
     def save(self, state: dict[str, Any]) -> None:
         """Write nothing."""
 
+    def save_best(self, state: dict[str, Any]) -> None:
+        """Write nothing."""
+
+
+def _own_beginning(path: Path) -> bool:
+    """Say whether a file is what a run leaves that was killed before it had described itself."""
+    return path.name == "run.lock" or re.fullmatch(r"\.config\.json\.\w+\.tmp", path.name) is not None
+
+
+def _locked(stream: IO[str]) -> bool:
+    """Lock a file for this process, and say whether that went; where files cannot be locked, it does."""
+    try:
+        import fcntl
+    except ImportError:  # no POSIX
+        return True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True
+
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
     """Read a file of JSON lines; a last line that a kill left unfinished is dropped."""
@@ -185,56 +267,6 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
         except ValueError:
             break
     return lines
-
-
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running code from it.
-
-    Raises:
-        InputError: it is missing, damaged, or was written by a newer codistill.
-    """
-    try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; is {path.parent} a run folder whose training has begun?") from None
-    except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"{path} is damaged or no checkpoint ({str(error).splitlines()[0]})") from None
-    if not isinstance(state, dict) or "schema" not in state:
-        raise InputError(f"{path} is no checkpoint of codistill")
-    if state["schema"] > SCHEMA:
-        raise InputError(f"{path} was written by a newer codistill (schema {state['schema']}); upgrade codistill")
-    return state
-
-
-def rng_state() -> dict[str, Any]:
-    """Return every random state as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
-    version, internal, gauss = random.getstate()
-    state: dict[str, Any] = {
-        "torch": torch.get_rng_state(),
-        "python": [version, list(internal), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
-    }
-    if torch.cuda.is_available():
-        state["cuda"] = torch.cuda.get_rng_state_all()
-    return state
-
-
-def restore_rng(state: dict[str, Any]) -> None:
-    """Put every random state back."""
-    torch.set_rng_state(state["torch"])
-    version, internal, gauss = state["python"]
-    random.setstate((version, tuple(internal), gauss))
-    name, keys, position, has_gauss, cached = state["numpy"]
-    np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
-    if "cuda" in state and torch.cuda.is_available() and len(state["cuda"]) == torch.cuda.device_count():
-        torch.cuda.set_rng_state_all(state["cuda"])
 
 
 def environment(config: Config) -> dict[str, Any]:

@@ -6,19 +6,23 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from codistill import mesh_state
-from codistill.config import Config, Device, InputError, MethodConfig
+from codistill.checkpoint import load_state, restore_rng
+from codistill.config import Checkpoint, Config, Device, InputError, MethodConfig
 from codistill.data import DeviceLoader, ImageSet, Splits, load_set, make_splits
 from codistill.data.loader import Augmentation
 from codistill.execution import choose_execution, stack
 from codistill.guard import FiniteGuard
+from codistill.imports import check_imports, names_of
 from codistill.mean_teacher import MeanTeacher
 from codistill.mesh import Mesh
 from codistill.mesh_peers import MeshPeers, refuse_foreign
@@ -26,7 +30,6 @@ from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
 from codistill.models.sources import takes_colour_alone
 from codistill.peers import BranchPeers, Peers, build_peers
-from codistill.run import load_checkpoint, restore_rng
 from codistill.sync_bn import synchronise
 from codistill.teacher import load_teacher
 from codistill.tuning import freeze, make_optimizers, tuning_flag
@@ -59,6 +62,8 @@ class Training:
     seconds: float = 0.0
     best: dict[str, Any] | None = None
     """Figures of the best test epoch (protocol paper only)."""
+    best_validation: dict[str, Any] | None = None
+    """Figures of the best validation epoch, whose checkpoint is best.pt (where there is a validation part)."""
     sums: dict[str, Tensor] = field(default_factory=dict)
     mesh: Mesh | None = None
     """The place among several processes, where there are."""
@@ -77,6 +82,8 @@ class Training:
             "step": self.step,
             "seconds": self.seconds,
             "best": self.best,
+            "best_validation": self.best_validation,
+            "skipped": self.guard.skipped,
             "sums": self.sums,
         }
 
@@ -97,7 +104,8 @@ class Training:
         for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(held if self.peers.runner is None else self.peers.runner.join_optimizer(held))
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
-        self.best = state["best"]
+        self.best, self.best_validation = state["best"], state.get("best_validation")
+        self.guard.go_on(state.get("skipped", 0))
         self.sums = {name: value.to(self.device) for name, value in state["sums"].items()}
         restore_rng(state["rng"])
 
@@ -139,6 +147,8 @@ def setup(
     device = pick_device(config.device) if mesh is None else mesh.device
     torch.use_deterministic_algorithms(config.deterministic)
     torch.manual_seed(config.seed)
+    np.random.seed(config.seed)  # networks and data of users may draw from these
+    random.seed(config.seed)
     data = load_set(config.data, config.data_dir, config.image_size)
     data = data.with_channels(channels_taken(config, data.channels))
     holdout_fraction = getattr(config.method, "holdout_fraction", 0.0) if config.method.needs_holdout() else 0.0
@@ -156,7 +166,7 @@ def setup(
     method.to(device, DTYPES[config.dtype])
     if "teacher" in method.needs:
         assert isinstance(config.method, KDConfig)
-        teacher = load_teacher(config.method, data) if teacher is None else teacher
+        teacher = load_teacher(config.method, data, config.model) if teacher is None else teacher
         teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
     frozen = freeze(peers, config.freeze)
@@ -175,7 +185,7 @@ def setup(
     if execution == "stacked":
         stack(peers, ema, batch)
     optimizers = make_optimizers(config, peers, method, method.update == "alternating")
-    guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device, mesh)
+    guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device, mesh, config.skip_nonfinite)
     return Training(
         config,
         device,
@@ -323,23 +333,32 @@ def numbers_trained_and_deployed(t: Training) -> tuple[int, int]:
     return trained, count_parameters(deployed_network(t))
 
 
-def load_run(path: str | Path, data_dir: str | None = None, device: Device = "auto") -> Training:
-    """Build the peers of a run folder with the weights of its newest checkpoint, for evaluation and export.
+def load_run(
+    path: str | Path,
+    data_dir: str | None = None,
+    device: Device = "auto",
+    checkpoint: Checkpoint = "last",
+    allow_import: bool = False,
+) -> Training:
+    """Build the peers of a run folder with the weights of a checkpoint, for evaluation and export.
 
     Args:
         path: The run folder.
         data_dir: Where the data lies now; default where the run found it.
         device: Where to run.
+        checkpoint: The newest good one, or the best on validation.
+        allow_import: Run the code that the folder names, where its network is one's own (package.module:callable).
 
     Raises:
-        InputError: there is no such run, or its checkpoint is missing or damaged.
+        InputError: there is no such run, its checkpoint is missing or damaged, or it names code.
     """
     path = Path(path)
     if not (path / "config.json").exists():
         raise InputError(f"{path} is no run folder (it has no config.json)")
     config = Config.from_file(path)
+    check_imports(names_of(config), path, allow_import)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
-    state = load_checkpoint(path / "last.pt")
+    state = load_state(path, checkpoint)
     t = setup(config, execution=state.get("execution"), fresh=False)
     t.load_state(state)
     return t

@@ -35,14 +35,17 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
         _update(t, t.optimizers[0], terms)
         hits_P = (outputs.logits_PBC.detach().argmax(-1) == labels_B).sum(-1)
     t.guard.count()
+    counted = t.guard.counted
     if t.ema is not None:
         t.ema.update(t.peers, number)
     if count:  # on a mesh, samples that other ranks count too are counted by one of them
-        t.sums["loss"] += terms["loss"].detach().to(t.sums["loss"].dtype) * count
-        t.sums["hits_P"] += hits_P
-        t.sums["distill_P"] += terms["distill_P"].to(t.sums["loss"].dtype) * count
+        t.sums["loss"] += counted(terms["loss"].detach().to(t.sums["loss"].dtype)) * count
+        t.sums["hits_P"] += counted(hits_P)
+        t.sums["distill_P"] += counted(terms["distill_P"].to(t.sums["loss"].dtype)) * count
+        if t.guard.limit:
+            t.sums["skipped"] = t.sums.get("skipped", torch.zeros_like(t.guard.skipped)) + t.guard.passed_over() * count
     for name in filter(of_samples, terms):  # every rank keeps the sum, so that all can be added up
-        total = terms[name].sum(0, dtype=t.sums["loss"].dtype)
+        total = counted(terms[name].sum(0, dtype=t.sums["loss"].dtype))
         t.sums[name] = t.sums.get(name, torch.zeros_like(total)) + total * bool(count)
     return terms
 

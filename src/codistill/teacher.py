@@ -4,25 +4,32 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch
 from torch import nn
 
+from codistill.checkpoint import load_state
 from codistill.config import Config, MethodConfig
 from codistill.data import ImageSet
 from codistill.errors import InputError, suggest
+from codistill.imports import check_imports
 from codistill.method_configs import KDConfig
 from codistill.methods import build_method
 from codistill.models import build, resolve
 from codistill.peers import build_peers
-from codistill.run import load_checkpoint
+from codistill.untrusted import load_tensors
 
 WAYS = ("a run folder", "an exported .safetensors file", "a .pt or .pth state dict with --method.teacher-model")
 
 
-def load_teacher(config: KDConfig, data: ImageSet) -> nn.Module:
+def load_teacher(config: KDConfig, data: ImageSet, known: Iterable[str] = ()) -> nn.Module:
     """Load the teacher that `config` names, for the classes and channels of `data`.
+
+    Args:
+        config: Says where it lies.
+        data: What it is to judge.
+        known: Names of networks that the run has anyway; a file that names other code is refused.
 
     Raises:
         InputError: none is named, it is missing or damaged, or it does not fit the data.
@@ -34,9 +41,9 @@ def load_teacher(config: KDConfig, data: ImageSet) -> nn.Module:
         raise InputError(f"--method.teacher {path} does not exist; give {', '.join(WAYS)}")
     try:
         if path.is_dir():
-            return _from_run(path, data)
+            return _from_run(path, data, known)
         if path.suffix == ".safetensors":
-            return _from_export(path, data)
+            return _from_export(path, data, known)
         return _from_state_dict(path, config.teacher_model, data)
     except RuntimeError as error:
         reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
@@ -46,14 +53,15 @@ def load_teacher(config: KDConfig, data: ImageSet) -> nn.Module:
         ) from None
 
 
-def _from_run(path: Path, data: ImageSet) -> nn.Module:
+def _from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
     if not (path / "config.json").exists():
         raise InputError(f"--method.teacher {path} is no run folder (it has no config.json)")
     config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
+    check_imports(config.model, f"--method.teacher {path}", known=known)
     assert isinstance(config.method, MethodConfig)
     peers = build_peers(config, len(data.classes), data.channels, data.image_size)
     method = build_method(config.method, peers, config.seed)
-    state = load_checkpoint(path / "last.pt")
+    state = load_state(path)
     peers.load_state_dict(state["peers"])
     method.load_state_dict(state["method"])
     if config.deploy == "ensemble":
@@ -61,7 +69,7 @@ def _from_run(path: Path, data: ImageSet) -> nn.Module:
     return peers.export_member(int(config.deploy)) if config.deploy.isdigit() else method.deploy(peers)
 
 
-def _from_export(path: Path, data: ImageSet) -> nn.Module:
+def _from_export(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -72,7 +80,8 @@ def _from_export(path: Path, data: ImageSet) -> nn.Module:
         raise InputError(f"--method.teacher {path} is damaged or was not exported by codistill ({error})") from None
     if "model" not in about:
         raise InputError(f"--method.teacher {path} does not name its network; it was not exported by codistill")
-    teacher = _network(about["model"], data)
+    check_imports([str(about["model"])], f"--method.teacher {path}", known=known)
+    teacher = _network(str(about["model"]), data)
     teacher.load_state_dict(tensors)
     return teacher
 
@@ -84,9 +93,9 @@ def _from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.Module
         raise InputError(f"--method.teacher {path} is a bare state dict; name its network: --method.teacher-model NAME"
                          f"{suggest('', MODELS)}")  # fmt: skip
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # a damaged file fails in many ways
-        raise InputError(f"--method.teacher {path} cannot be read ({str(error).splitlines()[0]})") from None
+        state = load_tensors(path)
+    except ValueError as error:
+        raise InputError(f"--method.teacher {path} cannot be read ({error})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
     teacher = _network(model, data)
     teacher.load_state_dict(state)

@@ -10,6 +10,7 @@ import json
 import math
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from codistill.config import Config, MachineError
 from codistill.cost import forget_peak, peak_megabytes
 from codistill.data import DeviceLoader
 from codistill.errors import ElsewhereError
+from codistill.failures import is_out_of_memory
 from codistill.losses import wide_dtype
 from codistill.mesh import Mesh, after_restart, join_mesh
 from codistill.methods import Method
@@ -92,13 +94,14 @@ def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) ->
                 t.sums = _zero_sums(t)
             _run_epoch(t, folder, reporter, caught)
             line = _close_epoch(t, curve)
+            better = t.best_validation is not None and t.best_validation["epoch"] == t.epoch
             folder.log(line)
             tracker.log(line)
             reporter.epoch(line)
             t.epoch, t.step = t.epoch + 1, 0
             stop = _stop_asked(t, caught)
-            if t.epoch % t.config.checkpoint_every_epochs == 0 or t.epoch == t.config.epochs or stop:
-                _save(t, folder)
+            due = t.epoch % t.config.checkpoint_every_epochs == 0 or t.epoch == t.config.epochs or stop is not None
+            _save(t, folder, due, better)
             if stop and t.epoch < t.config.epochs:
                 raise Stopped(stop)
 
@@ -110,13 +113,13 @@ def _stop_asked(t: Training, caught: list[str]) -> str | None:
     return caught[0] if caught else None
 
 
-def _save(t: Training, folder: RunFolder) -> None:
-    """Write a checkpoint; on a mesh all ranks go on once it is written."""
-    state = t.state()
-    if t.mesh is None:
-        folder.save(state or {})
-    else:
-        t.mesh.on_first(lambda: folder.save(state or {}))
+def _save(t: Training, folder: RunFolder, due: bool = True, best: bool = False) -> None:
+    """Write a checkpoint where it is `due`, and the `best` one first; on a mesh all ranks go on once it is written."""
+    if not (due or best):
+        return
+    state = t.state() or {}
+    write = lambda: (folder.save_best(state) if best else None, folder.save(state) if due else None)  # noqa: E731
+    _call(write) if t.mesh is None else t.mesh.on_first(write)
 
 
 def _run_epoch(t: Training, folder: RunFolder, reporter: Reporter, caught: list[str]) -> None:
@@ -167,7 +170,8 @@ def _look(t: Training, folder: RunFolder) -> None:
     values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
     raise MachineError(
         f"the loss stopped being finite at epoch {t.epoch}, step {t.step} ({values}); the weights before it are kept "
-        f"in {folder.checkpoint_path}; lower --lr (now {lr_at(t.config, t.epoch):g}) or add --warmup-epochs"
+        f"in {folder.checkpoint_path}; lower --lr (now {lr_at(t.config, t.epoch):g}) or add --warmup-epochs, or pass "
+        "over such steps with --skip-nonfinite N --resume auto"
     )
 
 
@@ -183,7 +187,8 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
         t.mesh.align([t.peers, *([t.ema] if t.ema else [])], t.method)
     if "holdout" in t.method.needs:
         t.method.after_epoch(*_holdout_outputs(t))
-    count, sums = t.loader.num_samples, _sums(t)
+    sums = _sums(t)
+    count = max(t.loader.num_samples - int(sums.pop("skipped", 0)), 1)
     line: dict[str, Any] = {
         "epoch": t.epoch,
         "lr": lr_at(t.config, t.epoch),
@@ -194,6 +199,8 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
             "distill": (sums["distill_P"] / count).tolist(),
         },
     }
+    if t.guard.limit:
+        line["skipped_steps"] = int(t.guard.skipped)
     inspected = {name: total for name, total in sums.items() if of_samples(name)}
     if inspected:  # means over the epoch's samples
         line["method"] = {name.rpartition("_")[0]: (total / count).tolist() for name, total in inspected.items()}
@@ -204,8 +211,10 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
         line |= {part: figures["members"], f"{part}_student": figures["student"]}
         if figures["ema"] is not None:
             line[f"{part}_ema"] = figures["ema"]
-        if part == "test" and (t.best is None or figures["student"]["top1"] > t.best["top1"]):
-            t.best = figures["student"] | {"epoch": t.epoch}
+        held = t.best if part == "test" else t.best_validation
+        if held is None or figures["student"]["top1"] > held["top1"]:  # of equal ones the first
+            best = figures["student"] | {"epoch": t.epoch}
+            t.best, t.best_validation = (best, None) if part == "test" else (None, best)
     return line
 
 
@@ -246,21 +255,24 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
         The peers as they ended, the deployed student, and the figures that result.json holds.
 
     Raises:
-        InputError: the config or the data cannot be used.
-        MachineError: the loss became non-finite, or the disk is full.
+        InputError: the config or the data cannot be used, or another process uses the run folder.
+        MachineError: the loss became non-finite, the disk is full, or memory ran out.
         Stopped: a signal ended the run after a checkpoint.
 
     >>> result = train(Config("okddip", "resnet8", "digits", epochs=60))   # doctest: +SKIP
     """
     reporter, config = reporter or Reporter(), after_restart(config.resolved())
     mesh = join_mesh(config, pick_device(config.device))
-    if mesh is None:
-        folder = RunFolder(config)
-        state = folder.load()
-        t = setup(config, teacher, None if state is None else state.get("execution"), fresh=state is None)
-        return _train(t, state, folder, reporter)
-    with mesh.watched():
+    with ExitStack() as stack:
+        if mesh is None:
+            folder = RunFolder(config)
+            stack.enter_context(folder.held())
+            state = folder.load()
+            t = setup(config, teacher, None if state is None else state.get("execution"), fresh=state is None)
+            return _train(t, state, folder, reporter)
+        stack.enter_context(mesh.watched())
         folder = mesh.on_first(lambda: RunFolder(config))
+        mesh.on_first(lambda: stack.enter_context(folder.held()))
         state = mesh.on_first(folder.load)
         t = mesh.together(lambda: setup(config, teacher, mesh=mesh, fresh=state is None))
         if mesh.rank:
@@ -276,18 +288,35 @@ def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporte
         t.load_state(state) if t.mesh is None else t.mesh.together(lambda: t.load_state(state))
     on_first(lambda: (folder.begin(), folder.describe(t.data.about()), folder.keep_lines(t.epoch)))
     tracker = Tracker(t.config.tracker if first else "none", t.config)
-    notes = describe(t, resumed=state is not None)
+    notes = describe(t, None if state is None else state["file"])
     reporter.begin(notes, t.config.epochs, len(t.loader), t.epoch)
     if not complete:
         forget_peak(t.device)
-        fit(t, folder, reporter, tracker)
-        figures, drawn = _finish(t)
+        try:
+            fit(t, folder, reporter, tracker)
+            figures, drawn = _finish(t)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            raise _no_memory(t, folder, error) from error
         on_first(lambda: write_json(folder.path / "details.json", drawn))
         on_first(lambda: write_json(folder.path / "result.json", figures))  # last: it says that the run is complete
     tracker.close()
     figures = on_first(lambda: _read_result(folder))
     reporter.end(figures)
     return Result(folder.path, figures, t)
+
+
+def _no_memory(t: Training, folder: RunFolder, error: Exception) -> MachineError:
+    """Return the sentence for a run that ran out of memory; what it has written is whole."""
+    which = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine"
+    less = (
+        "--checkpoint-activations, which takes less and gives the same" if t.config.topology == "networks" else "room"
+    )
+    return MachineError(
+        f"{which} is out of memory at epoch {t.epoch}, step {t.step}; the checkpoints in {folder.path} are kept: "
+        f"continue with --resume auto and {less}, or train anew with a lower --batch-size or --peers"
+    )
 
 
 def _call(what: Callable[[], Any]) -> Any:

@@ -10,6 +10,7 @@ from codistill.config import InputError
 from codistill.data.image_set import ImageSet
 from codistill.data.images import open_upright
 from codistill.data.splits import balanced_part
+from codistill.untrusted import links_out
 
 
 def load_folder(path: Path, image_size: int | None) -> ImageSet:
@@ -43,6 +44,15 @@ def load_folder(path: Path, image_size: int | None) -> ImageSet:
     )
 
 
+def refuse_links_out(path: Path) -> None:
+    """Raise for a link that leads out of the folder: an archive of strangers could name any file of this machine."""
+    link = next(links_out(path), None)
+    if link is not None:
+        raise InputError(
+            f"--data folder: {link} is a link out of {path}; links are followed inside only, so copy the file there"
+        )
+
+
 def _read(path: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, list[str], bool]:
     """Return RGB images, labels, the classes' names, and whether all images are gray."""
     from PIL import Image
@@ -52,6 +62,7 @@ def _read(path: Path, image_size: int | None) -> tuple[np.ndarray, np.ndarray, l
         folder = ImageFolder(str(path))
     except FileNotFoundError as error:
         raise InputError(f"--data folder:{path}: {str(error).splitlines()[0]}") from None
+    refuse_links_out(path)
     all_gray, images = True, []
     for file, _ in folder.samples:
         try:

@@ -14,6 +14,7 @@ import numpy as np
 from codistill.config import InputError, suggest
 from codistill.data.folder import load_folder
 from codistill.data.image_set import ImageSet
+from codistill.untrusted import check_arrays
 
 SETS = {
     "digits": "1,797 handwritten digits, 8 x 8 gray, 10 classes; embedded, no download",
@@ -132,6 +133,7 @@ def _load_npz(name: str, path: Path) -> ImageSet:
                 raise InputError(
                     f"--data {name}: {path} lacks {', '.join(missing)}; it needs x_ and y_, train and test"
                 )
+            check_arrays(path, ("x_train", "y_train", "x_test", "y_test"))  # before anything is given room
             x_train, y_train, x_test, y_test = (archive[k] for k in ("x_train", "y_train", "x_test", "y_test"))
     except InputError:
         raise

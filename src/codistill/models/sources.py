@@ -22,6 +22,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from codistill.errors import InputError
+from codistill.untrusted import load_tensors
 
 KINDS = {
     "timm": "timm:NAME[,OPTION=VALUE ...]",
@@ -303,8 +304,6 @@ def read_weights(path: str) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing, damaged or holds no weights.
     """
-    import torch
-
     file = Path(path)
     if not file.is_file():
         raise InputError(f"--weights {path} does not exist; name a .safetensors file or a saved state dict")
@@ -313,7 +312,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
             from safetensors.torch import load_file
 
             return load_file(file)
-        state = torch.load(file, map_location="cpu", weights_only=True)
+        state = load_tensors(file)
     except Exception as error:  # a damaged file fails in many ways
         raise InputError(f"--weights {path} cannot be read ({_first_line(error)})") from None
     for key in ("state_dict", "model"):

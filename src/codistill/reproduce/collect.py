@@ -18,7 +18,8 @@ from codistill.reproduce.table import mean_std, table_rows
 from codistill.run import read_lines
 
 # Two runs that differ in these alone are seeds of one group.
-_APART = ("seed", "out", "resume", "data_dir", "device", "tracker", "checkpoint_every_epochs", "checkpoint_every_steps")
+_APART = ("seed", "out", "resume", "data_dir", "device", "tracker", "checkpoint_every_epochs", "checkpoint_every_steps",
+          "keep_checkpoints", "skip_nonfinite")  # fmt: skip
 
 
 @dataclass

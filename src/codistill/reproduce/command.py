@@ -58,9 +58,9 @@ def reproduce(table: str, options: ReproduceConfig) -> int:
     rows = rows_of(plan, entries_of(plan))
     print_rows([_short(row) for row in rows], plan.title())
     for note in notes_of(plan):
-        out.print(note, markup=False)
+        out.print(note)
     keep(plan, rows)
-    out.print(f"{time.perf_counter() - began:.0f} s in all; runs and table in {plan.folder}", markup=False)
+    out.print(f"{time.perf_counter() - began:.0f} s in all; runs and table in {plan.folder}")
     _raise_failures(plan.cells)
     return 0
 
@@ -139,13 +139,13 @@ def _widen(options: dict[str, Any], held: dict[str, Any]) -> None:
 def _describe(plan: Plan) -> None:
     """Say what is going to be trained, before the first run is."""
     cells, o = plan.cells, plan.options
-    err.print(f"{plan.title()}", style="dim", markup=False)
+    err.print(f"{plan.title()}", style="dim")
     extra = [c.label for c in cells if c.method not in plan.recipe.methods]
     if extra:
-        err.print(f"beside the paper's rows: {', '.join(extra)}", style="dim", markup=False)
+        err.print(f"beside the paper's rows: {', '.join(extra)}", style="dim")
     if o.scale == "smoke" and not o.network and len(plan.recipe.networks) > 1:
         note = f"one network only ({cells[0].network}): at {SCALES['smoke'].split(':')[0]} scale all are resnet8"
-        err.print(note, style="dim", markup=False)
+        err.print(note, style="dim")
 
 
 def _executor(plan: Plan) -> Executor | None:

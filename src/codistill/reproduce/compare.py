@@ -106,4 +106,4 @@ def describe(cells: list[Cell], config: CompareConfig, folder: Path) -> None:
         f"augmentation: {data.describe_augmentation(config.augment, config.cutout)}; "
         f"{' + '.join(config.model)}, {config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
     )
-    err.print(note, style="dim", markup=False)
+    err.print(note, style="dim")

@@ -1,0 +1,408 @@
+"""Kill -9 at random moments, resume, kill again: every run must end bit-identical to one that nobody touched.
+
+    python benchmarks/kills.py                    # all cases, about 130 kills
+    python benchmarks/kills.py --kills 3 --only pcl
+
+Children are forked after the imports. A child is killed at a place (in a step, half-way through a checkpoint's bytes,
+before a rename, in an evaluation, in the middle of a line of metrics, in the grid's files), the how-manieth time being
+drawn, or at a moment drawn from the clock. After each kill every file must be readable, and the newest checkpoint no
+more than its interval behind what was done. In the end tensors, metrics and figures must equal the untouched run's.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import mmap
+import os
+import random
+import shutil
+import signal
+import socket
+import struct
+import sys
+import tempfile
+import time
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import codistill.checkpoint
+import codistill.commands  # so that children import nothing
+import codistill.run
+import codistill.train
+from codistill.checkpoint import checkpoints, load_checkpoint
+from codistill.config import CompareConfig, Config
+from codistill.method_configs import method_config
+from codistill.metrics import PeerMetrics
+from codistill.reproduce import grid, workers
+from codistill.run import RunFolder, read_lines
+from codistill.train import train
+
+EVERY = 2  # steps between checkpoints
+STEPS = 4  # steps of an epoch
+CASES = {
+    "pcl, networks": ("pcl", {}, {}),
+    "pcl, branches, deployed mean teacher": ("pcl", {}, {"topology": "branches", "deploy": "ema"}),
+    "one, branches": ("one", {}, {}),
+    "one, branches, bfloat16": ("one", {}, {"dtype": "bfloat16"}),
+    "kdcl general, networks": ("kdcl", {"target": "general", "holdout_fraction": 0.1}, {}),
+    "kdcl general, branches": ("kdcl", {"target": "general", "holdout_fraction": 0.1}, {"topology": "branches"}),
+    "kdcl linear, networks": ("kdcl", {"target": "linear"}, {}),
+    "dml alternating, networks": ("dml", {}, {}),
+    "dml alternating, bfloat16": ("dml", {}, {"dtype": "bfloat16"}),
+    "okddip random, networks": ("okddip", {"ablation": "random"}, {"peers": 3, "cutout": 2}),
+    "okddip, branches, adamw": ("okddip", {}, {"topology": "branches", "peers": 3, "optimizer": "adamw", "lr": 0.001}),
+    "independent, mixup, cosine": ("independent", {}, {"mixup": 0.2, "cutmix": 1.0, "schedule": "cosine"}),
+    "pcl, 2 processes": ("pcl", {}, {"mesh": "data=1,peer=2"}),
+    "dml alternating, 2 processes": ("dml", {}, {"mesh": "data=2,peer=1"}),
+}
+PLACES = ("step", "bytes", "flush", "rename", "evaluation", "metrics", "clock")
+
+
+def config_of(case: str, out: Path, **more: Any) -> Config:
+    """Return a case's config: 12 steps in 3 epochs, a checkpoint every second."""
+    name, options, values = CASES[case]
+    shared = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 3, "peers": 2}
+    shared |= {"checkpoint_every_steps": EVERY, "log_every_steps": 1, "device": "cpu", "keep_checkpoints": 2}
+    shared |= {"collective_timeout": 20.0, "resume": "auto"}
+    method = dataclasses.replace(method_config(name), **options)
+    return Config(method=method, out=str(out), **shared | values | more)
+
+
+class Board:
+    """What a child leaves in memory that outlives it: steps done, and how often each place was passed."""
+
+    def __init__(self) -> None:
+        self.memory = mmap.mmap(-1, 8 * (1 + len(PLACES)))
+
+    def __getitem__(self, place: str) -> int:
+        return struct.unpack_from("q", self.memory, 8 * self._index(place))[0]
+
+    def __setitem__(self, place: str, value: int) -> None:
+        struct.pack_into("q", self.memory, 8 * self._index(place), value)
+
+    @staticmethod
+    def _index(place: str) -> int:
+        return 0 if place == "done" else 1 + PLACES.index(place)
+
+    def clear(self) -> None:
+        """Begin anew."""
+        for place in ("done", *PLACES):
+            self[place] = 0
+
+
+def arm(board: Board, place: str | None, count: int) -> None:
+    """Make this process kill itself the `count`-th time that it comes to `place`."""
+
+    def at(name: str) -> None:
+        board[name] += 1
+        if name == place and board[name] == count:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    step, replace, fsync = codistill.train.train_step, os.replace, os.fsync
+    write, log, update = codistill.checkpoint._Hashed.write, RunFolder.log, PeerMetrics.update
+
+    def counted_step(t: Any, *args: Any) -> Any:
+        at("step")
+        terms = step(t, *args)
+        board["done"] = t.epoch * len(t.loader) + t.step + 1
+        return terms
+
+    def half_written(self: Any, data: bytes) -> int:
+        if len(data) > 1:  # the bytes before the kill are on their way to the disk
+            half = len(data) // 2
+            write(self, data[:half])
+            self.stream.flush()
+            at("bytes")
+            return half + write(self, data[half:])
+        return write(self, data)
+
+    def half_a_line(self: RunFolder, line: dict[str, Any]) -> None:
+        if place == "metrics" and board["metrics"] + 1 == count:
+            with open(self.path / "metrics.jsonl", "a") as stream:
+                stream.write(json.dumps(line)[:40])
+        at("metrics")
+        log(self, line)
+
+    def evaluated(self: PeerMetrics, *args: Any) -> None:
+        at("evaluation")
+        update(self, *args)
+
+    codistill.train.train_step = counted_step
+    codistill.checkpoint._Hashed.write = half_written
+    RunFolder.log, PeerMetrics.update = half_a_line, evaluated
+    os.replace = lambda *args: (at("rename"), replace(*args), at("rename"))  # type: ignore[assignment]
+    os.fsync = lambda handle: (fsync(handle), at("flush"))  # type: ignore[assignment]
+
+
+def fork(what: Callable[[], None], board: Board, place: str | None, count: int, env: dict[str, str]) -> int:
+    """Start a child that is killed at a place (or not), in silence; return its number."""
+    child = os.fork()
+    if child:
+        return child
+    try:
+        os.environ.update(env)
+        silent = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(silent, 1)
+        if not env:
+            os.dup2(silent, 2)
+        warnings.simplefilter("ignore")
+        arm(board, place, count)
+        what()
+        os._exit(0)
+    except BaseException as error:
+        if not env:
+            Path(tempfile.gettempdir(), "kills-error.txt").write_text(f"{type(error).__name__}: {error}")
+        os._exit(1)
+
+
+def attempt(config: Config, board: Board, place: str | None, count: int, seconds: float, rank: int) -> bool:
+    """Train in a child (on a mesh, in two, `rank` being the one that is killed); say whether it was killed."""
+    ranks = 1 if config.mesh is None else 2
+    board.clear()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    other = Board()
+    children = []
+    for r in range(ranks):
+        env = {"RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(ranks),
+               "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
+        mine = r == rank
+        about = (board if mine else other, place if mine else None, count)
+        children.append(fork(lambda: train(config), *about, {} if ranks == 1 else env))
+    if place == "clock":
+        time.sleep(seconds)
+        os.kill(children[rank], signal.SIGKILL)
+    codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
+    killed = codes[rank] == -signal.SIGKILL
+    if not killed and any(codes):
+        raise AssertionError(f"a child failed: {codes} {Path(tempfile.gettempdir(), 'kills-error.txt').read_text()}")
+    return killed
+
+
+def unreadable(folder: Path) -> list[str]:
+    """Return the files of a folder that cannot be read whole; a torn last line of metrics is known and dropped."""
+    bad = []
+    for path in folder.rglob("*"):
+        try:
+            if path.suffix == ".pt":
+                load_checkpoint(path)
+            elif path.suffix == ".json":
+                json.loads(path.read_text())
+            elif path.name == "metrics.jsonl":
+                read = len(read_lines(path))
+                if read < len(path.read_text().splitlines()) - 1:
+                    bad.append(str(path))
+        except (ValueError, OSError) as error:
+            bad.append(f"{path}: {error}")
+    return bad
+
+
+def behind(folder: Path, done: int) -> int:
+    """Return how many finished steps a continuation repeats."""
+    newest = next(iter(checkpoints(folder)), None)
+    if newest is None:
+        return done
+    state = load_checkpoint(newest)
+    return done - (state["epoch"] * STEPS + state["step"])
+
+
+def difference(one: Any, other: Any, path: str = "") -> str | None:
+    """Return where two states differ in a single bit; times and paths are left out."""
+    if isinstance(one, torch.Tensor):
+        same = one.dtype == other.dtype and torch.equal(one, other)
+    elif isinstance(one, dict):
+        keys = (one.keys() | other.keys()) - {"seconds", "cost", "file", "s a run"}
+        return next((d for k in sorted(keys, key=str) if (d := difference(one[k], other[k], f"{path}/{k}"))), None)
+    elif isinstance(one, list | tuple):
+        same = len(one) == len(other)
+        found = next((d for i, v in enumerate(one) if same and (d := difference(v, other[i], f"{path}/{i}"))), None)
+        if found:
+            return found
+    else:
+        same = one == other or (one != one and other != other)
+    return None if same else path
+
+
+def differing(one: Path, other: Path) -> str | None:
+    """Return how two finished runs differ."""
+    if (one / "metrics.jsonl").read_text() != (other / "metrics.jsonl").read_text():
+        return f"{one}: metrics"
+    for name in ("last.pt", "last-1.pt", "best.pt"):
+        if found := difference(load_checkpoint(one / name), load_checkpoint(other / name)):
+            return f"{one}: {name}{found}"
+    for name in ("result.json", "details.json", "data.json"):
+        if found := difference(*(json.loads((p / name).read_text()) for p in (one, other))):
+            return f"{one}: {name}{found}"
+    return None
+
+
+@dataclasses.dataclass
+class Count:
+    """What came of the kills."""
+
+    kills: Counter[str] = dataclasses.field(default_factory=Counter)
+    unreadable: int = 0
+    repeated: int = 0
+    """Most finished steps that a continuation repeated."""
+    runs: int = 0
+    identical: int = 0
+    trouble: list[str] = dataclasses.field(default_factory=list)
+
+
+def survive(case: str, kills: int, folder: Path, rng: random.Random, count: Count) -> None:
+    """Kill one run again and again, resume it to its end, and compare."""
+    whole, out, board = folder / "whole", folder / "killed", Board()
+    began = time.perf_counter()
+    attempt(config_of(case, whole), board, None, 0, 0.0, 0)
+    lasts = time.perf_counter() - began
+    passed = {place: board[place] for place in PLACES}
+    done, tries = 0, 0
+    while done < kills and tries < 4 * kills:
+        tries += 1
+        place = PLACES[rng.randrange(len(PLACES))]
+        rank = rng.randrange(2) if "processes" in case and place in ("step", "clock") else 0
+        # Early in what is left: late ones come by themselves as the run gets on.
+        when = rng.randint(1, max(passed[place] // 2, 1))
+        killed = attempt(config_of(case, out), board, place, when, rng.random() * lasts, rank)
+        if killed:
+            done += 1
+            count.kills[place] += 1
+            if bad := unreadable(out):
+                count.unreadable += len(bad)
+                count.trouble += bad
+            # In the first run of a folder nothing may be written yet; what was done before stays done.
+            repeats = behind(out, board["done"]) if board["done"] else 0
+            count.repeated = max(count.repeated, repeats)
+        elif (out / "result.json").exists():
+            compare_ended(whole, out, count)
+            shutil.rmtree(out)
+    if out.exists():
+        attempt(config_of(case, out), board, None, 0, 0.0, 0)
+        compare_ended(whole, out, count)
+
+
+def compare_ended(whole: Path, out: Path, count: Count) -> None:
+    """Count a run that has come to its end."""
+    found = differing(out, whole)
+    count.runs += 1
+    count.identical += found is None
+    count.trouble += [found] if found else []
+
+
+class Inline:
+    """An executor that trains in this process, so that one kill strikes the grid and its run."""
+
+    def __init__(self, *_: Any) -> None:
+        pass
+
+    def room(self) -> bool:
+        """Say that a run may begin."""
+        return True
+
+    def start(self, config: Config) -> grid.Answer:
+        """Train it."""
+        return workers.train_job(config)
+
+    def answer(self, handle: grid.Answer) -> grid.Answer:
+        """Return what came out."""
+        return handle
+
+    def close(self) -> None:
+        """Do nothing."""
+
+
+def compare_grid(out: Path) -> None:
+    """Run the grid of `codistill compare pcl` in this process."""
+    from codistill.reproduce.compare import compare
+
+    workers.Processes = Inline  # type: ignore[misc, assignment]
+    options = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 2, "peers": 2}
+    options |= {"checkpoint_every_steps": EVERY, "log_every_steps": 1, "device": "cpu", "seeds": 1}
+    compare(["pcl"], CompareConfig(method="independent", out=str(out), **options))
+
+
+def survive_grid(kills: int, folder: Path, rng: random.Random, count: Count) -> None:
+    """Kill a grid of three runs in its files and between them, give the same command again, and compare."""
+    board, whole, out = Board(), folder / "grid-whole", folder / "grid-killed"
+
+    def once(place: str | None, when: int, where: Path) -> int:
+        board.clear()
+        child = fork(lambda: compare_grid(where), board, place, when, {})
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+    assert once(None, 0, whole) == 0
+    passed = {place: board[place] for place in PLACES}
+    done = 0
+    while done < kills:
+        place = rng.choice(("rename", "flush"))
+        # The last files that a grid writes are its own: half of the kills are meant for them.
+        last = rng.random() < 0.5
+        code = once(place, rng.randint(max(passed[place] - 8, 1) if last else 1, passed[place]), out)
+        if code == -signal.SIGKILL:
+            done += 1
+            count.kills["the grid's files" if last else place] += 1
+            bad = unreadable(out)
+            count.unreadable += len(bad)
+            count.trouble += bad
+        if rng.random() < 0.3:
+            shutil.rmtree(out, ignore_errors=True)
+    assert once(None, 0, out) == 0
+    for path in sorted(whole.glob("*/seed*/result.json")):
+        compare_ended(path.parent, out / path.parent.relative_to(whole), count)
+    rows = [json.loads((p / "table.json").read_text())["rows"] for p in (whole, out)]
+    if found := difference(*rows):
+        count.trouble.append(f"table.json{found}")
+
+
+def warm_up() -> None:
+    """Train once here, so that no child pays for what torch and others import when they are first used."""
+    torch.set_num_threads(1)
+    with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        train(config_of("kdcl general, branches", Path(folder) / "run", epochs=1))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--kills", type=int, default=9, help="kills a case")
+    parser.add_argument("--only", default="", help="only cases that contain this")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    warm_up()
+    rng, total, began = random.Random(options.seed), Count(), time.perf_counter()
+    print("| case | kills | runs, bit-identical | files unreadable | steps repeated, at most |")
+    print("|---|---|---|---|---|")
+    for case in [*CASES, "a grid of 3 runs"]:
+        if options.only not in case:
+            continue
+        count = Count()
+        with tempfile.TemporaryDirectory() as folder:
+            if case in CASES:
+                survive(case, options.kills, Path(folder), rng, count)
+            else:
+                survive_grid(options.kills, Path(folder), rng, count)
+        total.kills += count.kills
+        for name in ("unreadable", "runs", "identical"):
+            setattr(total, name, getattr(total, name) + getattr(count, name))
+        total.repeated = max(total.repeated, count.repeated)
+        total.trouble += count.trouble
+        row = (count.kills.total(), f"{count.runs}, {count.identical}", count.unreadable, count.repeated)
+        print(f"| {case} | {' | '.join(map(str, row))} |", flush=True)
+    row = (total.kills.total(), f"{total.runs}, {total.identical}", total.unreadable, total.repeated)
+    print(f"| all | {' | '.join(map(str, row))} |")
+    places = ", ".join(f"{place} {n}" for place, n in total.kills.most_common())
+    print(f"\nwhere: {places}; {time.perf_counter() - began:.0f} s")
+    print("\n".join(total.trouble))
+    return bool(total.trouble)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

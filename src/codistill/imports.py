@@ -1,0 +1,69 @@
+"""Names that stand for code: `package.module:callable` is imported and run, and configs and run folders travel.
+
+What a person types or passes is run. What only a file says is run where the command line repeats it, or has
+`--allow-import`. Imports no torch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+
+from codistill.config import Config
+from codistill.errors import InputError
+
+FLAG = "--allow-import"
+_LIBRARIES = ("timm", "torchvision", "hf")
+_RUN_CODE = ("trust_remote_code", "checkpoint_path")  # options with which a library runs code, or unpickles a file
+_repeated: set[str] = set()
+_everything = False
+
+
+@contextmanager
+def command_line(argv: Sequence[str]) -> Iterator[list[str]]:
+    """Take what a command line repeats as asked for, for as long as it runs; yield it without `--allow-import`."""
+    global _everything, _repeated
+    before = _everything, _repeated
+    _everything = FLAG in argv
+    _repeated = {part for word in argv for part in (word, word.partition("=")[2])}
+    try:
+        yield [word for word in argv if word != FLAG]
+    finally:
+        _everything, _repeated = before
+
+
+def runs_code(name: str) -> bool:
+    """Say whether building a network of this name runs code that does not come with codistill or a library.
+
+    >>> [runs_code(name) for name in ("resnet32", "timm:resnet18", "mine:net", "hf:x,trust_remote_code=True")]
+    [False, False, True, True]
+    """
+    kind, colon, rest = name.partition(":")
+    return bool(colon) and (kind not in _LIBRARIES or any(option in rest for option in _RUN_CODE))
+
+
+def names_of(config: Config) -> list[str]:
+    """Return the names of networks in a config, a teacher's too."""
+    teacher = getattr(config.method, "teacher_model", None)
+    return [*config.model, *([teacher] if teacher else [])]
+
+
+def check_imports(names: Iterable[str], source: object, allow: bool = False, known: Iterable[str] = ()) -> None:
+    """Refuse code that only a file names.
+
+    Args:
+        names: Names of networks, as a file says them.
+        source: The file, for the sentence.
+        allow: Whether the caller wants all of it run.
+        known: Names that the caller has from elsewhere.
+
+    Raises:
+        InputError: a name would run code, and nobody asked for that.
+    """
+    trusted = _repeated | {*known}
+    for name in names:
+        if runs_code(name) and name not in trusted and not (allow or _everything):
+            raise InputError(
+                f"{source} names code to import and run, {name}; if you trust it, add {FLAG} (in training, "
+                f"--model {name} repeats it)"
+            )
