@@ -1,7 +1,7 @@
 """The run folder: resolved config, environment, metrics, checkpoints; everything written atomically.
 
 config.json        what --config takes to repeat the run
-data.json          classes, channels, size and normalising of the images: what predict needs
+data.json          classes, channels, size and normalising of the images: what predict needs; and their checksum
 environment.json   versions, hardware, git commit, command
 metrics.jsonl      one line an epoch
 last.pt            the newest checkpoint: weights, optimiser, position, every random state; loads with weights_only
@@ -32,7 +32,7 @@ SCHEMA = 1
 # What may differ between a run and its continuation without changing its result.
 _FREE = {
     *("out", "resume", "data_dir", "checkpoint_every_epochs", "checkpoint_every_steps", "tracker", "device"),
-    *("mesh", "collective_timeout", "checkpoint_activations"),
+    *("mesh", "collective_timeout", "checkpoint_activations", "data_workers", "skip_corrupt"),
 }
 
 
@@ -120,6 +120,11 @@ class RunFolder:
         if not (self.path / "config.json").exists():
             write_json(self.path / "environment.json", environment(self.config))
             write_json(self.path / "config.json", self.config.to_dict() | {"resume": None})
+
+    def read(self, name: str) -> Any:
+        """Return what one of the folder's JSON files holds, None where there is none yet."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
 
     def describe(self, about: dict[str, Any]) -> None:
         """Write what the networks take and name (data.json), once."""

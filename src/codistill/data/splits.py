@@ -44,13 +44,16 @@ def make_splits(
 ) -> Splits:
     """Split the training part; see `Config.val_fraction` and `Config.train_per_class`.
 
+    A set's own validation part is taken as it is, or, where `val_fraction` is 0, left aside.
+
     Raises:
         InputError: a class has too few images for what is asked.
     """
     labels = data.y_train
     everything = np.arange(len(labels))
-    val = balanced_part(labels, val_fraction, SPLIT_SEED) if val_fraction > 0 else np.zeros(len(labels), dtype=bool)
-    train = everything[~val]
+    own = everything >= len(labels) - data.own_val
+    val = own if data.own_val or not val_fraction else balanced_part(labels, val_fraction, SPLIT_SEED)
+    train, val = everything[~val], everything[val & (val_fraction > 0)]  # its own, where the set has one
     if train_per_class is not None:
         rng = np.random.default_rng(SPLIT_SEED + 2)
         counts = np.bincount(labels[train], minlength=len(data.classes))
@@ -63,4 +66,4 @@ def make_splits(
     held = np.zeros(len(train), dtype=bool)
     if holdout_fraction > 0:
         held = balanced_part(labels[train], holdout_fraction, SPLIT_SEED + 1)
-    return Splits(train[~held], everything[val], train[held])
+    return Splits(train[~held], val, train[held])
