@@ -13,6 +13,7 @@ from codistill.data import DeviceLoader, FileLoader, ImageSet, Loader, Splits, l
 from codistill.data.files import ImageFiles
 from codistill.data.loader import Augmentation
 from codistill.data.normalising import normalised
+from codistill.data.sets import check_set
 from codistill.errors import InputError
 from codistill.models.sources import pretrained_statistics, takes_colour_alone
 
@@ -24,6 +25,8 @@ def load_images(config: Config, data: ImageSet | None, held: dict[str, Any] | No
     assert isinstance(config.method, MethodConfig)
     if data is None:
         data = load_set(config.data, config.data_dir, config.image_size, config.data_pipeline, config.skip_corrupt)
+    elif not data.stand_in:
+        check_set(data)
     if not data.stand_in:
         data = data.with_channels(channels_taken(config, data.channels))
         if held is not None and held.get("checksum", data.checksum()) != data.checksum():

@@ -7,6 +7,8 @@ Shapes: N images, V views, B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
+import atexit
+import multiprocessing
 import signal
 import warnings
 from collections.abc import Iterable, Iterator
@@ -112,6 +114,15 @@ def _leave_signals(_worker: int) -> None:
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
 
+def _end_workers() -> None:
+    """End what decodes when this process ends, as multiprocessing would by a signal that workers leave to others."""
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes an ended worker for a failure
+    for child in multiprocessing.active_children():
+        if child.daemon:
+            child.kill()
+
+
 class FileLoader(Loader):
     """Batches of image files.
 
@@ -186,6 +197,8 @@ class FileLoader(Loader):
         """Return the workers; those of a training set live on from epoch to epoch."""
         if self._loader is not None:
             return self._loader
+        atexit.unregister(_end_workers)
+        atexit.register(_end_workers)  # last in, first out: before multiprocessing waits for its children
         loader = DataLoader(
             self._decoder(),
             batch_sampler=_Batches(),
@@ -219,7 +232,7 @@ class FileLoader(Loader):
         return [(epoch, place, number) for place, number in zip(places, numbers)]
 
     def _note(self, unreadable: dict[str, str]) -> None:
-        """Count the files that were replaced, and say each once.
+        """Count the files that were replaced, and say the first ones.
 
         Raises:
             UnreadableError: nothing stands in for one.
@@ -229,8 +242,10 @@ class FileLoader(Loader):
         for file, reason in unreadable.items():
             if file not in self.skipped:
                 self.skipped[file] = reason
-                said = f"{reason.partition('; ')[0]}; the next one of its class stands in ({len(self.skipped)} so far)"
-                warnings.warn(said, stacklevel=3)
+                count = len(self.skipped)
+                if count <= 5 or str(count).strip("0") == "1":  # then every power of ten
+                    said = f"{reason.partition('; ')[0]}; the next one of its class stands in ({count} so far)"
+                    warnings.warn(said, stacklevel=3)
 
 
 def _guarded(loader: DataLoader) -> Iterator[Any]:

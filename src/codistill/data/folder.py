@@ -14,10 +14,10 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from codistill.data.balance import balanced_part
 from codistill.data.files import ImageFiles
 from codistill.data.image_set import ImageSet
 from codistill.data.images import open_upright
-from codistill.data.splits import balanced_part
 from codistill.errors import InputError
 
 RESIDENT_LIMIT = 2 * 2**30

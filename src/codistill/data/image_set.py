@@ -6,15 +6,21 @@ Shapes: N images, H height, W width, C channels.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from torch.utils.data import Dataset
 
+from codistill.data.balance import balanced_part
 from codistill.data.files import ImageFiles
+from codistill.data.given import class_names, read_pairs
 from codistill.errors import InputError
 
 Pixels = np.ndarray | ImageFiles
+GIVEN = "python"
+"""The kind of a set that was given from Python."""
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,46 @@ class ImageSet:
     def __post_init__(self) -> None:
         if not self.mean and len(self.x_train) and isinstance(self.x_train, np.ndarray):
             self._set(*statistics(self.x_train))
+
+    @classmethod
+    def from_dataset(
+        cls,
+        train: Iterable[Any] | Dataset,
+        test: Iterable[Any] | Dataset | None = None,
+        *,
+        classes: Sequence[str] | None = None,
+        image_size: int | None = None,
+        flip: bool = True,
+        name: str = "given",
+    ) -> ImageSet:
+        """Read (image, label) pairs into memory, each once, for `train(config, data=...)`.
+
+        Images are PIL images, uint8 arrays `H x W (x C)` or tensors `C x H x W`, or floating-point ones from 0 to 1:
+        not yet normalised, and not yet varied at random, for what is read stays.
+
+        Args:
+            train: A map-style data set, or any iterable, of pairs.
+            test: The test part; default a fifth of `train`, balanced over classes.
+            classes: Their names, in the order of the labels; default the data set's `classes`, or numbers.
+            image_size: Side to stretch images to; default as they are.
+            flip: Whether left and right may be swapped in training.
+            name: What the run calls the set.
+
+        Raises:
+            InputError: an item is no such pair, a label has no class, or images differ in size.
+
+        >>> pixels = np.zeros((8, 8), dtype=np.uint8)
+        >>> ImageSet.from_dataset([(pixels, 0), (pixels + 9, 1)] * 5, classes=("dark", "light")).x_train.shape
+        (8, 8, 8, 1)
+        """
+        x, y = read_pairs(train, "training", image_size)
+        if test is None:
+            held = balanced_part(y, 0.2, seed=0)
+            parts = x[~held], y[~held], x[held], y[held]
+        else:
+            parts = x, y, *read_pairs(test, "test", image_size)
+        names = class_names(classes, train, (parts[1], parts[3]))
+        return cls(f"{GIVEN}:{name}", *parts, names, pad=max(1, x.shape[1] // 8), flip=flip)
 
     def _set(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         object.__setattr__(self, "mean", mean)

@@ -29,7 +29,7 @@ def open_upright(file: str | Path) -> tuple[Image.Image, bool]:
         with warnings.catch_warnings(), Image.open(file) as image:
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data and large images; both are read
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image), file)
+            return as_rgb(ImageOps.exif_transpose(image), file)
     except InputError:
         raise
     except FileNotFoundError:
@@ -38,7 +38,12 @@ def open_upright(file: str | Path) -> tuple[Image.Image, bool]:
         raise InputError(f"{file} cannot be read as an image ({error}); mend or remove it") from None
 
 
-def _as_rgb(image: Image.Image, file: str | Path) -> tuple[Image.Image, bool]:
+def as_rgb(image: Image.Image, file: str | Path) -> tuple[Image.Image, bool]:
+    """Return an opened image as RGB and whether it was gray; `file` is what errors call it.
+
+    Raises:
+        InputError: its numbers have no known range.
+    """
     gray = image.mode in GRAY_MODES
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)

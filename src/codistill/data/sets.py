@@ -13,7 +13,7 @@ import numpy as np
 
 from codistill.config import InputError, suggest
 from codistill.data.folder import load_folder
-from codistill.data.image_set import ImageSet
+from codistill.data.image_set import GIVEN, ImageSet
 
 SETS = {
     "digits": "1,797 handwritten digits, 8 x 8 gray, 10 classes; embedded, no download",
@@ -25,8 +25,6 @@ SETS = {
 }
 
 MOST_CLASSES = 1_000_000
-GIVEN = "python"
-"""The kind of a set that was given from Python."""
 
 
 def load_set(

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from codistill.config import InputError
+from codistill.data.balance import balanced_part
 from codistill.data.image_set import ImageSet
 
 SPLIT_SEED = 20_200  # one for all runs, so that every seed and method trains and is judged on the same images
@@ -26,17 +27,6 @@ class Splits:
         parts += [f"{len(self.val):,} validation"] if len(self.val) else []
         parts += [f"{len(self.holdout):,} holdout"] if len(self.holdout) else []
         return " / ".join([*parts, f"{len(data.y_test):,} test"])
-
-
-def balanced_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return a mask of about `fraction` of every class; each class keeps at least one sample on either side."""
-    rng = np.random.default_rng(seed)
-    mask = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
-        mask[rng.permutation(members)[: max(count, 0)]] = True
-    return mask
 
 
 def make_splits(
