@@ -95,7 +95,7 @@ def _resized(pixels: np.ndarray, size: int | None) -> np.ndarray:
 
 def _label(label: Any, where: str) -> int:
     value = label
-    if isinstance(label, Tensor | np.ndarray | np.generic) and np.size(label) == 1:
+    if isinstance(label, Tensor | np.ndarray | np.generic) and np.asarray(label).size == 1:
         value = label.item()
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(
@@ -112,7 +112,7 @@ def class_names(given: Sequence[str] | None, pairs: Any, labels: Sequence[np.nda
     Raises:
         InputError: a label has no class.
     """
-    highest = max(int(part.max()) for part in labels)
+    highest = max(int(part.max(initial=0)) for part in labels)
     own = getattr(pairs, "classes", None)
     if given is None and isinstance(own, Sequence) and not isinstance(own, str):
         given = own
