@@ -22,6 +22,15 @@ from codistill.setup import setup as build
 from codistill.train import train
 from test_files import write_images
 
+
+def train_on(folder, out, *more):
+    """Train two small peers on a folder, through the command line."""
+    options = {"--data": f"folder:{folder}", "--image-size": 16, "--model": "resnet8", "--peers": 2, "--epochs": 1,
+               "--batch-size": 7, "--device": "cpu", "--data-workers": 0, "--out": out}  # fmt: skip
+    words = [str(word) for pair in options.items() for word in pair if pair[0] not in more]
+    return main(["train", "dml", *words, *more])
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Balanced sampling
 
@@ -57,13 +66,12 @@ def test_unequal_classes_are_told_and_balanced_in_both_pipelines(tmp_path, capsy
     write_images(tmp_path / "images", per_class=12, classes=("a", "b"))
     for n in range(3, 12):
         (tmp_path / "images" / "train" / "b" / f"{n}.png").unlink()
-    options = ["--model", "resnet8", "--data", f"folder:{tmp_path / 'images'}", "--image-size", "16", "--epochs", "1"]
-    options += ["--batch-size", "7", "--peers", "2", "--device", "cpu", "--data-workers", "0", "--val-fraction", "0"]
-    assert main(["train", "dml", *options, "--out", str(tmp_path / "plain")]) == 0
+    folder = tmp_path / "images"
+    assert train_on(folder, tmp_path / "plain", "--val-fraction", "0") == 0
     assert "12 training images of a, 3 of b; --balanced-sampling draws" in " ".join(capsys.readouterr().err.split())
     for pipeline in ("resident", "files"):
-        more = ["--balanced-sampling", "--data-pipeline", pipeline, "--out", str(tmp_path / pipeline)]
-        assert main(["train", "dml", *options, *more]) == 0
+        more = ["--val-fraction", "0", "--balanced-sampling", "--data-pipeline", pipeline]
+        assert train_on(folder, tmp_path / pipeline, *more) == 0
         assert "every class is drawn equally often, though classes are unequal" in " ".join(
             capsys.readouterr().err.split()
         )
@@ -99,20 +107,7 @@ def test_statistics_are_given_imagenets_the_sets_own_or_a_pretrained_networks():
 def test_a_runs_statistics_are_kept_and_used_by_all(tmp_path, capsys):
     folder = write_images(tmp_path / "images")
     run = tmp_path / "run"
-    options = [
-        "--data",
-        f"folder:{folder}",
-        "--image-size",
-        "16",
-        "--model",
-        "resnet8",
-        "--peers",
-        "2",
-        "--epochs",
-        "1",
-    ]
-    options += ["--batch-size", "8", "--device", "cpu", "--normalise", "0.25,0.5,0.75,0.1,0.2,0.4", "--out", str(run)]
-    assert main(["train", "dml", *options]) == 0
+    assert train_on(folder, run, "--normalise", "0.25,0.5,0.75,0.1,0.2,0.4") == 0
     about = json.loads((run / "data.json").read_text())
     assert (about["mean"], about["std"]) == ([0.25, 0.5, 0.75], [0.1, 0.2, 0.4])
     t = load_run(run, device="cpu")
@@ -202,8 +197,8 @@ def test_a_run_on_images_from_python_is_resumed_and_judged_there(tmp_path, capsy
     other = cd.ImageSet.from_dataset(Squares(40, "array"), Squares(12, "array"))
     with pytest.raises(InputError, match="is not what it was when the run began"):
         train(again, data=other)
+    one = cd.ImageSet.from_dataset([(PIXELS, 0)] * 9, classes=("a", "b"))
     with pytest.raises(InputError, match="one class only"):
-        one = cd.ImageSet.from_dataset([(PIXELS, 0)] * 9, classes=("a", "b"))
         train(Config(**{**vars(config), "out": str(tmp_path / "one")}), data=one)
     run = str(tmp_path / "run")
     assert main(["evaluate", run]) == 2
@@ -225,20 +220,7 @@ def test_a_run_on_images_from_python_is_resumed_and_judged_there(tmp_path, capsy
 def run(tmp_path_factory):
     place = tmp_path_factory.mktemp("judged")
     folder = write_images(place / "images", per_class=20)
-    options = [
-        "--data",
-        f"folder:{folder}",
-        "--image-size",
-        "16",
-        "--model",
-        "resnet8",
-        "--peers",
-        "2",
-        "--epochs",
-        "2",
-    ]
-    options += ["--batch-size", "10", "--lr", "0.05", "--device", "cpu", "--out", str(place / "run")]
-    assert main(["train", "dml", *options]) == 0
+    assert train_on(folder, place / "run", "--epochs", "2", "--lr", "0.05") == 0
     return place
 
 
