@@ -13,6 +13,7 @@ _HOMES = {
     "NetworkPeers": "codistill.peers",
     "PeerOutputs": "codistill.peers",
     "Config": "codistill.config",
+    "ImageSet": "codistill.data",
     "InputError": "codistill.config",
     "MachineError": "codistill.config",
     "train": "codistill.train",
@@ -25,6 +26,7 @@ _HOMES = {
 if TYPE_CHECKING:
     from codistill import losses, methods, metrics
     from codistill.config import Config, InputError, MachineError
+    from codistill.data import ImageSet
     from codistill.peers import BranchPeers, NetworkPeers, PeerOutputs
     from codistill.setup import load_run
     from codistill.train import train
@@ -32,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "BranchPeers",
     "Config",
+    "ImageSet",
     "InputError",
     "MachineError",
     "NetworkPeers",

@@ -81,10 +81,11 @@ def _title(t: Training, exported: Path) -> str:
     names = [escape(name) for name in t.data.classes[:MOST_NAMES]]
     more = f", and {len(t.data.classes) - MOST_NAMES} more" if len(t.data.classes) > MOST_NAMES else ""
     size = t.data.image_size
+    cut = f" (the shorter side resized to {round(size * 8 / 7)}, the centre cut out)" if t.data.fit == "crop" else ""
     return (
         f"# {escape(exported.name)}\n\n"
         f"An image classifier ({models}) for {len(t.data.classes)} classes: {', '.join(names)}{more}. It takes images "
-        f"of {size} x {size} pixels and {t.data.channels} channel(s), as (pixels / 255 - mean) "
+        f"of {size} x {size} pixels{cut} and {t.data.channels} channel(s), as (pixels / 255 - mean) "
         f"/ std with mean {list(t.data.mean)} and std {list(t.data.std)}. Deployed: {deployed_name(t)}."
     )
 
@@ -130,11 +131,12 @@ def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
     seconds = result.get("seconds", t.seconds)
     paper = getattr(CLASSES[_method(t)], "citation", None)
     cited = f" ({escape(paper)})" if paper else ""
+    varied = result.get("augmentation") or t.data.describe_augmentation(c.augment, c.cutout)
     lines = [
-        f"- Data: {escape(c.data)}; {t.splits.describe(t.data)}",
+        f"- Data: {escape(c.data)}; {result.get('split') or t.splits.describe(t.data)}",
         f"- Method: {_method(t)}, {t.peers.num_peers} {c.topology}{cited}",
         f"- From {escape(start)}; {c.epochs} epochs, batch {c.batch_size}, learning rate {c.lr:g}, "
-        f"weight decay {c.weight_decay:g}; {t.data.describe_augmentation(c.augment, c.cutout)}; seed {c.seed}",
+        f"weight decay {c.weight_decay:g}; {varied}; seed {c.seed}",
         f"- Cost: {count_parameters(t.peers) + count_parameters(method):,} parameters trained, "
         f"{count_parameters(deployed_network(t)):,} deployed; {seconds:.0f} s on {escape(device)}",
         f"- codistill {environment.get('codistill', '?')}, torch {environment.get('torch', '?')}",
@@ -147,7 +149,7 @@ def _use(t: Training, exported: Path, difference: float, licence: str) -> str:
     return (
         f"## File\n\nThe metadata of `{name}` hold the classes, mean, std and image size. "
         f"Its outputs, read back in its own runtime, differ from the trained student's by at most {difference:.3g} on "
-        f"{min(64, len(t.data.y_test))} test images.\n\n## Licence\n\n"
+        f"{'images of noise' if t.data.stand_in else f'{min(64, len(t.data.y_test))} test images'}.\n\n## Licence\n\n"
         + (
             "Not stated. The licence of the data, and of pretrained weights, may bind it."
             if licence == "unknown"

@@ -10,10 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from codistill.cli_options import DemoOptions, EvaluateOptions, ExportOptions, ListOptions, Parsed, PredictOptions
 from codistill.config import METHODS, Config, InputError, suggest
-from codistill.console import RichReporter, members_table, out, print_rows
+from codistill.console import RichReporter, err, members_table, out, print_rows
 
 if TYPE_CHECKING:
-    from codistill.data import DeviceLoader
+    from codistill.data import Loader
     from codistill.setup import Training
 
 
@@ -47,17 +47,21 @@ def train(parsed: Parsed) -> int:
 
 def evaluate(parsed: Parsed) -> int:
     """Measure a run's members on one of its splits, or on another set."""
-    from codistill.data import load_set
-    from codistill.setup import curve_loader, deployed_name, load_run, make_loader, test_loader
+    from codistill.data.other import load_other
+    from codistill.feeding import make_loader
+    from codistill.setup import curve_loader, deployed_name, load_run, load_without_images, test_loader
     from codistill.train import measure
 
     options: EvaluateOptions = parsed.options
-    t = load_run(parsed.words[0], options.data_dir, options.device, options.checkpoint)
+    if options.data is not None and not options.calibrate:  # the run's own images need not be there
+        t = load_without_images(parsed.words[0], options.device, checkpoint=options.checkpoint)
+    else:
+        t = load_run(parsed.words[0], options.data_dir, options.device, options.checkpoint)
     if options.data is not None:
-        other = load_set(options.data, options.data_dir, t.config.image_size)
-        if other.x_test.shape[1:] != t.data.x_test.shape[1:] or len(other.classes) != len(t.data.classes):
-            raise InputError(f"--data {options.data} differs from the run's data in image size, channels or classes")
-        loader = make_loader(t.config, t.data, (other.x_test, other.y_test), t.device)
+        images, labels, note = load_other(options.data, options.data_dir, t.data.about())
+        if note:
+            err.print(f"{options.data}: {note}", style="dim", markup=False)
+        loader = make_loader(t.config, t.data, (images, labels), t.device)
     elif options.split == "val":
         if not len(t.splits.val):
             raise InputError("--split val: this run kept no validation part (--val-fraction 0 or --protocol paper)")
@@ -76,7 +80,7 @@ def evaluate(parsed: Parsed) -> int:
     return 0
 
 
-def _judge(t: Training, loader: DeviceLoader, options: EvaluateOptions, run: Path) -> dict[str, Any]:
+def _judge(t: Training, loader: Loader, options: EvaluateOptions, run: Path) -> dict[str, Any]:
     """Return what --per-class, --confusion and --calibrate ask for, and write what they keep."""
     if not (options.per_class or options.confusion or options.calibrate):
         return {}
@@ -185,12 +189,16 @@ def export(parsed: Parsed) -> int:
     from codistill.export import SUFFIXES, export_student
     from codistill.run import write_atomically
     from codistill.setup import deployed_name as deployed
-    from codistill.setup import load_run
+    from codistill.setup import load_run, load_without_images
 
     options: ExportOptions = parsed.options
     run = Path(parsed.words[0])
     path = Path(options.out) if options.out else run / f"student{SUFFIXES[options.format]}"
-    t = load_run(run, options.data_dir, "cpu", options.checkpoint)
+    try:
+        t = load_run(run, options.data_dir, "cpu", options.checkpoint)
+    except InputError as error:  # perhaps its images alone are missing, and noise does to compare outputs
+        t = load_without_images(run, "cpu", why=str(error), checkpoint=options.checkpoint)
+        err.print(f"the file is checked on noise, for the run's own images are not there ({error})", markup=False)
     difference = export_student(t, path, options.format)
     card = path.with_suffix(".md")
     text = model_card(t, run, path, difference, options.license, options.checkpoint)

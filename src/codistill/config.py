@@ -55,7 +55,19 @@ class Config:
     val_fraction: float = 0.1
     """Part of the training set kept for validation: deterministic, balanced over classes, the same for every seed."""
     image_size: int | None = None
-    """Height and width that the images of a folder are resized to."""
+    """Height and width that the images of a folder become; default their own, or 224 where files' sizes differ."""
+    data_pipeline: Literal["auto", "resident", "files"] = "auto"
+    """Images of a folder are decoded once into memory (resident), or by worker processes in every epoch (files): random
+    resized crops to train on, centre crops to judge by. auto: files from 2 GiB of decoded images on."""
+    data_workers: int | None = None
+    """Processes that decode image files; 0 decodes in the training process. Default one a CPU, 8 at most."""
+    skip_corrupt: bool = False
+    """Where an image file cannot be read, leave it out (or let the next one of its class stand in, with files)."""
+    balanced_sampling: bool = False
+    """Draw every class equally often in an epoch, which keeps its length."""
+    normalise: str | None = None
+    """imagenet, dataset, or means and deviations of pixels / 255 (0.5,0.5,0.5,0.25,0.25,0.25). Default: what a
+    pretrained network was trained with, else the data set's own."""
     pretrained: bool = False
     """Start from the weights that the network's library offers; every peer gets a new classifier head."""
     weights: str | None = None

@@ -33,6 +33,7 @@ def check_numbers(c: Config) -> None:
         ("warmup_epochs", math.isfinite(c.warmup_epochs) and c.warmup_epochs >= 0, "0 or more"),
         ("val_fraction", 0 <= c.val_fraction < 1, "from 0 to below 1"),
         ("cutout", c.cutout >= 0, "0 or more"),
+        ("data_workers", c.data_workers is None or c.data_workers >= 0, "0 or more"),
         ("head_lr", math.isfinite(c.head_lr) and c.head_lr > 0, "a number above 0"),
         ("label_smoothing", 0 <= c.label_smoothing < 1, "from 0 to below 1"),
         ("mixup", math.isfinite(c.mixup) and c.mixup >= 0, "0 or more"),
@@ -61,6 +62,7 @@ def check_numbers(c: Config) -> None:
         if not fine:
             value = getattr(method, name[7:]) if name.startswith("method.") else getattr(c, name)
             raise InputError(f"--{name.replace('_', '-')} is {value}; give {words}")
+    parse_normalise(c.normalise)
     soft = [flag for flag in ("label_smoothing", "mixup", "cutmix") if getattr(c, flag)]
     target = getattr(method, "target", None) if getattr(method, "name", None) == "kdcl" else None
     if soft and target in ("naive", "linear", "minlogit"):
@@ -103,6 +105,30 @@ def check_peers(c: Config, method: MethodConfig) -> None:
         )
     if len(c.branch_at) > 1 and len(c.fan_out) != len(c.branch_at):
         raise InputError("--fan-out needs one number for each --branch-at")
+
+
+def parse_normalise(rule: str | None) -> str | tuple[tuple[float, ...], tuple[float, ...]] | None:
+    """Return imagenet, dataset, or (means, deviations) out of `M,M,M,S,S,S`; None where nothing is said.
+
+    Raises:
+        InputError: the text is something else.
+
+    >>> parse_normalise("0.5,0.25")
+    ((0.5,), (0.25,))
+    """
+    if rule in (None, "imagenet", "dataset"):
+        return rule
+    try:
+        numbers = tuple(float(part) for part in rule.split(","))
+    except ValueError:
+        numbers = ()
+    half = len(numbers) // 2
+    if len(numbers) not in (2, 6) or not all(map(math.isfinite, numbers)) or min(numbers[half:]) <= 0:
+        raise InputError(
+            f"--normalise {rule}: give imagenet, dataset, or means and deviations of pixels / 255 with commas, as in "
+            "0.5,0.5,0.5,0.25,0.25,0.25"
+        )
+    return numbers[:half], numbers[half:]
 
 
 def mesh_shape(mesh: str | None) -> tuple[int, int]:

@@ -10,6 +10,10 @@ class InputError(ValueError):
     """The user's input cannot be used; the message is one sentence that names the flag and the mend (exit code 2)."""
 
 
+class UnreadableError(InputError):
+    """An image file cannot be read, perhaps in the middle of a run; whoever trains keeps what was reached."""
+
+
 class MachineError(RuntimeError):
     """The machine or the run failed (disk full, out of memory, non-finite loss); one sentence (exit code 1)."""
 

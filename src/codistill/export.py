@@ -41,6 +41,7 @@ def about_student(t: Training) -> dict[str, Any]:
         "classes": list(t.data.classes),
         "channels": t.data.channels,
         "image_size": t.data.image_size,
+        "fit": t.data.fit,
         "mean": list(t.data.mean),
         "std": list(t.data.std),
     }

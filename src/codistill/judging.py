@@ -15,14 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codistill.data import DeviceLoader
+from codistill.data import Loader
 from codistill.metrics import NUM_BINS
 from codistill.run import write_atomically
 from codistill.setup import Training, deployed_network
 
 
 @torch.inference_mode()
-def deployed_scores(t: Training, loader: DeviceLoader) -> tuple[Tensor, Tensor]:
+def deployed_scores(t: Training, loader: Loader) -> tuple[Tensor, Tensor]:
     """Return the deployed student's logits on a set, `N x C` in double precision on the CPU, and the labels."""
     student = deployed_network(t).to(loader.device)
     pairs = [(student(views[0]).double().cpu(), labels.cpu()) for views, labels in loader.epoch()]

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from codistill.data import DeviceLoader
+from codistill.data import Loader
 from codistill.errors import InputError
 from codistill.folding import folded_for_evaluation
 from codistill.mesh import Mesh
@@ -169,7 +169,7 @@ def _unpack(rows: Tensor, peers: int, classes: int, dims: list[int]) -> tuple[Te
     return logits.unflatten(1, (peers, classes)).transpose(0, 1), features
 
 
-def folded_members(peers: Peers, loader: DeviceLoader) -> Peers:
+def folded_members(peers: Peers, loader: Loader) -> Peers:
     """Return peers that evaluate faster; on a mesh each rank sees to its own, if it has a sample to try them on."""
     if not isinstance(peers, MeshPeers):
         return folded_for_evaluation(peers, loader.first()[0][:2])

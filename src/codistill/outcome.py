@@ -6,9 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from codistill.cost import deploying, training_flops
-from codistill.data import DeviceLoader
+from codistill.data import Loader
 from codistill.mesh import Mesh
 from codistill.mesh_peers import folded_members
 from codistill.methods import Method
@@ -22,13 +23,14 @@ from codistill.setup import (
     deployed_name,
     deployed_network,
     numbers_trained_and_deployed,
+    part_loader,
 )
 
 MOST_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes cannot be looked at
 
 
 def collect(
-    peers: Peers, method: Method, loader: DeviceLoader, mesh: Mesh | None = None, detail: bool = False
+    peers: Peers, method: Method, loader: Loader, mesh: Mesh | None = None, detail: bool = False
 ) -> PeerMetrics:
     """Run every member and the method's ensemble over a set (on a mesh, each rank over its part); return the sums."""
     metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device, detail)
@@ -40,6 +42,19 @@ def collect(
     if mesh is not None:
         metrics.add_up(mesh.sum_along_data)
     return metrics
+
+
+@torch.inference_mode()
+def holdout_outputs(t: Training) -> tuple[Tensor, Tensor]:
+    """Return every member's logits on the holdout, `P x N x C`, in evaluation mode, and the labels."""
+    loader = part_loader(t, t.splits.holdout)
+    with eval_mode(t.peers):
+        batches = [t.peers(views).logits_PBC for views, _ in loader.epoch()]
+    none = t.loader.scale_C.new_zeros(t.peers.num_peers, 0, t.peers.num_classes)
+    logits_PNC = torch.cat([none, *batches], 1)
+    if t.mesh is not None:
+        logits_PNC = t.mesh.all_samples(logits_PNC, len(t.splits.holdout))
+    return logits_PNC, torch.from_numpy(t.data.y_train[t.splits.holdout]).to(t.device)
 
 
 def outcome(t: Training, members: dict[str, Any], ema: dict[str, Any] | None) -> dict[str, Any]:
@@ -54,6 +69,7 @@ def outcome(t: Training, members: dict[str, Any], ema: dict[str, Any] | None) ->
         "parameters_trained": trained,
         "parameters_deployed": deployed,
         "split": t.splits.describe(t.data),
+        "augmentation": t.data.describe_augmentation(t.config.augment, t.config.cutout),
         "seconds": round(t.seconds, 3),
         "execution": t.execution,
     }

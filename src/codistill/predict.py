@@ -38,7 +38,7 @@ class Predictor:
 
     network: nn.Module
     about: dict[str, Any]
-    """What data.json holds: classes, channels, image_size, mean, std, and perhaps a fitted temperature."""
+    """What data.json holds: classes, channels, image_size, fit, mean, std, and perhaps a fitted temperature."""
     device: torch.device
 
     @torch.inference_mode()
@@ -118,7 +118,7 @@ def predict(predictor: Predictor, files: Sequence[Path], top: int, batch_size: i
         pixels = []
         for file in files[first : first + batch_size]:
             try:
-                pixels.append(read_pixels(file, about["channels"], about["image_size"]))
+                pixels.append(read_pixels(file, about["channels"], about["image_size"], about.get("fit") == "crop"))
                 rows.append({"file": str(file)})
             except InputError as error:
                 rows.append({"file": str(file), "error": str(error)})

@@ -47,9 +47,12 @@ def describe(t: Training, resumed: str | None = None) -> list[str]:
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
         f"{config.dtype} on {where}, execution {t.execution}, seed {config.seed}",
     ]
+    notes += t.data.notes
     unequal = t.data.imbalance(t.splits.train)
-    if unequal is not None:
-        notes.append(unequal)
+    if config.balanced_sampling:
+        notes.append(f"every class is drawn equally often{f', though {unequal}' if unequal else ''}")
+    elif unequal is not None:
+        notes.append(f"{unequal}; --balanced-sampling draws all equally often")
     if method.ramp_epochs:
         notes.append(f"distillation weight ramps up to {method.weight:g} over {method.ramp_epochs:g} epochs")
         reached = method.weight_at(config.epochs - 1)

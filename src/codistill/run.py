@@ -1,7 +1,7 @@
 """The run folder: resolved config, environment, metrics, checkpoints; everything written atomically.
 
 config.json        what --config takes to repeat the run
-data.json          classes, channels, size and normalising of the images: what predict needs
+data.json          classes, channels, size and normalising of the images: what predict needs; and their checksum
 environment.json   versions, hardware, git commit, command
 metrics.jsonl      one line an epoch
 last.pt            the newest checkpoint: weights, optimiser, position, every random state (checkpoint.py)
@@ -37,6 +37,7 @@ from codistill.config import Config, InputError, MachineError, MethodConfig
 _FREE = {
     *("out", "resume", "data_dir", "checkpoint_every_epochs", "checkpoint_every_steps", "tracker", "device"),
     *("mesh", "collective_timeout", "checkpoint_activations", "execution", "keep_checkpoints", "skip_nonfinite"),
+    *("data_workers", "skip_corrupt"),
 }
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
 
@@ -173,6 +174,11 @@ class RunFolder:
             write_json(self.path / "config.json", self.config.to_dict() | {"resume": None})
         if not (self.path / "environment.json").exists():
             write_json(self.path / "environment.json", environment(self.config))
+
+    def read(self, name: str) -> Any:
+        """Return what one of the folder's JSON files holds, None where there is none yet."""
+        path = self.path / name
+        return json.loads(path.read_text()) if path.exists() else None
 
     def describe(self, about: dict[str, Any]) -> None:
         """Write what the networks take and name (data.json), once."""

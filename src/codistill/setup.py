@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from codistill import mesh_state
 from codistill.checkpoint import load_state, restore_rng
 from codistill.config import Checkpoint, Config, Device, InputError, MethodConfig
-from codistill.data import DeviceLoader, ImageSet, Splits, load_set, make_splits
+from codistill.data import ImageSet, Loader, Splits
 from codistill.data.loader import Augmentation
 from codistill.execution import choose_execution, stack
+from codistill.feeding import DTYPES, load_images, make_loader
 from codistill.guard import FiniteGuard
 from codistill.imports import check_imports, names_of
 from codistill.mean_teacher import MeanTeacher
@@ -28,13 +30,10 @@ from codistill.mesh import Mesh
 from codistill.mesh_peers import MeshPeers, refuse_foreign
 from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
-from codistill.models.sources import takes_colour_alone
 from codistill.peers import BranchPeers, Peers, build_peers
 from codistill.sync_bn import synchronise
 from codistill.teacher import load_teacher
 from codistill.tuning import freeze, make_optimizers, tuning_flag
-
-DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
 
 
 @dataclass
@@ -45,7 +44,7 @@ class Training:
     device: torch.device
     data: ImageSet
     splits: Splits
-    loader: DeviceLoader
+    loader: Loader
     peers: Peers
     method: Method
     optimizers: list[torch.optim.Optimizer]
@@ -130,6 +129,8 @@ def setup(
     execution: str | None = None,
     mesh: Mesh | None = None,
     fresh: bool = True,
+    data: ImageSet | None = None,
+    held: dict[str, Any] | None = None,
 ) -> Training:
     """Build data, peers, method and optimiser of a resolved config.
 
@@ -139,6 +140,8 @@ def setup(
         execution: What an earlier part of this run chose, where the config leaves the choice open.
         mesh: The place among several processes, where there are.
         fresh: Whether `pretrained` and `weights` are to be read; not where a checkpoint is loaded anyway.
+        data: Images given from Python, instead of those that the config names.
+        held: What the run's folder says of its images already (data.json).
 
     Raises:
         InputError: some part of the config cannot be had.
@@ -149,14 +152,7 @@ def setup(
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)  # networks and data of users may draw from these
     random.seed(config.seed)
-    data = load_set(config.data, config.data_dir, config.image_size)
-    data = data.with_channels(channels_taken(config, data.channels))
-    holdout_fraction = getattr(config.method, "holdout_fraction", 0.0) if config.method.needs_holdout() else 0.0
-    splits = make_splits(data, config.val_fraction, holdout_fraction, config.train_per_class)
-    if config.batch_size > len(splits.train):
-        raise InputError(
-            f"--batch-size {config.batch_size} is more than the {len(splits.train)} training images; give a smaller one"
-        )
+    data, splits = load_images(config, data, held)
     if mesh is not None and (flag := tuning_flag(config)):
         raise InputError(f"--{flag} works in one process so far; drop it, or train without --mesh")
     peers, method = _peers_and_method(config, data, mesh, fresh)
@@ -172,7 +168,8 @@ def setup(
     frozen = freeze(peers, config.freeze)
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
-    augmentation = Augmentation(data.pad if config.augment else 0, data.flip and config.augment, config.cutout)
+    vary = config.augment
+    augmentation = Augmentation(data.pad * vary, data.flip and vary, config.cutout, data.from_files and vary)
     views = peers.num_peers if "views" in method.needs else 1
     part = (data.x_train[splits.train], data.y_train[splits.train])
     loader = make_loader(config, data, part, device, augmentation, views)
@@ -204,13 +201,6 @@ def setup(
     )
 
 
-def channels_taken(config: Config, channels: int) -> int:
-    """Return the channels that the networks take: as asked for, 3 where one knows no other, or the data set's."""
-    if config.channels is not None:
-        return config.channels
-    return 3 if any(takes_colour_alone(name, config.pretrained) for name in config.model) else channels
-
-
 def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None, fresh: bool) -> tuple[Peers, Method]:
     """Build the peers (on a mesh the rank's own) and the method that hears all of them."""
     assert isinstance(config.method, MethodConfig)
@@ -234,30 +224,7 @@ def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None, fresh: 
     return peers, method
 
 
-def make_loader(
-    config: Config,
-    data: ImageSet,
-    part: tuple[Any, Any],
-    device: torch.device,
-    augmentation: Augmentation | None = None,
-    views: int = 1,
-) -> DeviceLoader:
-    """Return batches of `part`, normalised by the statistics of `data`; in order, where nothing is augmented."""
-    return DeviceLoader(
-        *part,
-        data.mean,
-        data.std,
-        batch_size=config.batch_size if augmentation else max(config.batch_size, 256),
-        augmentation=augmentation,
-        views=views,
-        seed=config.seed,
-        device=device,
-        dtype=DTYPES[config.dtype],
-        channels_last=config.channels_last,
-    )
-
-
-def curve_loader(t: Training) -> DeviceLoader | None:
+def curve_loader(t: Training) -> Loader | None:
     """Return the set that is looked at during training: validation, or the test set under the papers' protocol."""
     if t.config.protocol == "paper":
         return test_loader(t)
@@ -266,17 +233,17 @@ def curve_loader(t: Training) -> DeviceLoader | None:
     return part_loader(t, t.splits.val)
 
 
-def test_loader(t: Training) -> DeviceLoader:
+def test_loader(t: Training) -> Loader:
     """Return the test set."""
     return _sharded(t, t.data.x_test, t.data.y_test)
 
 
-def part_loader(t: Training, part: Any) -> DeviceLoader:
+def part_loader(t: Training, part: Any) -> Loader:
     """Return a part of the training set (indices), in order and as it is."""
     return _sharded(t, t.data.x_train[part], t.data.y_train[part])
 
 
-def _sharded(t: Training, images: Any, labels: Any) -> DeviceLoader:
+def _sharded(t: Training, images: Any, labels: Any) -> Loader:
     """Return a loader that keeps the order; on a mesh, of this rank's part of the samples, every one on one rank."""
     if t.mesh is not None:
         first, last = t.mesh.shard(len(labels))[t.mesh.data_index :][:2]
@@ -339,6 +306,7 @@ def load_run(
     device: Device = "auto",
     checkpoint: Checkpoint = "last",
     allow_import: bool = False,
+    data: ImageSet | None = None,
 ) -> Training:
     """Build the peers of a run folder with the weights of a checkpoint, for evaluation and export.
 
@@ -348,9 +316,11 @@ def load_run(
         device: Where to run.
         checkpoint: The newest good one, or the best on validation.
         allow_import: Run the code that the folder names, where its network is one's own (package.module:callable).
+        data: The images, where they were given from Python.
 
     Raises:
-        InputError: there is no such run, its checkpoint is missing or damaged, or it names code.
+        InputError: there is no such run, its checkpoint is missing or damaged, its images are not what they were,
+            or it names code.
     """
     path = Path(path)
     if not (path / "config.json").exists():
@@ -359,6 +329,34 @@ def load_run(
     check_imports(names_of(config), path, allow_import)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_state(path, checkpoint)
-    t = setup(config, execution=state.get("execution"), fresh=False)
+    about = path / "data.json"
+    held = json.loads(about.read_text()) if about.exists() else None
+    t = setup(config, execution=state.get("execution"), fresh=False, data=data, held=held)
     t.load_state(state)
     return t
+
+
+def load_without_images(
+    path: str | Path, device: Device = "auto", why: str = "", checkpoint: Checkpoint = "last"
+) -> Training:
+    """Load a run whose own images are not to be had, or not wanted; noise of their shape stands in for them.
+
+    Args:
+        path: The run folder.
+        device: Where to run.
+        why: The reason, in words.
+        checkpoint: The newest good one, or the best on validation.
+
+    Raises:
+        InputError: there is no such run, or it does not say of what shape its images were.
+    """
+    about = Path(path) / "data.json"
+    if not about.exists():
+        return load_run(path, device=device, checkpoint=checkpoint)
+    held = json.loads(about.read_text())
+    size = held["image_size"]
+    noise = np.random.default_rng(0).integers(0, 256, (64, size, size, held["channels"]), dtype=np.uint8)
+    labels = np.arange(64) % len(held["classes"])
+    parts, classes, fit = (noise, labels, noise, labels), tuple(held["classes"]), held.get("fit", "stretch")
+    stand_in = ImageSet(held["name"], *parts, classes, fit=fit, stand_in=why or "not asked for")
+    return load_run(path, device=device, checkpoint=checkpoint, data=stand_in)

@@ -6,11 +6,10 @@ Shapes: P peers, V views, B batch, C classes.
 
 from __future__ import annotations
 
-import json
-import math
+import dataclasses
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,16 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.config import Config, MachineError
+from codistill.config import Config, InputError, MachineError
 from codistill.cost import forget_peak, peak_megabytes
-from codistill.data import DeviceLoader
-from codistill.errors import ElsewhereError
+from codistill.data import ImageSet, Loader
+from codistill.errors import ElsewhereError, UnreadableError
 from codistill.failures import is_out_of_memory
 from codistill.losses import wide_dtype
 from codistill.mesh import Mesh, after_restart, join_mesh
 from codistill.methods import Method
-from codistill.outcome import MOST_CLASSES_IN_DETAIL, collect, cost, details, outcome
-from codistill.peers import Peers, eval_mode
+from codistill.outcome import MOST_CLASSES_IN_DETAIL, collect, cost, details, holdout_outputs, outcome
+from codistill.peers import Peers
 from codistill.reporting import Reporter, describe
 from codistill.run import RunFolder, SilentFolder, write_json
 from codistill.setup import (
@@ -37,7 +36,6 @@ from codistill.setup import (
     deployed_figures,
     deployed_network,
     load_run,
-    part_loader,
     pick_device,
     setup,
     test_loader,
@@ -45,7 +43,7 @@ from codistill.setup import (
 from codistill.signals import Stopped, caught_signals
 from codistill.step import of_samples, outputs_of, train_step
 from codistill.trackers import Tracker
-from codistill.tuning import set_rate
+from codistill.tuning import lr_at, set_rate
 
 
 @dataclass
@@ -68,17 +66,6 @@ class Result:
         return deployed_network(self.training if self.training.mesh is None else load_run(self.folder))
 
 
-def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
-    """Return the learning rate of a step of an epoch (both counted from 0): warm-up, then steps or half a cosine."""
-    full = config.lr if config.lr_base_batch is None else config.lr * config.batch_size / config.lr_base_batch
-    done = epoch + step / steps
-    if done < config.warmup_epochs:
-        return full * (done + 1 / steps) / (config.warmup_epochs + 1 / steps)
-    if config.schedule == "cosine":
-        return full * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
-    return full * 0.1 ** sum(epoch >= m for m in config.milestones or ())
-
-
 def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> None:
     """Train from where `t` stands to the last epoch; checkpoints and metrics go to `folder`.
 
@@ -92,8 +79,9 @@ def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) ->
         while t.epoch < t.config.epochs:
             if t.step == 0:
                 t.sums = _zero_sums(t)
-            _run_epoch(t, folder, reporter, caught)
-            line = _close_epoch(t, curve)
+            with _kept(t, folder):
+                _run_epoch(t, folder, reporter, caught)
+                line = _close_epoch(t, curve)
             better = t.best_validation is not None and t.best_validation["epoch"] == t.epoch
             folder.log(line)
             tracker.log(line)
@@ -120,6 +108,21 @@ def _save(t: Training, folder: RunFolder, due: bool = True, best: bool = False) 
     state = t.state() or {}
     write = lambda: (folder.save_best(state) if best else None, folder.save(state) if due else None)  # noqa: E731
     _call(write) if t.mesh is None else t.mesh.on_first(write)
+
+
+@contextmanager
+def _kept(t: Training, folder: RunFolder) -> Iterator[None]:
+    """Where an image file cannot be read, write a checkpoint of the steps before it (on a mesh only one rank knows)."""
+    try:
+        yield
+    except UnreadableError as error:
+        if t.mesh is None:
+            _look(t, folder)
+            _save(t, folder)
+        raise InputError(
+            f"{str(error).removesuffix('; mend or remove it')}; mend it, or let others stand in for such files with "
+            f"--skip-corrupt, and go on from {folder.checkpoint_path} with --resume auto"
+        ) from None
 
 
 def _run_epoch(t: Training, folder: RunFolder, reporter: Reporter, caught: list[str]) -> None:
@@ -181,12 +184,12 @@ def _zero_sums(t: Training) -> dict[str, Tensor]:
     return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
 
 
-def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
+def _close_epoch(t: Training, curve: Loader | None) -> dict[str, Any]:
     """Return the epoch's line: schedule, training figures, and the curve's set where it is due."""
     if t.mesh is not None:
         t.mesh.align([t.peers, *([t.ema] if t.ema else [])], t.method)
     if "holdout" in t.method.needs:
-        t.method.after_epoch(*_holdout_outputs(t))
+        t.method.after_epoch(*holdout_outputs(t))
     sums = _sums(t)
     count = max(t.loader.num_samples - int(sums.pop("skipped", 0)), 1)
     line: dict[str, Any] = {
@@ -201,6 +204,8 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
     }
     if t.guard.limit:
         line["skipped_steps"] = int(t.guard.skipped)
+    if t.loader.skipped:
+        line["skipped_files"] = len(t.loader.skipped)
     inspected = {name: total for name, total in sums.items() if of_samples(name)}
     if inspected:  # means over the epoch's samples
         line["method"] = {name.rpartition("_")[0]: (total / count).tolist() for name, total in inspected.items()}
@@ -218,38 +223,28 @@ def _close_epoch(t: Training, curve: DeviceLoader | None) -> dict[str, Any]:
     return line
 
 
-@torch.inference_mode()
-def _holdout_outputs(t: Training) -> tuple[Tensor, Tensor]:
-    """Return every member's logits on the holdout, `P x N x C`, in evaluation mode, and the labels."""
-    loader = part_loader(t, t.splits.holdout)
-    with eval_mode(t.peers):
-        batches = [t.peers(views).logits_PBC for views, _ in loader.epoch()]
-    none = t.loader.scale_C.new_zeros(t.peers.num_peers, 0, t.peers.num_classes)
-    logits_PNC = torch.cat([none, *batches], 1)
-    if t.mesh is not None:
-        logits_PNC = t.mesh.all_samples(logits_PNC, len(t.splits.holdout))
-    return logits_PNC, torch.from_numpy(t.data.y_train[t.splits.holdout]).to(t.device)
-
-
-def validate(peers: Peers, method: Method, loader: DeviceLoader, mesh: Mesh | None = None) -> dict[str, Any]:
+def validate(peers: Peers, method: Method, loader: Loader, mesh: Mesh | None = None) -> dict[str, Any]:
     """Measure every member and the method's ensemble on a set; on a mesh, each rank on its part of it."""
     return collect(peers, method, loader, mesh).compute()
 
 
-def measure(t: Training, loader: DeviceLoader) -> dict[str, Any]:
+def measure(t: Training, loader: Loader) -> dict[str, Any]:
     """Return the figures of the `members`, of their mean teachers (`ema`, else None) and of the deployed `student`."""
     members = validate(t.peers, t.method, loader, t.mesh)
     ema = validate(t.ema.peers, t.method, loader, t.mesh) if t.ema is not None else None
     return {"members": members, "ema": ema, "student": deployed_figures(t, members, ema)}
 
 
-def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module | None = None) -> Result:
+def train(
+    config: Config, reporter: Reporter | None = None, teacher: nn.Module | None = None, data: ImageSet | None = None
+) -> Result:
     """Train one run in its folder and read the test set once, at the end.
 
     Args:
         config: What to train.
         reporter: Told of the progress; default silent.
         teacher: A trained network, for kd; default the one its config names.
+        data: Images from Python (`ImageSet.from_dataset`); default those that the config names.
 
     Returns:
         The peers as they ended, the deployed student, and the figures that result.json holds.
@@ -261,6 +256,7 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
 
     >>> result = train(Config("okddip", "resnet8", "digits", epochs=60))   # doctest: +SKIP
     """
+    config = config if data is None else dataclasses.replace(config, data=data.name)
     reporter, config = reporter or Reporter(), after_restart(config.resolved())
     mesh = join_mesh(config, pick_device(config.device))
     with ExitStack() as stack:
@@ -268,13 +264,15 @@ def train(config: Config, reporter: Reporter | None = None, teacher: nn.Module |
             folder = RunFolder(config)
             stack.enter_context(folder.held())
             state = folder.load()
-            t = setup(config, teacher, None if state is None else state.get("execution"), fresh=state is None)
+            execution, held = None if state is None else state.get("execution"), folder.read("data.json")
+            t = setup(config, teacher, execution, fresh=state is None, data=data, held=held)
             return _train(t, state, folder, reporter)
         stack.enter_context(mesh.watched())
         folder = mesh.on_first(lambda: RunFolder(config))
         mesh.on_first(lambda: stack.enter_context(folder.held()))
         state = mesh.on_first(folder.load)
-        t = mesh.together(lambda: setup(config, teacher, mesh=mesh, fresh=state is None))
+        held = mesh.on_first(lambda: folder.read("data.json"))
+        t = mesh.together(lambda: setup(config, teacher, mesh=mesh, fresh=state is None, data=data, held=held))
         if mesh.rank:
             folder, reporter = SilentFolder(config), Reporter()
         return _train(t, state, folder, reporter)
@@ -302,7 +300,7 @@ def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporte
         on_first(lambda: write_json(folder.path / "details.json", drawn))
         on_first(lambda: write_json(folder.path / "result.json", figures))  # last: it says that the run is complete
     tracker.close()
-    figures = on_first(lambda: _read_result(folder))
+    figures = on_first(lambda: folder.read("result.json"))
     reporter.end(figures)
     return Result(folder.path, figures, t)
 
@@ -321,10 +319,6 @@ def _no_memory(t: Training, folder: RunFolder, error: Exception) -> MachineError
 
 def _call(what: Callable[[], Any]) -> Any:
     return what()
-
-
-def _read_result(folder: RunFolder) -> dict[str, Any]:
-    return json.loads((folder.path / "result.json").read_text())
 
 
 def _finish(t: Training) -> tuple[dict[str, Any], dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""What an optimiser steps on: frozen parts, the heads' own rate, SGD or AdamW."""
+"""What an optimiser steps on, and how far: frozen parts, the schedule, the heads' own rate, SGD or AdamW."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -11,6 +12,17 @@ from codistill.config import Config
 from codistill.errors import InputError, suggest
 from codistill.peers import BranchPeers, Peers
 from codistill.sharing import Shared
+
+
+def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
+    """Return the learning rate of a step of an epoch (both counted from 0): warm-up, then steps or half a cosine."""
+    full = config.lr if config.lr_base_batch is None else config.lr * config.batch_size / config.lr_base_batch
+    done = epoch + step / steps
+    if done < config.warmup_epochs:
+        return full * (done + 1 / steps) / (config.warmup_epochs + 1 / steps)
+    if config.schedule == "cosine":
+        return full * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    return full * 0.1 ** sum(epoch >= m for m in config.milestones or ())
 
 
 def freeze(peers: Peers, paths: Iterable[str]) -> list[nn.Module]:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
+from torchvision.transforms.v2 import functional
 
 from codistill.errors import InputError
 
@@ -28,7 +29,7 @@ def open_upright(file: str | Path) -> tuple[Image.Image, bool]:
         with warnings.catch_warnings(), Image.open(file) as image:
             warnings.simplefilter("ignore")  # Pillow warns of odd EXIF data and large images; both are read
             image.load()
-            return _as_rgb(ImageOps.exif_transpose(image), file)
+            return as_rgb(ImageOps.exif_transpose(image), file)
     except InputError:
         raise
     except FileNotFoundError:
@@ -37,7 +38,12 @@ def open_upright(file: str | Path) -> tuple[Image.Image, bool]:
         raise InputError(f"{file} cannot be read as an image ({error}); mend or remove it") from None
 
 
-def _as_rgb(image: Image.Image, file: str | Path) -> tuple[Image.Image, bool]:
+def as_rgb(image: Image.Image, file: str | Path) -> tuple[Image.Image, bool]:
+    """Return an opened image as RGB and whether it was gray; `file` is what errors call it.
+
+    Raises:
+        InputError: its numbers have no known range.
+    """
     gray = image.mode in GRAY_MODES
     if image.mode.startswith("I"):
         values = np.asarray(image).astype(np.int64)
@@ -52,9 +58,31 @@ def _as_rgb(image: Image.Image, file: str | Path) -> tuple[Image.Image, bool]:
     return image.convert("RGB"), gray
 
 
-def read_pixels(file: str | Path, channels: int, size: int) -> np.ndarray:
-    """Return one file as `C x H x W`, uint8, resized to a square."""
+def fit_square(image: Image.Image, size: int, crop: bool) -> Image.Image:
+    """Return an image as a square: stretched, or its shorter side resized and the centre cut out.
+
+    An image that is such a square already is left alone.
+
+    Args:
+        image: Any image.
+        size: Side of the square, in pixels.
+        crop: Whether to cut: the square is then 7/8 of the shorter side (256 -> 224), as is usual on ImageNet.
+    """
+    if image.size == (size, size):
+        return image
+    if not crop:
+        return image.resize((size, size), Image.Resampling.BILINEAR)
+    shorter = round(size * 8 / 7)
+    return functional.center_crop(functional.resize(image, [shorter]), [size])  # pyrefly: ignore
+
+
+def as_channels(image: Image.Image, channels: int) -> np.ndarray:
+    """Return an RGB image as `H x W x C`, uint8, made gray (ITU-R 601) for one channel."""
+    pixels = np.asarray(image.convert("L") if channels == 1 else image)
+    return pixels.reshape(*pixels.shape[:2], channels)
+
+
+def read_pixels(file: str | Path, channels: int, size: int, crop: bool = False) -> np.ndarray:
+    """Return one file as `C x H x W`, uint8, as a square of `size` pixels (see `fit_square`)."""
     image, _ = open_upright(file)
-    if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
-    return np.asarray(image.convert("L") if channels == 1 else image).reshape(size, size, channels).transpose(2, 0, 1)
+    return as_channels(fit_square(image, size, crop), channels).transpose(2, 0, 1)

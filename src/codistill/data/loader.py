@@ -1,4 +1,4 @@
-"""Batches from uint8 images that live on the device; crop, flip, cutout and normalising are batched there.
+"""What loaders have in common, and batches from uint8 images that live on the device: all work on them is batched.
 
 Order and augmentation depend on (seed, epoch) alone: a run that is resumed in mid-epoch continues exactly.
 Shapes: N images, V views, B batch, C channels, H height, W width.
@@ -8,11 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from codistill.data.balance import balanced_order
 
 
 @dataclass(frozen=True)
@@ -20,15 +23,17 @@ class Augmentation:
     """What is drawn anew for every sample, view and epoch."""
 
     pad: int = 0
+    """Pixels of zero padding for random crops, of images in memory."""
     flip: bool = False
     cutout: int = 0
+    resized_crop: bool = False
+    """A part of the image at a random place, size and aspect ratio, of image files."""
 
 
-class DeviceLoader:
-    """Iterate over `(views_VBCHW, targets_B)`, normalised, in the dtype and memory format asked for.
+class Loader:
+    """What loaders have in common: they yield `(views_VBCHW, targets_B)`, normalised, in the dtype asked for.
 
     Args:
-        images: uint8 array `N x H x W x C`.
         labels: int64 array `N`.
         mean: Per-channel mean of pixels / 255.
         std: Per-channel deviation.
@@ -36,14 +41,17 @@ class DeviceLoader:
         augmentation: What to vary; `None` for evaluation, where the order is kept too.
         views: Views a sample, each with a draw of its own.
         seed: Seed of order and augmentation.
-        device: Where the images live.
+        balanced: Draw every class equally often in an epoch, which keeps its length.
+        device: Where the batches live.
         dtype: Of the batches.
         channels_last: Memory format of the batches.
     """
 
+    skipped: dict[str, str]
+    """Files that could not be read and were replaced, and why."""
+
     def __init__(
         self,
-        images: np.ndarray,
         labels: np.ndarray,
         mean: tuple[float, ...],
         std: tuple[float, ...],
@@ -52,14 +60,16 @@ class DeviceLoader:
         augmentation: Augmentation | None = None,
         views: int = 1,
         seed: int = 0,
+        balanced: bool = False,
         device: torch.device | str = "cpu",
         dtype: torch.dtype = torch.float32,
         channels_last: bool = True,
     ) -> None:
-        self.images_NHWC = torch.from_numpy(np.ascontiguousarray(images)).to(device)
         self.labels_N = torch.from_numpy(labels).to(device)
         self.batch_size, self.augmentation, self.views, self.seed = batch_size, augmentation, views, seed
         self.device, self.dtype, self.channels_last = torch.device(device), dtype, channels_last
+        self._balanced_labels = labels if balanced else None
+        self.skipped = {}
         self._share: tuple[int, int] | None = None
         self._own_views = slice(None)
         # (x / 255 - mean) / std as one multiplication and one addition.
@@ -92,18 +102,16 @@ class DeviceLoader:
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, from batch number `start` on."""
-        count = self.num_samples
-        if self.augmentation is None:
-            order_N, draws = None, {}
-        else:
-            order_N, draws = self._draw(epoch)
-        for first in range(start * self.batch_size, count, self.batch_size):
-            window = slice(first, min(first + self.batch_size, count))
-            own = self._own(window)
-            index = own if order_N is None else order_N[own]
-            labelled = index if own == window else window if order_N is None else order_N[window]
-            batch = {name: draw[self._own_views, own] for name, draw in draws.items()}
-            yield self._views(self.images_NHWC[index], batch), self.labels_N[labelled]
+        raise NotImplementedError
+
+    def first(self) -> Tensor:
+        """Return a batch of views to try things on; no draw of any epoch depends on it."""
+        raise NotImplementedError
+
+    def _windows(self, start: int) -> Iterator[slice]:
+        """Yield the places of every batch, from number `start` on."""
+        for first in range(start * self.batch_size, self.num_samples, self.batch_size):
+            yield slice(first, min(first + self.batch_size, self.num_samples))
 
     def _own(self, window: slice) -> slice:
         """Return the part of a batch that is this process's."""
@@ -114,6 +122,59 @@ class DeviceLoader:
         count = size // parts + (index < size % parts)
         return slice(first, first + count) if count else slice(window.start, window.start + 1)
 
+    def _generator(self, epoch: int) -> torch.Generator:
+        # On the CPU whatever the device, so that every machine sees the same samples.
+        return torch.Generator().manual_seed((self.seed * 100_003 + epoch) % 2**63)
+
+    def _order(self, rng: torch.Generator) -> Tensor:
+        """Draw which sample stands at which place of an epoch."""
+        if self._balanced_labels is None:
+            return torch.randperm(self.num_samples, generator=rng)
+        return balanced_order(self._balanced_labels, rng)
+
+    def _normalised(self, pixels_VBHWC: Tensor, cuts: dict[str, Tensor]) -> Tensor:
+        """Return `V x B x C x H x W` from raw pixels, with a square cut out around each centre in `cuts`."""
+        # A row at a time (channels alone are too short to vectorise), and in place: both cost less than half.
+        width = pixels_VBHWC.shape[-2]
+        x = pixels_VBHWC.flatten(-2).to(self.dtype)
+        torch.addcmul(self.shift_C.repeat(width), x, self.scale_C.repeat(width), out=x)
+        x = x.unflatten(-1, (width, -1))
+        if "cut_y" in cuts and self.augmentation is not None:
+            x = x * _outside_square(cuts["cut_y"], cuts["cut_x"], self.augmentation.cutout, x.shape[2]).to(x.dtype)
+        x = x.movedim(-1, 2)
+        return x if self.channels_last else x.contiguous()
+
+
+class DeviceLoader(Loader):
+    """Batches of images that live on the device.
+
+    Args:
+        images: uint8 array `N x H x W x C`.
+        labels: int64 array `N`.
+        mean: Per-channel mean of pixels / 255.
+        std: Per-channel deviation.
+        options: Those of `Loader`.
+    """
+
+    def __init__(
+        self, images: np.ndarray, labels: np.ndarray, mean: tuple[float, ...], std: tuple[float, ...], **options: Any
+    ) -> None:
+        super().__init__(labels, mean, std, **options)
+        self.images_NHWC = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+
+    def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield the batches of an epoch, from batch number `start` on."""
+        if self.augmentation is None:
+            order_N, draws = None, {}
+        else:
+            order_N, draws = self._draw(epoch)
+        for window in self._windows(start):
+            own = self._own(window)
+            index = own if order_N is None else order_N[own]
+            labelled = index if own == window else window if order_N is None else order_N[window]
+            batch = {name: draw[self._own_views, own] for name, draw in draws.items()}
+            yield self._views(self.images_NHWC[index], batch), self.labels_N[labelled]
+
     def first(self) -> Tensor:
         """Return a batch of views to try things on; no draw of any epoch depends on it."""
         return next(self.epoch())[0]
@@ -122,9 +183,8 @@ class DeviceLoader:
         """Draw the epoch's order and, for every view and place in it, its crop, flip and cutout."""
         assert self.augmentation is not None
         size, spread = self.images_NHWC.shape[1], 2 * self.augmentation.pad + 1
-        # On the CPU whatever the device, so that every machine sees the same samples.
-        rng = torch.Generator().manual_seed((self.seed * 100_003 + epoch) % 2**63)
-        order = torch.randperm(self.num_samples, generator=rng)
+        rng = self._generator(epoch)
+        order = self._order(rng)
         count, draws = self.num_samples, []
         for _ in range(self.views):  # view 0 is drawn first, and so does not depend on the number of views
             view = {}
@@ -143,14 +203,8 @@ class DeviceLoader:
     def _views(self, pixels_BHWC: Tensor, draws: dict[str, Tensor]) -> Tensor:
         """Return `V x B x C x H x W`, from raw pixels and the batch's draws (`V x B` each)."""
         if draws and self.augmentation is not None:
-            pixels_VBHWC = augment(pixels_BHWC, draws, self.augmentation)
-        else:
-            pixels_VBHWC = pixels_BHWC.unsqueeze(0)
-        x = torch.addcmul(self.shift_C, pixels_VBHWC.to(self.dtype), self.scale_C)
-        if "cut_y" in draws and self.augmentation is not None:
-            x = x * _outside_square(draws["cut_y"], draws["cut_x"], self.augmentation.cutout, x.shape[2]).to(x.dtype)
-        x = x.movedim(-1, 2)
-        return x if self.channels_last else x.contiguous()
+            return self._normalised(augment(pixels_BHWC, draws, self.augmentation), draws)
+        return self._normalised(pixels_BHWC.unsqueeze(0), {})
 
 
 def augment(pixels_BHWC: Tensor, draws: dict[str, Tensor], augmentation: Augmentation) -> Tensor:

@@ -13,7 +13,7 @@ import numpy as np
 
 from codistill.config import InputError, suggest
 from codistill.data.folder import load_folder
-from codistill.data.image_set import ImageSet
+from codistill.data.image_set import GIVEN, ImageSet
 from codistill.untrusted import check_arrays
 
 SETS = {
@@ -22,34 +22,49 @@ SETS = {
     "cifar10": "50,000 + 10,000 photographs, 32 x 32 RGB, 10 classes; downloaded on first use",
     "cifar100": "50,000 + 10,000 photographs, 32 x 32 RGB, 100 classes; downloaded on first use",
     "npz:PATH": "your arrays: x_train, y_train, x_test, y_test; uint8 images N x H x W (x C)",
-    "folder:PATH": "your images: one folder a class, in PATH/train and PATH/test, or in PATH (then split 80/20)",
+    "folder:PATH": "your images: one folder a class, in PATH/train, val and test, or in PATH (then split 80/20)",
 }
 
 MOST_CLASSES = 1_000_000
 
 
-def load_set(name: str, data_dir: str | None = None, image_size: int | None = None) -> ImageSet:
+def load_set(
+    name: str,
+    data_dir: str | None = None,
+    image_size: int | None = None,
+    pipeline: str = "auto",
+    skip_corrupt: bool = False,
+) -> ImageSet:
     """Load a set by name.
 
     Args:
         name: digits, fashion-mnist, cifar10, cifar100, npz:PATH or folder:PATH.
         data_dir: Where torchvision keeps or downloads it, or a folder that holds `cifar100.npz` (default ./data).
         image_size: Height and width for the images of a folder.
+        pipeline: How a folder is read (see `load_folder`).
+        skip_corrupt: Whether a folder's files that cannot be read are left out.
 
     Raises:
         InputError: the set is unknown, missing, unreadable, or not fit to train on.
     """
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
-        return _check(load_folder(Path(path), image_size))
+        return check_set(load_folder(Path(path), image_size, pipeline, skip_corrupt))
+    if kind == GIVEN:
+        raise InputError(
+            f"--data {name}: these images were given from Python and lie nowhere; give them there again, as in "
+            "codistill.train(config, data=...) or codistill.load_run(run, data=...)"
+        )
     if image_size is not None:
         raise InputError(f"--image-size resizes the images of a folder; --data {name} has its own size, so drop it")
+    if pipeline == "files":
+        raise InputError(f"--data-pipeline files reads the images of a folder; --data {name} is in memory, so drop it")
     if kind == "npz" and path:
-        return _check(_load_npz(name, Path(path)))
+        return check_set(_load_npz(name, Path(path)))
     if name not in SETS or kind != name:
         raise InputError(f'--data: unknown set "{name}"{suggest(name, SETS)}')
     loader = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar, "cifar100": _cifar}[name]
-    return _check(loader(name, Path(data_dir or "data")))
+    return check_set(loader(name, Path(data_dir or "data")))
 
 
 def _digits(name: str, _data_dir: Path) -> ImageSet:
@@ -161,8 +176,8 @@ def _labels(y: np.ndarray, key: str, path: Path) -> np.ndarray:
     return y.astype(np.int64)
 
 
-def _check(data: ImageSet) -> ImageSet:
-    """Raise where a set cannot be trained on."""
+def check_set(data: ImageSet) -> ImageSet:
+    """Return the set, or raise where it cannot be trained on."""
     flag = f"--data {data.name}"
     mend = "; give --image-size" if data.name.startswith("folder:") else ""
     for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):

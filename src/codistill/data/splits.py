@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from codistill.config import InputError
+from codistill.data.balance import balanced_part
 from codistill.data.image_set import ImageSet
 
 SPLIT_SEED = 20_200  # one for all runs, so that every seed and method trains and is judged on the same images
@@ -28,29 +29,21 @@ class Splits:
         return " / ".join([*parts, f"{len(data.y_test):,} test"])
 
 
-def balanced_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return a mask of about `fraction` of every class; each class keeps at least one sample on either side."""
-    rng = np.random.default_rng(seed)
-    mask = np.zeros(len(labels), dtype=bool)
-    for label in np.unique(labels):
-        members = np.flatnonzero(labels == label)
-        count = min(max(round(len(members) * fraction), 1), len(members) - 1)
-        mask[rng.permutation(members)[: max(count, 0)]] = True
-    return mask
-
-
 def make_splits(
     data: ImageSet, val_fraction: float, holdout_fraction: float = 0.0, train_per_class: int | None = None
 ) -> Splits:
     """Split the training part; see `Config.val_fraction` and `Config.train_per_class`.
+
+    A set's own validation part is taken as it is, or, where `val_fraction` is 0, left aside.
 
     Raises:
         InputError: a class has too few images for what is asked.
     """
     labels = data.y_train
     everything = np.arange(len(labels))
-    val = balanced_part(labels, val_fraction, SPLIT_SEED) if val_fraction > 0 else np.zeros(len(labels), dtype=bool)
-    train = everything[~val]
+    own = everything >= len(labels) - data.own_val
+    val = own if data.own_val or not val_fraction else balanced_part(labels, val_fraction, SPLIT_SEED)
+    train, val = everything[~val], everything[val & (val_fraction > 0)]  # its own, where the set has one
     if train_per_class is not None:
         rng = np.random.default_rng(SPLIT_SEED + 2)
         counts = np.bincount(labels[train], minlength=len(data.classes))
@@ -63,4 +56,4 @@ def make_splits(
     held = np.zeros(len(train), dtype=bool)
     if holdout_fraction > 0:
         held = balanced_part(labels[train], holdout_fraction, SPLIT_SEED + 1)
-    return Splits(train[~held], everything[val], train[held])
+    return Splits(train[~held], val, train[held])

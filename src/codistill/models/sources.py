@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
@@ -104,6 +105,25 @@ def takes_colour_alone(name: str, pretrained: bool) -> bool:
     """Say whether a network takes 3 channels only, so that gray images are repeated into them."""
     kind = name.partition(":")[0] if ":" in name else ""
     return kind == "torchvision" or (kind == "hf" and pretrained)
+
+
+def pretrained_statistics(names: Iterable[str]) -> dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None]:
+    """Return, for each network, mean and deviation of the images that its weights were trained on; None: unknown."""
+    found: dict[str, tuple[tuple[float, ...], tuple[float, ...]] | None] = {}
+    for name in names:
+        source = parse_source(name, pretrained=True)
+        about: Any = None
+        if source is not None and source.kind == "timm" and not source.path.startswith("local-dir:"):
+            about = _library(source, "timm").get_pretrained_cfg(source.path)
+        elif source is not None and source.kind == "torchvision":
+            from torchvision import models
+
+            known = source.path in models.list_models(module=models)
+            about = models.get_model_weights(source.path).DEFAULT.transforms() if known else None  # pyrefly: ignore
+        elif source is not None and source.kind == "hf":
+            about = _hf_preprocessing(source)
+        found[name] = None if about is None else (tuple(about.mean), tuple(about.std))
+    return found
 
 
 def _near(name: str, known: Iterable[str]) -> str:
@@ -206,6 +226,18 @@ def _hf(source: Source, num_classes: int, in_channels: int, image_size: int | No
         if hasattr(about, "image_size") and image_size is not None:
             about.image_size = image_size
         return LogitsOnly(classifier.from_config(about))
+
+
+def _hf_preprocessing(source: Source) -> Any:
+    """Return what the folder or the Hub says of the images; None where nothing is said."""
+    transformers = _library(source, "transformers")
+    try:
+        found, _ = transformers.image_processing_utils.ImageProcessingMixin.get_image_processor_dict(source.path)
+    except OSError:  # there is no such file, or no network
+        return None
+    if "image_mean" not in found or "image_std" not in found:
+        return None
+    return SimpleNamespace(mean=found["image_mean"], std=found["image_std"])
 
 
 @contextmanager

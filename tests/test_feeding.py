@@ -1,0 +1,283 @@
+"""What a run is fed with: balanced epochs, statistics, images from Python, and other sets to be judged on."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch.utils.data import Dataset
+
+import codistill as cd
+from codistill.cli import main
+from codistill.config import Config, InputError
+from codistill.data import DeviceLoader, ImageSet, load_set
+from codistill.data.balance import balanced_order
+from codistill.data.loader import Augmentation
+from codistill.data.normalising import IMAGENET, normalised
+from codistill.models.sources import pretrained_statistics
+from codistill.predict import load_predictor
+from codistill.setup import load_run
+from codistill.setup import setup as build
+from codistill.train import train
+from test_files import write_images
+
+
+def train_on(folder, out, *more):
+    """Train two small peers on a folder, through the command line."""
+    options = {"--data": f"folder:{folder}", "--image-size": 16, "--model": "resnet8", "--peers": 2, "--epochs": 1,
+               "--batch-size": 7, "--device": "cpu", "--data-workers": 0, "--out": out}  # fmt: skip
+    words = [str(word) for pair in options.items() for word in pair if pair[0] not in more]
+    return main(["train", "dml", *words, *more])
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Balanced sampling
+
+
+@pytest.mark.parametrize("counts", [[50, 3, 10], [7, 7], [1, 40, 2, 2]])
+def test_a_balanced_epoch_shows_classes_equally_often_and_repeats_late(counts):
+    labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
+    order = balanced_order(labels, torch.Generator().manual_seed(1))
+    assert len(order) == len(labels)
+    shown = np.bincount(labels[order])
+    assert shown.max() - shown.min() <= 1
+    times = np.bincount(order, minlength=len(labels))
+    for label in range(len(counts)):
+        own = times[labels == label]
+        assert own.max() - own.min() <= 1  # nobody comes again before all have come
+    assert not torch.equal(order, balanced_order(labels, torch.Generator().manual_seed(2)))
+
+
+def test_balanced_loaders_depend_on_seed_and_epoch_and_vary_repeated_images():
+    images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
+    labels = np.array([0] * 36 + [1] * 4)
+    make = lambda: DeviceLoader(  # noqa: E731
+        images, labels, (0.0,), (1.0,), batch_size=10, augmentation=Augmentation(pad=2), balanced=True, seed=5
+    )
+    first, again = list(make().epoch(3)), list(make().epoch(3, start=2))
+    assert torch.equal(first[2][0], again[0][0])
+    assert torch.cat([y for _, y in first]).bincount().tolist() == [20, 20]
+    rare = torch.cat([x[0] for x, _ in first])[torch.cat([y for _, y in first]) == 1]
+    assert len(rare.flatten(1).unique(dim=0)) > 4  # four images, twenty draws
+
+
+def test_unequal_classes_are_told_and_balanced_in_both_pipelines(tmp_path, capsys):
+    write_images(tmp_path / "images", per_class=12, classes=("a", "b"))
+    for n in range(3, 12):
+        (tmp_path / "images" / "train" / "b" / f"{n}.png").unlink()
+    folder = tmp_path / "images"
+    assert train_on(folder, tmp_path / "plain", "--val-fraction", "0") == 0
+    assert "12 training images of a, 3 of b; --balanced-sampling draws" in " ".join(capsys.readouterr().err.split())
+    for pipeline in ("resident", "files"):
+        more = ["--val-fraction", "0", "--balanced-sampling", "--data-pipeline", pipeline]
+        assert train_on(folder, tmp_path / pipeline, *more) == 0
+        assert "every class is drawn equally often, though classes are unequal" in " ".join(
+            capsys.readouterr().err.split()
+        )
+        t = build(Config.from_file(tmp_path / pipeline).resolved())
+        counts = torch.cat([y for _, y in t.loader.epoch(0)]).bincount()
+        assert sorted(counts.tolist()) == [7, 8]
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Statistics
+
+
+def test_statistics_are_given_imagenets_the_sets_own_or_a_pretrained_networks():
+    digits = load_set("digits")
+    colour = digits.with_channels(3)
+    assert normalised(digits, None, {}) is digits
+    assert normalised(digits, "dataset", {"x": IMAGENET}).mean == digits.mean
+    given = normalised(colour, "0.1,0.2,0.3,0.4,0.5,0.6", {})
+    assert (given.mean, given.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
+    assert normalised(colour, "0.1,0.4", {}).mean == (0.1, 0.1, 0.1)
+    assert normalised(colour, "imagenet", {}).mean == IMAGENET[0]
+    assert normalised(digits, "imagenet", {}).mean == (round(sum(IMAGENET[0]) / 3, 4),)
+    known = pretrained_statistics(["timm:resnet10t", "torchvision:resnet18", "timm:vit_tiny_patch16_224"])
+    assert known["timm:resnet10t"] == IMAGENET
+    assert known["torchvision:resnet18"] == IMAGENET
+    assert known["timm:vit_tiny_patch16_224"] == ((0.5,) * 3, (0.5,) * 3)
+    assert normalised(colour, None, {"a": known["timm:vit_tiny_patch16_224"], "b": None}).std == (0.5,) * 3
+    with pytest.raises(InputError, match=r"normalised in different ways.*--normalise"):
+        normalised(colour, None, known)
+    assert normalised(colour, None, known, held={"mean": [0.7] * 3, "std": [0.8] * 3}).mean == (0.7,) * 3
+
+
+def test_a_runs_statistics_are_kept_and_used_by_all(tmp_path, capsys):
+    folder = write_images(tmp_path / "images")
+    run = tmp_path / "run"
+    assert train_on(folder, run, "--normalise", "0.25,0.5,0.75,0.1,0.2,0.4") == 0
+    about = json.loads((run / "data.json").read_text())
+    assert (about["mean"], about["std"]) == ([0.25, 0.5, 0.75], [0.1, 0.2, 0.4])
+    t = load_run(run, device="cpu")
+    assert torch.allclose(t.loader.scale_C, 1 / (255 * torch.tensor([0.1, 0.2, 0.4])))
+    assert load_predictor(run, "cpu").about["mean"] == [0.25, 0.5, 0.75]
+    assert main(["export", str(run)]) == 0
+    from safetensors import safe_open
+
+    with safe_open(run / "student.safetensors", "pt") as archive:
+        metadata = {key: json.loads(value) for key, value in archive.metadata().items()}
+    assert (metadata["mean"], metadata["fit"]) == ([0.25, 0.5, 0.75], "stretch")
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Images from Python
+
+
+class Squares(Dataset):
+    """A data set that ends by its length alone, and that has names for its classes."""
+
+    classes = ("dark", "light")
+
+    def __init__(self, count, kind):
+        self.count, self.kind = count, kind
+
+    def __len__(self):
+        return self.count
+
+    def __getitem__(self, index):
+        pixels = np.full((8, 8, 3), 40 + 150 * (index % 2) + index, dtype=np.uint8)
+        pixels[0, 0] = (1, 2, 3)
+        made = {
+            "array": lambda: pixels,
+            "pil": lambda: Image.fromarray(pixels),
+            "tensor": lambda: torch.from_numpy(pixels).permute(2, 0, 1),
+            "float": lambda: torch.from_numpy(pixels).permute(2, 0, 1) / 255,
+        }[self.kind]()
+        return made, torch.tensor(index % 2) if self.kind == "tensor" else index % 2
+
+
+def test_pairs_of_every_kind_give_the_same_set():
+    sets = [ImageSet.from_dataset(Squares(20, kind), Squares(4, kind)) for kind in ("array", "pil", "tensor", "float")]
+    stream = (Squares(20, "pil")[n] for n in range(20))
+    sets.append(ImageSet.from_dataset(stream, Squares(4, "array"), classes=("dark", "light")))
+    for data in sets:
+        assert data.classes == ("dark", "light")
+        assert data.x_train.tolist() == sets[0].x_train.tolist()
+        assert data.y_train.tolist() == [0, 1] * 10
+        assert data.checksum() == sets[0].checksum()
+    split = ImageSet.from_dataset(Squares(20, "array"))
+    assert (len(split.y_train), len(split.y_test)) == (16, 4)
+    assert ImageSet.from_dataset(Squares(4, "pil"), image_size=16).image_size == 16
+
+
+PIXELS = np.zeros((8, 8, 3), dtype=np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("pairs", "sentence"),
+    [
+        ([(PIXELS, 0), "cat"], "item 1 of the training data is a str, not a pair"),
+        ([("cat.jpg", 0)], "item 0 .*its image is a str"),
+        ([(PIXELS, 0), (PIXELS, 1.5)], "item 1 .*its label is 1.5"),
+        ([(PIXELS, -1)], "item 0 .*labels count from 0"),
+        ([(PIXELS, 0), (PIXELS, 2)], "a label is 2, but there are 2 classes"),
+        ([(PIXELS, 0), (np.zeros((8, 9, 3), dtype=np.uint8), 1)], "item 1 .* is 9 x 8, others are 8 x 8"),
+        ([(PIXELS.astype(np.float32) - 1, 0)], "leave normalising to codistill"),
+        ([(PIXELS.astype(np.int32), 0)], "its image is of int32"),
+        ([(np.zeros((8, 8, 4), dtype=np.uint8), 0)], r"has the shape \(8, 8, 4\)"),
+        ([], "hold no items"),
+        (3, "are a int; give a Dataset"),
+    ],
+)
+def test_bad_items_are_named(pairs, sentence):
+    with pytest.raises(InputError, match=sentence):
+        ImageSet.from_dataset(pairs, classes=("a", "b"))
+
+
+def test_a_run_on_images_from_python_is_resumed_and_judged_there(tmp_path, capsys):
+    data = cd.ImageSet.from_dataset(Squares(40, "array"), Squares(10, "array"))
+    config = cd.Config("dml", "resnet8", peers=2, epochs=1, batch_size=8, device="cpu", out=str(tmp_path / "run"))
+    result = train(config, data=data)
+    assert result.training.config.data == "python:given"
+    assert cd.load_run(tmp_path / "run", data=data).data.classes == ("dark", "light")
+    again = Config(**{**vars(config), "resume": "auto"})
+    assert train(again, data=data).figures == result.figures
+    other = cd.ImageSet.from_dataset(Squares(40, "array"), Squares(12, "array"))
+    with pytest.raises(InputError, match="is not what it was when the run began"):
+        train(again, data=other)
+    one = cd.ImageSet.from_dataset([(PIXELS, 0)] * 9, classes=("a", "b"))
+    with pytest.raises(InputError, match="one class only"):
+        train(Config(**{**vars(config), "out": str(tmp_path / "one")}), data=one)
+    run = str(tmp_path / "run")
+    assert main(["evaluate", run]) == 2
+    assert "were given from Python" in capsys.readouterr().err
+    for n in range(2):
+        (tmp_path / "other" / Squares.classes[n]).mkdir(parents=True)
+        Image.fromarray(Squares(2, "array")[n][0]).save(tmp_path / "other" / Squares.classes[n] / "1.png")
+    assert main(["evaluate", run, "--data", f"folder:{tmp_path / 'other'}"]) == 0
+    assert main(["predict", run, str(tmp_path / "other")]) == 0
+    assert main(["export", run]) == 0
+    assert "images of noise" in (tmp_path / "run" / "student.md").read_text()
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# Other sets
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    place = tmp_path_factory.mktemp("judged")
+    folder = write_images(place / "images", per_class=20)
+    assert train_on(folder, place / "run", "--epochs", "2", "--lr", "0.05") == 0
+    return place
+
+
+def judged(run, folder, capsys, *more):
+    capsys.readouterr()
+    code = main(["evaluate", str(run / "run"), "--data", f"folder:{folder}", "--json", *more])
+    said = capsys.readouterr()
+    return code, (json.loads(said.out) if code == 0 else None), said.err
+
+
+def test_another_folder_is_judged_by_the_names_of_its_classes(run, tmp_path, capsys):
+    # Colours tell the classes: written in another order, of other sizes, without one of them, without parts.
+    write_images(tmp_path / "all", per_class=10, parts=("all",), seed=9)
+    code, whole, said = judged(run, tmp_path / "all" / "all", capsys, "--per-class")
+    assert (code, said) == (0, "")
+    assert whole["members"]["samples"] == 30
+    by_name = {row["class"]: row for row in whole["classes"]}
+    (tmp_path / "two").mkdir()
+    for name in ("cat", "bee"):
+        (tmp_path / "all" / "all" / name).rename(tmp_path / "two" / name)
+    code, two, said = judged(run, tmp_path / "two", capsys, "--per-class")
+    assert code == 0
+    assert "2 of the run's 3 classes occur" in said
+    assert two["members"]["samples"] == 20
+    rows = {row["class"]: row for row in two["classes"]}
+    for name in ("cat", "bee"):
+        assert rows[name]["recall"] == by_name[name]["recall"]
+    assert rows["ant"]["images"] == 0
+    (tmp_path / "two" / "bee").rename(tmp_path / "two" / "wasp")
+    code, _, said = judged(run, tmp_path / "two", capsys)
+    assert code == 2
+    assert "the run does not know wasp; name the folders as its classes are named (ant, bee, cat)" in said
+
+
+def test_another_folder_of_the_same_images_gives_the_same_figures_even_where_the_runs_own_is_gone(run, capsys):
+    images = run / "images"
+    assert main(["evaluate", str(run / "run"), "--json"]) == 0
+    own = json.loads(capsys.readouterr().out)
+    images.rename(run / "elsewhere")
+    try:
+        code, other, _ = judged(run, run / "elsewhere", capsys)
+        assert main(["evaluate", str(run / "run")]) == 2
+        assert "there is no such folder" in capsys.readouterr().err
+    finally:
+        (run / "elsewhere").rename(images)
+    assert code == 0
+    assert other["student"]["top1"] == own["student"]["top1"]
+    assert abs(other["student"]["nll"] - own["student"]["nll"]) < 1e-6
+
+
+def test_arrays_are_matched_by_number_and_must_have_the_size(run, tmp_path, capsys):
+    labels = np.arange(12) % 3
+    for size in (16, 12):
+        images = np.zeros((12, size, size, 3), dtype=np.uint8)
+        np.savez(tmp_path / f"{size}.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
+    capsys.readouterr()
+    assert main(["evaluate", str(run / "run"), "--data", f"npz:{tmp_path / '16.npz'}"]) == 0
+    assert "matched by their numbers" in capsys.readouterr().err
+    assert main(["evaluate", str(run / "run"), "--data", f"npz:{tmp_path / '12.npz'}"]) == 2
+    assert "its images are 12 x 12 x 3, and the run takes 16 x 16 x 3" in capsys.readouterr().err
