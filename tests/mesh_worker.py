@@ -52,6 +52,14 @@ CASES = {
     "kdcl, linear a batch": ("kdcl", {"target": "linear", "granularity": "batch"}, "networks"),
     "kdcl, general": ("kdcl", {"target": "general", "holdout_fraction": 0.1}, "networks"),
     "kdcl, branches": ("kdcl", {}, "branches"),
+    "okddip, smoothed labels": ("okddip", {}, "networks"),
+    "cl_ilr, two parts, mixed": ("cl_ilr", {}, "networks"),
+    "okddip, two parts": ("okddip", {}, "networks"),
+}
+MORE = {
+    "okddip, smoothed labels": {"label_smoothing": 0.1},
+    "cl_ilr, two parts, mixed": {"accumulate": 2, "mixup": 0.3},
+    "okddip, two parts": {"accumulate": 2},
 }
 
 
@@ -60,6 +68,7 @@ def config(case: str, **more) -> Config:
     name, options, topology = CASES[case]
     method = dataclasses.replace(method_config(name), **options)
     values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 19, "epochs": 5, "lr": 0.02}
+    values |= MORE.get(case, {})
     return Config(method=method, topology=topology, dtype="float64", **values | more).resolved()
 
 

@@ -35,7 +35,10 @@ QUICK = [
     (2, "pcl", False, ["data=1,peer=2"]),
     (2, "kdcl, general", False, ["data=1,peer=2"]),
     (2, "kd", False, ["data=1,peer=2"]),
+    (2, "cl_ilr, two parts, mixed", False, ["data=1,peer=2"]),
     (2, "dml, okddip_code", False, ["data=2,peer=1"]),
+    (2, "okddip, smoothed labels", False, ["data=2,peer=1"]),
+    (2, "okddip, two parts", False, ["data=2,peer=1"]),
     (2, "one, okddip_code, branches", False, ["data=2,peer=1"]),
     (2, "pcl, branches", True, ["data=2,peer=1"]),
     (2, "kdcl, linear a batch", False, ["data=2,peer=1"]),
@@ -94,15 +97,19 @@ def test_a_mesh_trains_what_one_process_trains(number, found):
     data = mesh_shape(meshes[0])[0]
     ours = torch.load(found / f"{number}.pt", weights_only=False)
     theirs = reference(case, 1 if sync else data, num_peers(case, meshes))
-    difference = largest_difference(ours["state"], theirs["state"])
+    # Statistics of a rank's parts are taken one after the other, and then the mean over ranks: no one process does.
+    recorded = data == 1 or "two parts" not in case
+    difference = largest_difference(ours["state"], theirs["state"], recorded)
     print(f"| {case} | {' -> '.join(meshes)}{' --sync-bn' if sync else ''} | {difference:.1e} |")
     assert difference <= 1e-9
-    assert ours["figures"]["samples"] == theirs["figures"]["samples"] == 797
-    assert ours["figures"]["top1"] == theirs["figures"]["top1"]
-    assert ours["figures"]["nll"] == pytest.approx(theirs["figures"]["nll"], abs=1e-9)
     for one, other in zip(ours["lines"], theirs["lines"], strict=True):
         assert one["top1"] == other["top1"]
         assert one["loss"] == pytest.approx(other["loss"], abs=1e-9)
+    if not recorded:
+        return
+    assert ours["figures"]["samples"] == theirs["figures"]["samples"] == 797
+    assert ours["figures"]["top1"] == theirs["figures"]["top1"]
+    assert ours["figures"]["nll"] == pytest.approx(theirs["figures"]["nll"], abs=1e-9)
     if len(meshes) == 1 and data == 1:
         assert difference == 0.0  # not a digit differs: the same sums in the same order
 

@@ -97,6 +97,8 @@ class Config:
     """Passes over the training set."""
     batch_size: int = 128
     """Samples a step."""
+    accumulate: int = 1
+    """Parts in which a batch is run before its one step: less memory; BatchNorm normalises each part by itself."""
     lr: float = 0.1
     """Learning rate at the start."""
     lr_base_batch: int | None = None

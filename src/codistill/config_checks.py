@@ -19,7 +19,7 @@ def check_numbers(c: Config) -> None:
     """Raise for a number out of its range, naming the flag."""
     least_one = (
         *("epochs", "batch_size", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"),
-        "keep_checkpoints",
+        *("keep_checkpoints", "accumulate"),
     )
     rules = [(n, getattr(c, n) >= 1, "at least 1") for n in least_one]
     rules += [
@@ -167,5 +167,10 @@ def check_mesh(c: Config) -> None:
         )
     if data * peer > 1 and c.execution == "stacked":
         raise InputError("--execution stacked runs the peers as one network in one process; drop it, or --mesh")
-    if data > c.batch_size:
-        raise InputError(f"--mesh {c.mesh}: --batch-size {c.batch_size} leaves processes without samples; raise it")
+    if data * c.accumulate > c.batch_size:
+        flag, what = (
+            (f"--accumulate {c.accumulate}", "parts") if c.accumulate > 1 else (f"--mesh {c.mesh}", "processes")
+        )
+        raise InputError(f"{flag}: --batch-size {c.batch_size} leaves {what} without samples; raise it")
+    if c.accumulate > 1 and c.sync_bn and data > 1:
+        raise InputError("--sync-bn normalises by the whole batch, --accumulate never holds it; drop one of the two")

@@ -154,7 +154,7 @@ def setup(
     random.seed(config.seed)
     data, splits = load_images(config, data, held)
     if mesh is not None and (flag := tuning_flag(config)):
-        raise InputError(f"--{flag} works in one process so far; drop it, or train without --mesh")
+        raise InputError(f"--{flag} needs what no process of this mesh holds alone; drop it, or train without --mesh")
     peers, method = _peers_and_method(config, data, mesh, fresh)
     peers.to(device=device, dtype=DTYPES[config.dtype])
     if config.channels_last:
@@ -181,6 +181,9 @@ def setup(
         execution = choose_execution(config, peers, method, batch)
     if execution == "stacked":
         stack(peers, ema, batch)
+    if config.accumulate > 1 and (method.whole_batch or method.update == "alternating"):
+        why = "steps one member after the other" if method.update == "alternating" else "hears the whole batch at once"
+        raise InputError(f"--accumulate: {method.name} {why} as it is set up here; drop --accumulate")
     optimizers = make_optimizers(config, peers, method, method.update == "alternating")
     guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device, mesh, config.skip_nonfinite)
     return Training(

@@ -29,11 +29,7 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
     if t.method.update == "alternating":
         terms, hits_P = _alternate(t, views_VBCHW, targets_B, labels_B, weight)
     else:
-        outputs = outputs_of(t, views_VBCHW)
-        terms = t.method(outputs, targets_B, weight)
-        _backward(t, terms["loss"], t.optimizers[0])
-        _update(t, t.optimizers[0], terms)
-        hits_P = (outputs.logits_PBC.detach().argmax(-1) == labels_B).sum(-1)
+        terms, hits_P = _jointly(t, views_VBCHW, targets_B, labels_B, weight)
     t.guard.count()
     counted = t.guard.counted
     if t.ema is not None:
@@ -67,13 +63,15 @@ def outputs_of(t: Training, views_VBCHW: Tensor) -> PeerOutputs:
     return outputs
 
 
-def _backward(t: Training, loss: Tensor, optimizer: torch.optim.Optimizer) -> None:
-    """Find the gradients of what `optimizer` holds, and of nothing else; on a mesh, those of the whole batch."""
+def _backward(t: Training, loss: Tensor, optimizer: torch.optim.Optimizer, last: bool = True) -> None:
+    """Add up the gradients of what `optimizer` holds, and of nothing else; on a mesh, at `last`, those of all ranks."""
     wanted = [p for group in optimizer.param_groups for p in group["params"]]
     if t.mesh is None:
         loss.backward(inputs=wanted)
         return
     (loss * t.mesh.weight(t.method.whole_batch)).backward(inputs=wanted)
+    if not last:
+        return
     if t.method.whole_batch:  # every rank's loss is of the whole batch, so each has found the whole already
         for parameter in t.method.parameters():
             if parameter.grad is not None:
@@ -86,6 +84,37 @@ def _update(t: Training, optimizer: torch.optim.Optimizer | None, terms: dict[st
     if optimizer is not None:
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+
+
+def _jointly(
+    t: Training, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
+) -> tuple[dict[str, Tensor], Tensor]:
+    """Step all members at once on the gradients of the batch, which runs in as many parts as `--accumulate` says."""
+    parts, optimizer = min(t.config.accumulate, len(labels_B)), t.optimizers[0]
+    shares, heard, hits = [], [], []
+    batches = zip(views_VBCHW.tensor_split(parts, 1), targets_B.tensor_split(parts), labels_B.tensor_split(parts))
+    for number, (views, targets, labels) in enumerate(batches, 1):
+        outputs = outputs_of(t, views)
+        terms = t.method(outputs, targets, weight)
+        shares.append(len(labels) / len(labels_B))
+        _backward(t, terms["loss"] if parts == 1 else terms["loss"] * shares[-1], optimizer, number == parts)
+        heard.append({name: value.detach() for name, value in terms.items()})
+        hits.append((outputs.logits_PBC.detach().argmax(-1) == labels).sum(-1))
+    terms = heard[0] if parts == 1 else _of_parts(heard, shares)
+    _update(t, optimizer, terms)
+    return terms, hits[0] if parts == 1 else torch.stack(hits).sum(0)
+
+
+def _of_parts(heard: list[dict[str, Tensor]], shares: list[float]) -> dict[str, Tensor]:
+    """Return the terms of a batch from those of its parts: rows one after the other, means by their shares."""
+    whole = {}
+    for name, first in heard[0].items():
+        values = [terms[name] for terms in heard]
+        if of_samples(name):
+            whole[name] = torch.cat(values)
+        elif first.dim() < 2:  # a number, or one a peer
+            whole[name] = torch.stack([value * share for value, share in zip(values, shares)]).sum(0)
+    return whole
 
 
 def _alternate(
