@@ -3,15 +3,16 @@
 import os
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
-from torch.distributed.run import get_args_parser
+import torch
 
 from codistill.cli import main
 from helpers import read_json
-from test_mesh import torchrun
+from test_mesh import free_port, torchrun
 
 TRAIN = [
     *("-m", "codistill", "train", "okddip", "--model", "resnet8", "--data", "digits", "--train-per-class", "6"),
@@ -21,8 +22,6 @@ TRAIN = [
 
 
 def start(out: Path, *more: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
-    if "--shutdown-timeout" in get_args_parser().format_help():  # newer torchrun; else it kills after 30 seconds
-        options = (*options, "--shutdown-timeout=3")
     command = torchrun(2, *TRAIN, "--out", str(out), *more, options=options)
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
@@ -41,7 +40,7 @@ def worker(job: subprocess.Popen, rank: int) -> int:
 
 def wait_for_epochs(job: subprocess.Popen, out: Path, epochs: int) -> None:
     lines = out / "metrics.jsonl"
-    for _ in range(600):
+    for _ in range(1800):
         if lines.exists() and len(lines.read_text().splitlines()) >= epochs:
             return
         assert job.poll() is None, job.communicate()[1][-3000:]
@@ -58,6 +57,17 @@ def alone(tmp_path_factory):
     return out
 
 
+def two_machines(out: Path) -> list[subprocess.Popen]:
+    """Start a job of two agents with a process each, which meet on the loopback address."""
+    port = f"--master-port={free_port()}"
+    jobs = []
+    for node in range(2):
+        place = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}", "--master-addr=127.0.0.1", port]
+        command = [sys.executable, "-m", "torch.distributed.run", *place, *TRAIN, "--out", str(out)]
+        jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+    return jobs
+
+
 def same_result(one: Path, other: Path) -> None:
     ours, theirs = read_json(one / "result.json"), read_json(other / "result.json")
     for name in ("seconds", "cost"):  # what a process costs is its own; on a mesh it is not measured
@@ -71,7 +81,7 @@ def test_a_killed_rank_is_named_and_the_job_restarts_from_its_checkpoint(tmp_pat
     job = start(out, options=("--max-restarts=1",))
     wait_for_epochs(job, out, 2)
     os.kill(worker(job, 1), signal.SIGKILL)
-    _, said = job.communicate(timeout=60)
+    _, said = job.communicate(timeout=120)
     print(said)
     assert job.returncode == 0, said
     assert "rank 1 (" in said
@@ -86,7 +96,12 @@ def test_a_stopped_rank_ends_the_job_after_the_timeout_and_the_run_goes_on_in_on
     wait_for_epochs(job, out, 2)
     stopped, began = worker(job, 1), time.monotonic()
     os.kill(stopped, signal.SIGSTOP)
-    _, said = job.communicate(timeout=60)
+    assert job.stderr is not None
+    said = ""
+    while "no longer answers" not in said:
+        said += job.stderr.readline()
+    os.kill(stopped, signal.SIGKILL)  # torchrun would do so itself, after 30 seconds
+    said += job.communicate(timeout=120)[1]
     print(said)
     assert job.returncode == 1
     assert 10 <= time.monotonic() - began < 60
@@ -96,3 +111,30 @@ def test_a_stopped_rank_ends_the_job_after_the_timeout_and_the_run_goes_on_in_on
     words = TRAIN[2 : TRAIN.index("--mesh")]
     assert main([*words, "--out", str(out), "--resume", "auto"]) == 0
     same_result(out, alone)
+
+
+def test_a_signal_on_one_of_two_machines_ends_both_with_a_checkpoint(tmp_path, alone):
+    out = tmp_path / "run"
+    jobs = two_machines(out)
+    wait_for_epochs(jobs[0], out, 2)
+    os.kill(worker(jobs[1], 1), signal.SIGUSR1)
+    said = [job.communicate(timeout=120)[1] for job in jobs]
+    print(*said, sep="\n--\n")
+    assert [job.returncode for job in jobs] == [1, 1]  # torchrun's own, whatever its processes end with
+    assert "exitcode  : 75" in said[0]
+    assert "stopped by SIGUSR1" in said[0]
+    assert not (out / "result.json").exists()
+    words = TRAIN[2 : TRAIN.index("--mesh")]
+    assert main([*words, "--out", str(out), "--resume", "auto"]) == 0
+    same_result(out, alone)
+
+
+def test_a_loss_that_is_not_finite_ends_all_ranks_with_good_weights(tmp_path):
+    out = tmp_path / "run"
+    job = start(out, "--lr", "1e18")
+    _, said = job.communicate(timeout=120)
+    print(said)
+    assert job.returncode == 1
+    assert said.count("the loss stopped being finite at epoch 0") == 1
+    state = torch.load(out / "last.pt", weights_only=True)
+    assert all(value.isfinite().all() for value in state["peers"].values() if value.is_floating_point())

@@ -168,9 +168,9 @@ def check_mesh(c: Config) -> None:
     if data * peer > 1 and c.execution == "stacked":
         raise InputError("--execution stacked runs the peers as one network in one process; drop it, or --mesh")
     if data * c.accumulate > c.batch_size:
-        flag, what = (
-            (f"--accumulate {c.accumulate}", "parts") if c.accumulate > 1 else (f"--mesh {c.mesh}", "processes")
-        )
+        flag, what = f"--mesh {c.mesh}", "processes"
+        if c.accumulate > 1:
+            flag, what = f"--accumulate {c.accumulate}", "parts"
         raise InputError(f"{flag}: --batch-size {c.batch_size} leaves {what} without samples; raise it")
     if c.accumulate > 1 and c.sync_bn and data > 1:
         raise InputError("--sync-bn normalises by the whole batch, --accumulate never holds it; drop one of the two")
