@@ -201,8 +201,8 @@ real set-up under the methods named. Options after the name make a network small
 MATRIX = "## Every method\n"
 ABOUT_MATRIX = """{head}
 Two steps through the real set-up (`--matrix`; losses and gradients finite), on branches (B) and on whole networks (N);
-okddip with 3 members, the others with 2; one needs a trunk. The first small architecture of each of {tried} families took
-{minutes:.0f} minutes of CPU time in all (1 thread, AMD EPYC Milan).
+okddip with 3 members, the others with 2; one needs a trunk. The first small architecture of each of {tried} families
+took {minutes:.0f} minutes of CPU time in all (1 thread, AMD EPYC Milan).
 
 {table}
 """
