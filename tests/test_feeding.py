@@ -189,7 +189,7 @@ def test_bad_items_are_named(pairs, sentence):
 def test_a_run_on_images_from_python_is_resumed_and_judged_there(tmp_path, capsys):
     data = cd.ImageSet.from_dataset(Squares(40, "array"), Squares(10, "array"))
     config = cd.Config("dml", "resnet8", peers=2, epochs=1, batch_size=8, device="cpu", out=str(tmp_path / "run"))
-    result = train(config, data=data)
+    result = cd.train(config, data=data)  # the function, though the module of its name was imported before
     assert result.training.config.data == "python:given"
     assert cd.load_run(tmp_path / "run", data=data).data.classes == ("dark", "light")
     again = Config(**{**vars(config), "resume": "auto"})

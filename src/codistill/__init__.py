@@ -4,6 +4,7 @@ Names are imported when they are first used, so that `codistill --help` never wa
 """
 
 import importlib
+from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
@@ -45,6 +46,14 @@ __all__ = [
     "metrics",
     "train",
 ]
+
+
+class FunctionModule(ModuleType):
+    """A module that is called as its function of the same name: whoever imports it first, `codistill.train` trains."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Call the function."""
+        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
 
 
 def __getattr__(name: str) -> Any:

@@ -7,6 +7,7 @@ Shapes: P peers, V views, B batch, C classes.
 from __future__ import annotations
 
 import dataclasses
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -18,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from codistill import FunctionModule
 from codistill.config import Config, InputError, MachineError
 from codistill.cost import forget_peak, peak_megabytes
 from codistill.data import ImageSet, Loader
@@ -44,6 +46,8 @@ from codistill.signals import Stopped, caught_signals
 from codistill.step import of_samples, outputs_of, train_step
 from codistill.trackers import Tracker
 from codistill.tuning import lr_at, set_rate
+
+sys.modules[__name__].__class__ = FunctionModule
 
 
 @dataclass

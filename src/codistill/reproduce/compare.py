@@ -96,14 +96,15 @@ def compare(methods: list[str], config: CompareConfig) -> int:
 
 def describe(cells: list[Cell], config: CompareConfig, folder: Path) -> None:
     """Say what is going to be trained on what, and fail here where the data or a model cannot be had."""
-    from codistill.data import load_set, make_splits
+    from codistill.feeding import load_images
 
-    data = load_set(config.data, config.data_dir, config.image_size)
     resolved = [cell.run_config(folder, 0) for cell in cells]
-    splits = make_splits(data, resolved[0].val_fraction, 0.0, config.train_per_class)
+    data, splits = load_images(resolved[0], None, None)
     note = (
         f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; "
         f"augmentation: {data.describe_augmentation(config.augment, config.cutout)}; "
         f"{' + '.join(config.model)}, {config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
     )
-    err.print(note, style="dim")
+    for line in (note, *data.notes, data.imbalance(splits.train)):
+        if line:
+            err.print(line, style="dim")
