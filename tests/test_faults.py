@@ -64,7 +64,8 @@ def two_machines(out: Path) -> list[subprocess.Popen]:
     for node in range(2):
         place = ["--nnodes=2", "--nproc-per-node=1", f"--node-rank={node}", "--master-addr=127.0.0.1", port]
         command = [sys.executable, "-m", "torch.distributed.run", *place, *TRAIN, "--out", str(out)]
-        jobs.append(subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        threads = os.environ | {"OMP_NUM_THREADS": "1"}  # torchrun sees to it where it starts several processes
+        jobs.append(subprocess.Popen(command, env=threads, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
     return jobs
 
 
