@@ -34,6 +34,7 @@ __all__ = [
 
 Device = Literal["auto", "cpu", "cuda", "mps"]
 Checkpoint = Literal["last", "best"]
+LARGEST = 2**31
 
 
 @dataclass
@@ -212,7 +213,10 @@ class Config:
         values = dict(values)
         method = values.pop("method", "okddip")
         options = dict(method) if isinstance(method, dict) else {"name": method}
-        base = method_config(options.pop("name", "okddip"))
+        name = options.pop("name", "okddip")
+        if not isinstance(name, str):
+            raise InputError(f"--config: method = {name!r} does not fit; it takes a method's name, or a table with one")
+        base = method_config(name)
         return cls(method=type(base)(**_checked(type(base), options, "method.")), **_checked(cls, values, ""))
 
     @classmethod
@@ -229,7 +233,7 @@ class Config:
             values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
         except OSError as error:
             raise InputError(f"--config: cannot read {path} ({error.strerror or error})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"--config: {path} is not valid {path.suffix[1:] or 'JSON'} ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"--config: {path} holds no table of options")
@@ -265,6 +269,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in parts
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, parts[0]) for v in value)
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return False
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:
@@ -274,6 +280,10 @@ def _fits(value: Any, kind: Any) -> bool:
 
 def _check_numbers(c: Config) -> None:
     """Raise for a number out of its range, naming the flag."""
+    for part, prefix in ((c, ""), (c.method, "method.")):
+        for name, value in vars(part).items():
+            if any(isinstance(v, int) and abs(v) >= LARGEST for v in (value if isinstance(value, tuple) else [value])):
+                raise InputError(f"--{prefix}{name.replace('_', '-')} is out of all range; give a number below 2^31")
     least_one = ("epochs", "batch_size", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs",
                  "keep_checkpoints")  # fmt: skip
     rules = [(n, getattr(c, n) >= 1, "at least 1") for n in least_one]
