@@ -282,7 +282,7 @@ def survive(case: str, kills: int, folder: Path, rng: random.Random, count: Coun
         elif (out / "result.json").exists():
             compare_ended(whole, out, count)
             shutil.rmtree(out)
-    if out.exists():
+    if out.exists() or not count.runs:
         attempt(config_of(case, out), board, None, 0, 0.0, 0)
         compare_ended(whole, out, count)
 
