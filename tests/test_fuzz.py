@@ -11,7 +11,7 @@ import fuzz
 from codistill import losses
 from test_contract import CASES, EXTRA, build, every
 
-few = settings(max_examples=100, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck])
+few = settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck])
 
 
 @pytest.fixture(autouse=True)
