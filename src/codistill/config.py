@@ -16,7 +16,7 @@ from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
-from codistill.config_checks import check_mesh, check_numbers, check_peers
+from codistill.config_checks import LARGEST, check_mesh, check_numbers, check_peers
 from codistill.errors import InputError, MachineError, suggest
 from codistill.method_configs import METHODS, MethodConfig, method_config
 
@@ -227,7 +227,10 @@ class Config:
         values = dict(values)
         method = values.pop("method", "okddip")
         options = dict(method) if isinstance(method, dict) else {"name": method}
-        base = method_config(options.pop("name", "okddip"))
+        name = options.pop("name", "okddip")
+        if not isinstance(name, str):
+            raise InputError(f"--config: method = {name!r} does not fit; it takes a method's name, or a table with one")
+        base = method_config(name)
         return cls(method=type(base)(**_checked(type(base), options, "method.")), **_checked(cls, values, ""))
 
     @classmethod
@@ -244,7 +247,7 @@ class Config:
             values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
         except OSError as error:
             raise InputError(f"--config: cannot read {path} ({error.strerror or error})") from None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"--config: {path} is not valid {path.suffix[1:] or 'JSON'} ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"--config: {path} holds no table of options")
@@ -280,6 +283,8 @@ def _fits(value: Any, kind: Any) -> bool:
         return value in parts
     if origin is tuple:
         return isinstance(value, tuple) and all(_fits(v, parts[0]) for v in value)
+    if isinstance(value, int) and abs(value) >= LARGEST:
+        return False
     if kind is float:
         return isinstance(value, int | float) and not isinstance(value, bool)
     if kind is int:

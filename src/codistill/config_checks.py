@@ -14,9 +14,15 @@ from codistill.method_configs import MethodConfig
 if TYPE_CHECKING:
     from codistill.config import Config
 
+LARGEST = 2**31
+
 
 def check_numbers(c: Config) -> None:
     """Raise for a number out of its range, naming the flag."""
+    for part, prefix in ((c, ""), (c.method, "method.")):
+        for name, value in vars(part).items():
+            if any(isinstance(v, int) and abs(v) >= LARGEST for v in (value if isinstance(value, tuple) else [value])):
+                raise InputError(f"--{prefix}{name.replace('_', '-')} is out of all range; give a number below 2^31")
     least_one = (
         *("epochs", "batch_size", "log_every_steps", "eval_every_epochs", "checkpoint_every_epochs"),
         *("keep_checkpoints", "accumulate"),

@@ -25,6 +25,8 @@ def explain(error: Exception) -> tuple[str | None, int]:
         return "the device is out of memory; lower --batch-size or --peers, or use --dtype bfloat16", 1
     if is_out_of_memory(error):
         return "the machine is out of memory; lower --batch-size or --peers", 1
+    if type(error) is RuntimeError and "deterministic implementation" in str(error):
+        return f"--deterministic: {str(error).split(' does not')[0]} has no such kernel on this device; drop it", 2
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", 1
     return None, 1

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 import random
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -149,6 +150,8 @@ def setup(
     assert isinstance(config.method, MethodConfig)
     device = pick_device(config.device) if mesh is None else mesh.device
     torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic and device.type == "cuda":  # else its matrix products refuse; read at their first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.manual_seed(config.seed)
     np.random.seed(config.seed)  # networks and data of users may draw from these
     random.seed(config.seed)

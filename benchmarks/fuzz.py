@@ -1,0 +1,244 @@
+"""Throw configs, config files and command lines at codistill that nobody would write: none may end in a traceback.
+
+    python benchmarks/fuzz.py --cases 10000
+
+Each case is parsed, resolved and, where it resolves to something small, set up (data, networks, method, optimiser) as
+training would. What comes back must be a config, or one sentence with exit code 2 (1 where the machine refuses).
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import dataclasses
+import io
+import json
+import os
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import strategies as st
+
+import codistill.commands
+from codistill.cli import main
+from codistill.cli_options import COMMANDS
+from codistill.config import METHODS, Config, InputError, ReproduceConfig
+from codistill.setup import setup
+
+SEEN: Counter[str] = Counter()
+"""How cases ended."""
+FIELDS = [f.name for f in dataclasses.fields(Config)]
+_WORDS = st.sampled_from(
+    ["", "auto", "none", "okddip", "pcl", "kdcl", "kd", "ensemble", "ema", "0", "1", "2", "3", "-1", "1e400", "nan",
+     "inf", "0.5", "resnet8", "timm:", ":x", "os:path", "hf:", "torchvision:resnet18,x", "digits", "npz:", "folder:",
+     "npz:/dev/null", "folder:/dev/null", "layer2", "data=1,peer=2", "data=0", "branches", "networks", "bfloat16",
+     "float16", "cuda", "true", "None", "[", "{}", "--", "-", "=", "\u2028", "\x1b[31m", "9" * 400, "x" * 300]
+)  # fmt: skip
+_STRINGS = st.one_of(_WORDS, st.text(max_size=12))
+_NUMBERS = st.one_of(
+    st.integers(-3, 20),
+    st.sampled_from([10**9, 2**31, 2**63, -(2**63), 10**400]),
+    st.floats(),
+    st.sampled_from([0.0, 0.1, 0.5, 1.0, 1e-320, 1e308]),
+)
+_SCALARS = st.one_of(st.none(), st.booleans(), _NUMBERS, _STRINGS)
+VALUES = st.recursive(
+    _SCALARS, lambda v: st.one_of(st.lists(v, max_size=3), st.dictionaries(_STRINGS, v, max_size=2)), max_leaves=4
+)
+_OPTIONS = sorted({f.name for c in METHODS.values() for f in dataclasses.fields(c)})
+_METHOD = st.one_of(
+    st.sampled_from([*METHODS]),
+    VALUES,
+    st.builds(
+        lambda name, rest: {"name": name, **rest},
+        st.sampled_from([*METHODS]),
+        st.dictionaries(st.sampled_from(_OPTIONS), VALUES, max_size=3),
+    ),
+)
+_SMALL = {"model": ["resnet8"], "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 2, "device": "cpu"}
+_WILD = st.builds(
+    lambda method, own, more: {**own, "method": method, **more},
+    _METHOD,
+    st.sampled_from([{}, _SMALL]),
+    st.dictionaries(st.one_of(st.sampled_from(FIELDS), st.text(max_size=6)), VALUES, max_size=4),
+)
+_SHARE = st.floats(0, 1.1)
+_LIKELY_VALUES = {
+    "topology": st.sampled_from(["networks", "branches", None]), "peers": st.integers(1, 4), "lr": st.floats(0, 1e30),
+    "momentum": _SHARE, "weight_decay": _SHARE, "val_fraction": _SHARE, "label_smoothing": _SHARE, "mixup": _SHARE,
+    "cutmix": _SHARE, "cutout": st.integers(-1, 40), "image_size": st.sampled_from([None, 7, 8, 16]),
+    "channels": st.sampled_from([None, 1, 2, 3]), "batch_size": st.integers(0, 70), "epochs": st.integers(0, 2**32),
+    "train_per_class": st.integers(0, 100), "deploy": st.sampled_from(["member", "ema", "0", "3", "\u00b2"]),
+    "protocol": st.sampled_from(["honest", "paper"]), "optimizer": st.sampled_from(["sgd", "adamw"]),
+    "dtype": st.sampled_from(["float32", "bfloat16", "float64"]), "execution": st.sampled_from(["loop", "stacked"]),
+    "fan_out": st.lists(st.integers(0, 4), max_size=2), "freeze": st.lists(st.sampled_from(["trunk", "layer1", "x"])),
+    "branch_at": st.lists(st.sampled_from(["layer1", "layer2", "layer3", "", "."]), max_size=2),
+    "milestones": st.lists(st.integers(0, 9), max_size=2), "warmup_epochs": st.floats(0, 9), "head_lr": st.floats(0, 9),
+}  # fmt: skip
+CONFIGS = st.one_of(
+    _WILD,
+    st.builds(
+        lambda method, more: {**_SMALL, "method": method, **more},
+        st.sampled_from([*METHODS]),
+        st.dictionaries(st.sampled_from([*_LIKELY_VALUES]), st.none(), max_size=5).flatmap(
+            lambda names: st.fixed_dictionaries({name: _LIKELY_VALUES[name] for name in names})
+        ),
+    ),
+)
+FILES = st.one_of(
+    st.binary(max_size=40),
+    st.sampled_from([b"[" * 100_000, b"{}", b"null", b"[]", b"\xff\xfe", b'{"method": {"name": {}}}', b"a = [[[[["]),
+    CONFIGS.map(lambda values: json.dumps(values).encode("utf-8", "surrogatepass")),
+)
+_FLAGS = st.sampled_from(
+    [f"--{name.replace('_', '-')}" for name in FIELDS]
+    + [f"--method.{name.replace('_', '-')}" for name in _OPTIONS]
+    + [f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(ReproduceConfig)]
+    + [
+        "--config",
+        "--seeds",
+        "--json",
+        "--top",
+        "--split",
+        "--checkpoint",
+        "--allow-import",
+        "--no-augment",
+        "-o",
+        "-x",
+    ]
+)
+_TYPED = st.one_of(_WORDS, st.text(st.characters(blacklist_characters="\0"), max_size=8), _NUMBERS.map(str))
+_PAIR = st.one_of(
+    st.builds(lambda flag, value: [flag, value], _FLAGS, _TYPED),
+    st.builds(lambda flag, value: [f"{flag}={value}"], _FLAGS, _TYPED),
+    st.builds(lambda word: [word], _TYPED),
+)
+_LIKELY = st.sampled_from(
+    ["--peers 3", "--peers 4", "--topology branches", "--topology networks", "--method.temperature 2", "--lr 0.5",
+     "--dtype bfloat16", "--dtype float64", "--deploy ensemble", "--deploy 1", "--mixup 0.2", "--cutout 3",
+     "--freeze trunk", "--optimizer adamw", "--fan-out 2 2", "--branch-at layer2 layer3", "--protocol paper",
+     "--no-augment", "--channels 3",
+     "--execution stacked", "--checkpoint-activations", "--val-fraction 0", "--label-smoothing 0.9", "--deterministic"]
+).map(str.split)  # fmt: skip
+_TRAIN = st.builds(
+    lambda method, likely, more: ["train", method, *_small_words(), *(w for p in (*likely, *more) for w in p)],
+    st.sampled_from([*METHODS]),
+    st.lists(_LIKELY, max_size=4),
+    st.lists(_PAIR, max_size=1),
+)
+COMMAND_LINES = st.one_of(
+    _TRAIN,
+    st.builds(
+        lambda command, words, pairs: [command, *words, *(word for pair in pairs for word in pair)],
+        st.one_of(st.sampled_from(["train"] * 3 + [*COMMANDS]), _TYPED),
+        st.lists(st.one_of(st.sampled_from([*METHODS, "okddip_table2", "digits", "models"]), _TYPED), max_size=2),
+        st.lists(_PAIR, max_size=4),
+    ),
+)
+
+
+def _small_words() -> list[str]:
+    """Return the options of a run that is set up in a moment."""
+    return [word for key, value in _SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value).strip("[']"))]
+
+
+def small(config: Config) -> bool:
+    """Say whether a resolved config can be set up within a moment and without a download."""
+    networks = all(name == "resnet8" for name in config.model)
+    size = (config.peers or 0) <= 4 and (config.image_size or 8) <= 32
+    return networks and size and config.data == "digits" and config.mesh is None and not config.pretrained
+
+
+def set_up(config: Config) -> None:
+    """Do what training does before its first step."""
+    resolved = config.resolved()
+    SEEN["resolved"] += 1
+    if small(resolved):
+        setup(resolved)
+        SEEN["set up"] += 1
+
+
+def try_config(values: dict[str, Any]) -> None:
+    """Build, resolve and set up a config from values of any kind."""
+    try:
+        config = Config.from_dict(values)
+        assert json.loads(json.dumps(config.to_dict())) is not None
+        set_up(config)
+    except InputError:
+        SEEN["refused"] += 1
+
+
+def try_file(content: bytes, place: Path, suffix: str) -> None:
+    """Read a config file of any content."""
+    path = place / f"config{suffix}"
+    path.write_bytes(content)
+    try:
+        set_up(Config.from_file(path))
+    except InputError:
+        SEEN["refused"] += 1
+
+
+def try_command_line(words: list[str]) -> None:
+    """Run a command line, with `train` ending at the set-up and grids before their first run."""
+    said = io.StringIO()
+    kept = {name: getattr(codistill.commands, name) for name in ("train", "compare", "reproduce", "demo")}
+    codistill.commands.train = lambda parsed: (set_up(parsed.options), 0)[1]
+    for name in ("compare", "reproduce", "demo"):
+        setattr(codistill.commands, name, lambda parsed: 0)
+    try:
+        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+            code = main(words)
+    except SystemExit as end:  # help
+        code = int(end.code or 0)
+    finally:
+        for name, command in kept.items():
+            setattr(codistill.commands, name, command)
+    SEEN[f"exit code {code}"] += 1
+    assert code in (0, 1, 2), code
+    assert "Traceback" not in said.getvalue()
+
+
+def search(name: str, strategy: Any, what: Any, cases: int, number: int) -> int:
+    """Try so many cases; return 1 where one fails, after saying which is the smallest."""
+    run = given(strategy)(what)
+    run = settings(max_examples=cases, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
+                   suppress_health_check=[*HealthCheck])(run)  # fmt: skip
+    began = time.perf_counter()
+    SEEN.clear()
+    try:
+        seed(number)(run)()
+        print(f"{name}: {cases} cases, {time.perf_counter() - began:.0f} s, no traceback; {dict(SEEN)}", flush=True)
+        return 0
+    except Exception as error:  # whatever a case may raise
+        for one in getattr(error, "exceptions", [error]):
+            frames = [f"{Path(f.filename).name}:{f.lineno}" for f in traceback.extract_tb(one.__traceback__)][-3:]
+            notes = "".join(getattr(one, "__notes__", []))[:1000]
+            print(f"{name}: {type(one).__name__}: {one} at {' '.join(frames)}; {notes}", flush=True)
+        return 1
+
+
+def main_() -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--cases", type=int, default=10_000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with tempfile.TemporaryDirectory() as folder:
+        os.chdir(folder)
+        read = lambda content: try_file(content, Path(folder), ".json" if len(content) % 2 else ".toml")  # noqa: E731
+        parts = ("configs", CONFIGS, try_config, 4), ("files", FILES, read, 1)
+        parts = *parts, ("command lines", COMMAND_LINES, try_command_line, 5)
+        return sum(search(n, s, w, options.cases * share // 10, options.seed) for n, s, w, share in parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main_())

@@ -1,0 +1,49 @@
+"""A handful of kills (benchmarks/kills.py: over a hundred): resumed runs end bit-identical, all files are readable."""
+
+import random
+
+import pytest
+
+import kills
+
+CASES = ["pcl, networks", "kdcl general, branches", "one, branches, bfloat16", "dml alternating, networks"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _imported():
+    kills.warm_up()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(case, tmp_path):
+    count = kills.Count()
+    kills.survive(case, 2, tmp_path, random.Random(3), count)
+    assert not count.trouble
+    assert count.kills.total() == 2
+    assert count.identical == count.runs >= 1
+    assert count.repeated <= kills.EVERY
+
+
+def test_a_mesh_whose_rank_is_killed_ends_as_one_that_is_left_alone(tmp_path):
+    count = kills.Count()
+    kills.survive("pcl, 2 processes", 1, tmp_path, random.Random(0), count)
+    assert not count.trouble
+    assert count.identical == count.runs == 1
+
+
+def test_a_grid_survives_kills_in_its_own_files(tmp_path):
+    count = kills.Count()
+    kills.survive_grid(1, tmp_path, random.Random(1), count)
+    assert not count.trouble
+    assert count.identical == count.runs == 3
+
+
+def test_a_kill_at_the_first_write_of_each_kind_leaves_a_folder_to_go_on_with(tmp_path):
+    """A folder that holds next to nothing is still this run's."""
+    board, out = kills.Board(), tmp_path / "run"
+    config = kills.config_of("dml alternating, networks", out, epochs=1)
+    for place in ("flush", "rename", "bytes", "metrics"):
+        assert kills.attempt(config, board, place, 1, 0.0, 0), place
+        assert not kills.unreadable(out)
+    assert not kills.attempt(config, board, None, 0, 0.0, 0)
+    assert not list(out.glob(".*"))
