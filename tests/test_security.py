@@ -304,8 +304,8 @@ def forged(run, place):
         "predict {run} image.png",
         "train --config {run} --out anew",
         "train --config {run}/config.json --out anew --epochs 2",
-        "train kd --model resnet8 --peers 1 --method.teacher {run} --out anew --batch-size 16",
-        "train kd --model resnet8 --peers 1 --method.teacher export.safetensors --out anew --batch-size 16",
+        "train kd --method.teacher {run} --model resnet8 --epochs 1 --peers 1 --out anew --batch-size 16",
+        "train kd --method.teacher export.safetensors --model resnet8 --epochs 1 --peers 1 --out anew --batch-size 16",
     ],
 )
 def test_code_that_a_file_names_is_not_run_unasked(words, run, spy, tmp_path, capsys):
