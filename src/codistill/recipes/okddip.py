@@ -17,7 +17,7 @@ from codistill.method_configs import (
     OKDDipConfig,
     ONEConfig,
 )
-from codistill.recipes.tables import IMAGENET, Place, TableRecipe
+from codistill.recipes.tables import IMAGENET, Place, TableRecipe, on_imagenet
 
 NETWORKS = ("densenet40_12", "resnet32", "vgg16", "resnet110", "wrn20_8")
 METHODS = ("Baseline", "Ind", "DML", "CL-ILR", "ONE", "OKDDip-network", "OKDDip-branch")
@@ -64,12 +64,7 @@ def table2(network: str, method: str) -> Config:
 
 def table3(network: str, method: str) -> Config:
     """ImageNet error of ResNet-34: Baseline 26.76, OKDDip 25.42; a schedule of 90 epochs, which is a guess."""
-    config = _run(f"torchvision:{network}", method, IMAGENET)
-    config.epochs, config.milestones, config.batch_size, config.weight_decay = 90, (30, 60), 256, 1e-4
-    config.image_size = 224
-    if config.topology == "branches":
-        config.branch_at = ("layer4",)
-    return config
+    return on_imagenet(_run(f"torchvision:{network}", method, IMAGENET))
 
 
 def table4(network: str, method: str) -> Config:

@@ -19,7 +19,7 @@ from codistill.method_configs import (
     ONEConfig,
     PCLConfig,
 )
-from codistill.recipes.tables import IMAGENET, Place, TableRecipe
+from codistill.recipes.tables import IMAGENET, Place, TableRecipe, on_imagenet
 
 NETWORKS = ("resnet32", "resnet110", "vgg16", "densenet40_12", "wrn20_8")
 METHODS: dict[str, type[MethodConfig]] = {
@@ -52,10 +52,7 @@ def cifar10(network: str, method: str) -> Config:
 
 def imagenet(network: str, method: str) -> Config:
     """ImageNet error of ResNet-18: PCL 29.58, second-hand; a schedule of 90 epochs, which is a guess."""
-    config = _run(f"torchvision:{network}", method, IMAGENET)
-    config.epochs, config.milestones, config.batch_size, config.weight_decay = 90, (30, 60), 256, 1e-4
-    config.image_size, config.branch_at = 224, ("layer4",)
-    return config
+    return on_imagenet(_run(f"torchvision:{network}", method, IMAGENET))
 
 
 def _places(network: str, method: str) -> tuple[Place, ...]:

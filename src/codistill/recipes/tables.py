@@ -69,6 +69,13 @@ class TableRecipe:
         ]
 
 
+def on_imagenet(config: Config) -> Config:
+    """Return the config with a usual ImageNet schedule, where no source states one; branches fork at the last stage."""
+    fork = ("layer4",) if config.topology == "branches" else ()
+    schedule = {"epochs": 90, "milestones": (30, 60), "batch_size": 256, "weight_decay": 1e-4}
+    return dataclasses.replace(config, image_size=224, branch_at=fork, **schedule)
+
+
 def scaled(config: Config, scale: Scale) -> Config:
     """Return the config made smaller as `SCALES` says; ramps and milestones shrink with the epochs."""
     if scale == "full":
