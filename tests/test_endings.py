@@ -256,7 +256,6 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(tmp_path, capsys, p
 
 @pytest.mark.parametrize("method", ["okddip", "pcl", "one", "dml", "kdcl"])
 def test_a_skipped_step_leaves_everything_as_it_was(method):
-    t = setup(small(Path("unused"), model="resnet8", skip_nonfinite=1).resolved())
     config = small(Path("unused"), model="resnet8", skip_nonfinite=1, optimizer="adamw", lr=0.001)
     config.method, config.peers = method, 3
     config.__post_init__()
@@ -264,12 +263,14 @@ def test_a_skipped_step_leaves_everything_as_it_was(method):
     t.sums = _zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     train_step(t, *batches[0], 1.0)
-    kept = [{k: v.clone() for k, v in m.state_dict().items() if "num_batches" not in k} for m in (t.peers, t.method)]
+    modules = [m for m in (t.peers, t.method, t.ema) if m is not None]
+    assert len(modules) == 2 + (method == "pcl")
+    kept = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
     sums = {name: value.clone() for name, value in t.sums.items()}
     with CountHostReads() as counter:
         train_step(t, torch.full_like(batches[1][0], float("nan")), batches[1][1], 1.0)
     assert not counter.reads
-    for module, before in zip((t.peers, t.method), kept):
+    for module, before in zip(modules, kept):
         for name, value in before.items():
             assert torch.equal(value, module.state_dict()[name]), name
     for name, value in sums.items():
@@ -332,3 +333,21 @@ def test_a_second_start_while_the_first_one_trains(tmp_path):
     reporter = Second()
     train(small(out, epochs=1), reporter)
     assert "is in use by process" in reporter.said
+
+
+def test_mean_teachers_stand_still_from_the_first_bad_step_on():
+    config = small(Path("unused"), model="resnet8")
+    config.method, config.peers = "pcl", 2
+    config.__post_init__()
+    t = setup(config.resolved())
+    t.sums = _zero_sums(t)
+    batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
+    train_step(t, *batches[0], 1.0)
+    t.step += 1
+    train_step(t, *batches[1], 1.0)
+    t.step += 1
+    kept = {k: v.detach().clone() for k, v in t.ema.named_parameters()}
+    for _ in range(3):
+        train_step(t, torch.full_like(batches[2][0], float("nan")), batches[2][1], 1.0)
+        t.step += 1
+    assert all(torch.equal(v, kept[k]) for k, v in t.ema.named_parameters())

@@ -90,8 +90,12 @@ class FiniteGuard:
             self.flag *= self.skipped > self.limit
             for buffer, kept in zip(self.buffers, self.kept):
                 buffer.copy_(torch.where(self.bad, kept, buffer))
-                kept.copy_(buffer)
         self.steps_good += self.flag == 0
+
+    def keep(self) -> None:
+        """Take the buffers as the step has left them for those that a skipped one goes back to."""
+        if self.limit and self.buffers:
+            torch._foreach_copy_(self.kept, self.buffers)
 
     def counted(self, x: Tensor) -> Tensor:
         """Return a figure of the last step as it goes into sums: 0 where the step was bad."""

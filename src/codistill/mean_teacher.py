@@ -38,9 +38,20 @@ class MeanTeacher(nn.Module):
         return self.peers(views_VBCHW)
 
     @torch.no_grad()
-    def update(self, peers: Peers, step: int) -> None:
-        """Average in the peers as they are after step `step`, counted from 0 (which copies them)."""
+    def update(self, peers: Peers, step: int, good: Tensor | None = None) -> None:
+        """Average in the peers as they are after step `step`, counted from 0 (which copies them).
+
+        Args:
+            peers: What is averaged in.
+            step: Number of the step.
+            good: Whether the step counts, one number on the device; where it is 0, the average stays.
+        """
         keep = min(1.0 - 1.0 / (step + 1), self.decay)
         ours = [*self.peers.trained_parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
         theirs = [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
-        torch._foreach_lerp_(ours, theirs, 1.0 - keep)
+        if good is None or step == 0:  # before the first step both are the same
+            torch._foreach_lerp_(ours, theirs, 1.0 - keep)
+            return
+        shares = torch._foreach_sub(theirs, ours)
+        torch._foreach_mul_(shares, good.to(ours[0].dtype) * (1.0 - keep))
+        torch._foreach_add_(ours, shares)

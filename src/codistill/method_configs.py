@@ -79,8 +79,9 @@ class DMLConfig(MethodConfig):
     weight: float = 1.0
     """Weight of the distillation terms."""
     update: Literal["joint", "alternating"] | None = None
-    """joint: one step for all; alternating: a fresh forward for each network's step, as in the paper's algorithm (costs
-    about twice as much with four networks). Default: the variant's on networks, joint on branches."""
+    """joint: one step for all; alternating: one network after the other, each on what the others say after their steps,
+    as in the paper's algorithm (one more forward for all but the last). Default: the variant's on networks, joint on
+    branches."""
 
 
 @dataclass(kw_only=True)

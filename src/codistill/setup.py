@@ -92,6 +92,20 @@ class Training:
         states = [optimizer.state_dict() for optimizer in self.optimizers]
         return states if self.peers.runner is None else [self.peers.runner.split_optimizer(s) for s in states]
 
+    def _own_form(self, held: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        """Return an optimiser's saved state as this execution has it.
+
+        Raises:
+            InputError: it is a stacked run's of schema 1, whose optimiser was not yet kept a member.
+        """
+        runner, count = self.peers.runner, [len(group["params"]) for group in optimizer.param_groups]
+        same = [len(group["params"]) for group in held["param_groups"]] == count
+        if runner is None and not same:
+            raise InputError(
+                "--resume: the checkpoint was written with --execution stacked by an early version; give it"
+            )
+        return held if same or runner is None else runner.join_optimizer(held)
+
     def load_state(self, state: dict[str, Any]) -> None:
         """Continue from what `state` returned, on this mesh or another."""
         if self.mesh is not None:
@@ -102,7 +116,7 @@ class Training:
         if self.ema is not None:
             self.ema.load_state_dict(state["ema"])
         for optimizer, held in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(held if self.peers.runner is None else self.peers.runner.join_optimizer(held))
+            optimizer.load_state_dict(self._own_form(held, optimizer))
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.best, self.best_validation = state["best"], state.get("best_validation")
         self.guard.go_on(state.get("skipped", 0))

@@ -33,7 +33,8 @@ def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: floa
     t.guard.count()
     counted = t.guard.counted
     if t.ema is not None:
-        t.ema.update(t.peers, number)
+        t.ema.update(t.peers, number, ~t.guard.bad)
+    t.guard.keep()
     if count:  # on a mesh, samples that other ranks count too are counted by one of them
         t.sums["loss"] += counted(terms["loss"].detach().to(t.sums["loss"].dtype)) * count
         t.sums["hits_P"] += counted(hits_P)

@@ -194,7 +194,7 @@ def _close_epoch(t: Training, curve: Loader | None) -> dict[str, Any]:
         t.mesh.align([t.peers, *([t.ema] if t.ema else [])], t.method)
     if "holdout" in t.method.needs:
         t.method.after_epoch(*holdout_outputs(t))
-    sums = _sums(t)
+    sums = dict(_sums(t))
     count = max(t.loader.num_samples - int(sums.pop("skipped", 0)), 1)
     line: dict[str, Any] = {
         "epoch": t.epoch,
@@ -208,8 +208,6 @@ def _close_epoch(t: Training, curve: Loader | None) -> dict[str, Any]:
     }
     if t.guard.limit:
         line["skipped_steps"] = int(t.guard.skipped)
-    if t.loader.skipped:
-        line["skipped_files"] = len(t.loader.skipped)
     inspected = {name: total for name, total in sums.items() if of_samples(name)}
     if inspected:  # means over the epoch's samples
         line["method"] = {name.rpartition("_")[0]: (total / count).tolist() for name, total in inspected.items()}
@@ -312,9 +310,8 @@ def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporte
 def _no_memory(t: Training, folder: RunFolder, error: Exception) -> MachineError:
     """Return the sentence for a run that ran out of memory; what it has written is whole."""
     which = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine"
-    less = (
-        "--checkpoint-activations, which takes less and gives the same" if t.config.topology == "networks" else "room"
-    )
+    fits = t.config.topology == "networks" and t.execution == "loop" and not t.config.checkpoint_activations
+    less = "--checkpoint-activations, which takes less and gives the same" if fits else "room"
     return MachineError(
         f"{which} is out of memory at epoch {t.epoch}, step {t.step}; the checkpoints in {folder.path} are kept: "
         f"continue with --resume auto and {less}, or train anew with a lower --batch-size or --peers"

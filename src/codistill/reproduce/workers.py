@@ -110,7 +110,7 @@ class _Worker:
     def __init__(self, gpu: str | None) -> None:
         context = multiprocessing.get_context("spawn")
         self.pipe, theirs = context.Pipe()
-        self.process = context.Process(target=_serve, args=(theirs, gpu, os.getpid()), daemon=True)
+        self.process = context.Process(target=_serve, args=(theirs, gpu, os.getpid()))
         self.process.start()
         theirs.close()
         self.busy = False
