@@ -20,7 +20,11 @@ from PIL import Image
 from codistill.card import escape
 from codistill.cli import main
 from codistill.config import Config
-from codistill.imports import check_imports, runs_code
+from codistill.data import load_set
+from codistill.errors import InputError
+from codistill.imports import check_imports, command_line, runs_code
+from codistill.method_configs import KDConfig
+from codistill.reproduce.workers import Processes
 from codistill.run import write_json
 from codistill.train import train
 from codistill.untrusted import load_tensors
@@ -201,7 +205,7 @@ def test_an_image_that_unfolds_into_gigabytes_is_refused(tmp_path, run, capsys):
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path, run, capsys):
+def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path, run, capsys, monkeypatch):
     folder, private = image_folder(tmp_path / "photos"), image_folder(tmp_path / "private")
     (folder / "cat" / "inside.png").symlink_to("1.png")
     (folder / "cow").symlink_to("dog")
@@ -217,6 +221,13 @@ def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path,
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
+    def walked(_root):
+        raise AssertionError("the link was followed")
+
+    monkeypatch.setattr("torchvision.datasets.ImageFolder", walked)
+    with pytest.raises(InputError, match="is a link out of"):
+        load_set(f"folder:{folder}")
+
 
 
 def test_names_are_escaped_in_the_page(tmp_path, run, monkeypatch):

@@ -116,9 +116,9 @@ def _list(path: Path) -> tuple[Part, tuple[str, ...]]:
 
     try:
         folder = ImageFolder(str(path))
+    refuse_links_out(path)  # first: the listing follows links
     except FileNotFoundError as error:
         raise InputError(f"--data folder:{path}: {str(error).splitlines()[0]}") from None
-    refuse_links_out(path)
     labels = np.asarray([label for _, label in folder.samples], dtype=np.int64)
     return Part(ImageFiles.of(path, [file for file, _ in folder.samples]), labels), tuple(folder.classes)
 
