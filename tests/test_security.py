@@ -8,8 +8,10 @@ import re
 import shutil
 import struct
 import sys
+import time
 import zipfile
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -219,8 +221,6 @@ def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path,
     assert f"{link} is a link out of {folder}" in said
     assert f"{link} is a link out of the folder" in one_sentence(capsys, ["predict", str(run), str(folder)])
 
-
-# -- words -------------------------------------------------------------------------------------------------------------
     def walked(_root):
         raise AssertionError("the link was followed")
 
@@ -228,6 +228,8 @@ def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path,
     with pytest.raises(InputError, match="is a link out of"):
         load_set(f"folder:{folder}")
 
+
+# -- words -------------------------------------------------------------------------------------------------------------
 
 
 def test_names_are_escaped_in_the_page(tmp_path, run, monkeypatch):
@@ -348,8 +350,34 @@ def test_what_is_passed_in_python_is_run(spy, tmp_path):
     assert spy.exists()
 
 
+def test_workers_run_the_code_that_their_command_was_asked_to_run(run, spy, tmp_path):
+    teacher = forged(run, tmp_path / "forged")
+    config = small(tmp_path / "grid" / "run", model="resnet8", epochs=1)
+    config = replace(config, method=KDConfig(teacher=teacher), peers=1)
+    pool = Processes(1, 1)
+
+    def answer_of(argv):
+        with command_line(argv):
+            handle = pool.start(config)
+        while (answer := pool.answer(handle)) is None:
+            time.sleep(0.05)
+        return answer
+
+    try:
+        figures, why = answer_of([])
+        assert figures is None
+        assert "names code to import and run, evil_module:network" in why
+        assert not spy.exists()
+        figures, why = answer_of(["--allow-import"])
+        assert why is None
+        assert spy.exists()
+    finally:
+        pool.close()
+
+
 def test_which_names_are_code():
     assert [n for n in ("resnet8", "timm:a", "torchvision:a,x=1", "hf:a", "os:system") if runs_code(n)] == ["os:system"]
     assert runs_code("hf:a,trust_remote_code=True")
     assert runs_code("timm:resnet18,checkpoint_path=x.pth")
+    assert runs_code("timm:resnet18,pretrained_cfg={'file': 'x.pth'}")
     check_imports(["a.b:c"], "x", known=["a.b:c"])
