@@ -269,6 +269,11 @@ def test_another_folder_is_judged_by_the_names_of_its_classes(run, tmp_path, cap
     code, _, said = judged(run, tmp_path / "two", capsys)
     assert code == 2
     assert "the run does not know wasp; name the folders as its classes are named (ant, bee, cat)" in said
+    (tmp_path / "two" / "wasp").rename(tmp_path / "two" / "1")
+    (tmp_path / "two" / "cat").rename(tmp_path / "two" / "0")
+    code, _, said = judged(run, tmp_path / "two", capsys)  # folders have names: numbers are no match for them
+    assert code == 2
+    assert "the run does not know 0, 1" in said
 
 
 def test_another_folder_of_the_same_images_gives_the_same_figures_even_where_the_runs_own_is_gone(run, capsys):
