@@ -83,6 +83,30 @@ def test_a_folder_in_use_is_refused_until_its_process_dies_however_it_dies(tmp_p
     same_end(out, whole)
 
 
+def test_what_a_run_forks_does_not_hold_its_folder(tmp_path):
+    """As processes that decode live on for seconds where their trainer is killed."""
+    folder = RunFolder(small(tmp_path / "run"))
+    ready, begun = os.pipe()
+
+    def outlive():
+        os.write(begun, b"x")
+        time.sleep(60)
+
+    with folder.held():
+        child = in_child(outlive)
+        os.read(ready, 1)
+        with pytest.raises(InputError, match="is in use"), folder.held():  # the child's copy is closed, no lock undone
+            pass
+    try:
+        with folder.held():
+            pass
+    finally:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+        os.close(ready)
+        os.close(begun)
+
+
 def test_a_folder_that_cannot_be_written_to_is_refused(capfd):
     out = Path(tempfile.mkdtemp())
     out.chmod(0o555)

@@ -1,6 +1,7 @@
 """What a run is fed with: balanced epochs, statistics, images from Python, and other sets to be judged on."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import codistill as cd
+from codistill import feeding
 from codistill.cli import main
 from codistill.config import Config, InputError
 from codistill.data import DeviceLoader, ImageSet, load_set
@@ -82,6 +84,20 @@ def test_unequal_classes_are_told_and_balanced_in_both_pipelines(tmp_path, capsy
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Statistics
+
+
+def test_statistics_of_pretrained_weights_are_looked_up_only_where_they_are_used(monkeypatch):
+    def away(_names):
+        raise InputError("looked up")
+
+    monkeypatch.setattr(feeding, "pretrained_statistics", away)
+    config = Config("independent", "torchvision:resnet18", "digits", pretrained=True, train_per_class=6, batch_size=16)
+    with pytest.raises(InputError, match="looked up"):
+        feeding.load_images(config.resolved(), None, None)
+    data, _ = feeding.load_images(replace(config, normalise="imagenet").resolved(), None, None)
+    assert (data.mean, data.std) == IMAGENET
+    held = data.about() | {"mean": [0.1] * 3}
+    assert feeding.load_images(config.resolved(), None, held)[0].mean == (0.1,) * 3
 
 
 def test_statistics_are_given_imagenets_the_sets_own_or_a_pretrained_networks():
@@ -253,6 +269,11 @@ def test_another_folder_is_judged_by_the_names_of_its_classes(run, tmp_path, cap
     code, _, said = judged(run, tmp_path / "two", capsys)
     assert code == 2
     assert "the run does not know wasp; name the folders as its classes are named (ant, bee, cat)" in said
+    (tmp_path / "two" / "wasp").rename(tmp_path / "two" / "1")
+    (tmp_path / "two" / "cat").rename(tmp_path / "two" / "0")
+    code, _, said = judged(run, tmp_path / "two", capsys)  # folders have names: numbers are no match for them
+    assert code == 2
+    assert "the run does not know 0, 1" in said
 
 
 def test_another_folder_of_the_same_images_gives_the_same_figures_even_where_the_runs_own_is_gone(run, capsys):

@@ -275,6 +275,21 @@ def test_resident_folders_leave_corrupt_files_out_if_asked(tmp_path):
     data = load_set(f"folder:{folder}", image_size=8, skip_corrupt=True)
     assert np.bincount(data.y_train).tolist() == [3, 4, 4]
     assert "1 image files cannot be read" in data.notes[0]
+    (folder / "train" / "ant" / "2.png").unlink()
+    assert data.checksum() == load_set(f"folder:{folder}", image_size=8).checksum()  # the splits are the same
+    (folder / "val" / "bee" / "1.png").write_bytes(b"no image")
+    assert data.checksum() != load_set(f"folder:{folder}", image_size=8, skip_corrupt=True).checksum()
+
+
+def test_a_resident_run_does_not_go_on_with_other_readable_files(tmp_path, capsys):
+    folder = write_images(tmp_path / "images", per_class=6)
+    given = [*words(folder, tmp_path / "run"), "--data-pipeline", "resident"]
+    assert main(given) == 0
+    (folder / "train" / "cat" / "3.png").write_bytes(b"no image")
+    (tmp_path / "run" / "result.json").unlink()
+    capsys.readouterr()
+    assert main([*given, "--skip-corrupt", "--resume", "auto"]) == 2
+    assert "is not what it was when the run began" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

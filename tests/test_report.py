@@ -10,6 +10,7 @@ import pytest
 
 from codistill.cli import main
 from codistill.config import Config
+from codistill.reproduce.collect import collect
 from codistill.reproduce.report import tone_of
 from codistill.run import write_json
 from codistill.train import train
@@ -19,6 +20,14 @@ EVIL = "<img src=x onerror=alert(1)> & <b>%{y}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 
 pytest.importorskip("plotly", reason="the extra report is not installed")
+
+
+def test_seeds_are_one_group_however_many_processes_decoded(tmp_path):
+    for seed in range(2):
+        config = Config("dml", data="digits", seed=seed, data_workers=seed)
+        write_json(tmp_path / f"run-seed{seed}" / "config.json", config.resolved().to_dict())
+    (section,) = collect([tmp_path])
+    assert [len(group.runs) for group in section.groups] == [2]
 
 
 @pytest.fixture(scope="module")

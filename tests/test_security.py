@@ -8,8 +8,10 @@ import re
 import shutil
 import struct
 import sys
+import time
 import zipfile
 import zlib
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,7 +22,11 @@ from PIL import Image
 from codistill.card import escape
 from codistill.cli import main
 from codistill.config import Config
-from codistill.imports import check_imports, runs_code
+from codistill.data import load_set
+from codistill.errors import InputError
+from codistill.imports import check_imports, command_line, runs_code
+from codistill.method_configs import KDConfig
+from codistill.reproduce.workers import Processes
 from codistill.run import write_json
 from codistill.train import train
 from codistill.untrusted import load_tensors
@@ -201,7 +207,7 @@ def test_an_image_that_unfolds_into_gigabytes_is_refused(tmp_path, run, capsys):
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path, run, capsys):
+def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path, run, capsys, monkeypatch):
     folder, private = image_folder(tmp_path / "photos"), image_folder(tmp_path / "private")
     (folder / "cat" / "inside.png").symlink_to("1.png")
     (folder / "cow").symlink_to("dog")
@@ -214,6 +220,13 @@ def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path,
     said = one_sentence(capsys, ["train", "okddip", "--data", f"folder:{folder}", *words, "--out", str(tmp_path / "o")])
     assert f"{link} is a link out of {folder}" in said
     assert f"{link} is a link out of the folder" in one_sentence(capsys, ["predict", str(run), str(folder)])
+
+    def walked(_root):
+        raise AssertionError("the link was followed")
+
+    monkeypatch.setattr("torchvision.datasets.ImageFolder", walked)
+    with pytest.raises(InputError, match="is a link out of"):
+        load_set(f"folder:{folder}")
 
 
 # -- words -------------------------------------------------------------------------------------------------------------
@@ -337,8 +350,34 @@ def test_what_is_passed_in_python_is_run(spy, tmp_path):
     assert spy.exists()
 
 
+def test_workers_run_the_code_that_their_command_was_asked_to_run(run, spy, tmp_path):
+    teacher = forged(run, tmp_path / "forged")
+    config = small(tmp_path / "grid" / "run", model="resnet8", epochs=1)
+    config = replace(config, method=KDConfig(teacher=teacher), peers=1)
+    pool = Processes(1, 1)
+
+    def answer_of(argv):
+        with command_line(argv):
+            handle = pool.start(config)
+        while (answer := pool.answer(handle)) is None:
+            time.sleep(0.05)
+        return answer
+
+    try:
+        figures, why = answer_of([])
+        assert figures is None
+        assert "names code to import and run, evil_module:network" in why
+        assert not spy.exists()
+        figures, why = answer_of(["--allow-import"])
+        assert why is None
+        assert spy.exists()
+    finally:
+        pool.close()
+
+
 def test_which_names_are_code():
     assert [n for n in ("resnet8", "timm:a", "torchvision:a,x=1", "hf:a", "os:system") if runs_code(n)] == ["os:system"]
     assert runs_code("hf:a,trust_remote_code=True")
     assert runs_code("timm:resnet18,checkpoint_path=x.pth")
+    assert runs_code("timm:resnet18,pretrained_cfg={'file': 'x.pth'}")
     check_imports(["a.b:c"], "x", known=["a.b:c"])

@@ -34,7 +34,8 @@ def load_images(config: Config, data: ImageSet | None, held: dict[str, Any] | No
                 f"--data {config.data} is not what it was when the run began: other files, labels or numbers, so its "
                 "splits would mix; put it back as it was, or start a run of another name"
             )
-    data = normalised(data, config.normalise, pretrained_statistics(config.model) if config.pretrained else {}, held)
+    asked = config.pretrained and config.normalise is None and held is None  # a library, or a hub, need not be there
+    data = normalised(data, config.normalise, pretrained_statistics(config.model) if asked else {}, held)
     if data.stand_in:
         nothing = np.arange(0)
         return data, Splits(np.arange(len(data.y_train)), nothing, nothing)

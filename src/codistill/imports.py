@@ -8,28 +8,50 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 from codistill.config import Config
 from codistill.errors import InputError
 
 FLAG = "--allow-import"
 _LIBRARIES = ("timm", "torchvision", "hf")
-_RUN_CODE = ("trust_remote_code", "checkpoint_path")  # options with which a library runs code, or unpickles a file
-_repeated: set[str] = set()
-_everything = False
+# Options with which a library runs code, or unpickles a file; the last names files for timm to load.
+_RUN_CODE = ("trust_remote_code", "checkpoint_path", "pretrained_cfg")
+
+
+@dataclass(frozen=True)
+class Asked:
+    """What this process was asked to run: the words of its command line, or everything that files name."""
+
+    repeated: frozenset[str] = frozenset()
+    everything: bool = False
+
+
+_asked = Asked()
 
 
 @contextmanager
 def command_line(argv: Sequence[str]) -> Iterator[list[str]]:
     """Take what a command line repeats as asked for, for as long as it runs; yield it without `--allow-import`."""
-    global _everything, _repeated
-    before = _everything, _repeated
-    _everything = FLAG in argv
-    _repeated = {part for word in argv for part in (word, word.partition("=")[2])}
-    try:
+    repeated = frozenset(part for word in argv for part in (word, word.partition("=")[2]))
+    with taken_over(Asked(repeated, everything=FLAG in argv)):
         yield [word for word in argv if word != FLAG]
+
+
+def asked() -> Asked:
+    """Return what a process that works for this one is to take over."""
+    return _asked
+
+
+@contextmanager
+def taken_over(values: Asked) -> Iterator[None]:
+    """Hold what was asked of the process that this one works for."""
+    global _asked
+    before, _asked = _asked, values
+    try:
+        yield
     finally:
-        _everything, _repeated = before
+        _asked = before
 
 
 def runs_code(name: str) -> bool:
@@ -60,9 +82,9 @@ def check_imports(names: Iterable[str], source: object, allow: bool = False, kno
     Raises:
         InputError: a name would run code, and nobody asked for that.
     """
-    trusted = _repeated | {*known}
+    trusted = _asked.repeated | {*known}
     for name in names:
-        if runs_code(name) and name not in trusted and not (allow or _everything):
+        if runs_code(name) and name not in trusted and not (allow or _asked.everything):
             raise InputError(
                 f"{source} names code to import and run, {name}; if you trust it, add {FLAG} (in training, "
                 f"--model {name} repeats it)"

@@ -40,6 +40,21 @@ _FREE = {
     *("data_workers", "skip_corrupt"),
 }
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+_locks: set[IO[str]] = set()  # those that this process holds
+
+
+def _drop_locks() -> None:
+    """Close a forked child's copies: a process that decodes may outlive its trainer, and must not hold its folder.
+
+    The parent's lock stays, for closing one of several copies lets go of nothing.
+    """
+    while _locks:
+        with suppress(OSError):
+            _locks.pop().close()
+
+
+if hasattr(os, "register_at_fork"):  # POSIX
+    os.register_at_fork(after_in_child=_drop_locks)
 
 
 def write_atomically(path: Path, write: Callable[[Any], object], before: Callable[[], object] = lambda: None) -> None:
@@ -139,7 +154,11 @@ class RunFolder:
             self._check()  # anew: the process that held it may have written what is there
             for leftover in self.path.glob(".*.tmp"):  # a killed process was writing it
                 leftover.unlink(missing_ok=True)
-            yield
+            _locks.add(stream)
+            try:
+                yield
+            finally:
+                _locks.discard(stream)
 
     def _compare(self, held: Config, asked: bool) -> None:
         theirs, ours = held.to_dict(), self.config.to_dict()

@@ -7,6 +7,7 @@ every epoch.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -65,10 +66,11 @@ def load_folder(
         if pipeline == "auto":
             note += f": {count * area * 3 / 2**30:.1f} GiB are more than the {RESIDENT_LIMIT // 2**30} kept in memory"
         own = sizes[0][0] if len({*sizes, *(size[::-1] for size in sizes)}) == 1 else USUAL_SIZE  # all equal and square
-        fields = _as_files(train, val, test, image_size or own, 1 if gray else 3) | {"notes": (note,)}
+        fields = _as_files(train, val, test, image_size or own, 1 if gray else 3)
+        fields |= {"notes": (note,), "listing": _checksum(parts)}
     else:
         fields = _resident(parts, image_size, skip_corrupt)
-    return ImageSet(f"folder:{path}", classes=classes, flip=True, listing=_checksum(parts), **fields)
+    return ImageSet(f"folder:{path}", classes=classes, flip=True, **fields)
 
 
 def refuse_links_out(path: Path) -> None:
@@ -114,11 +116,11 @@ def _list(path: Path) -> tuple[Part, tuple[str, ...]]:
     """List one part and its classes."""
     from torchvision.datasets import ImageFolder
 
+    refuse_links_out(path)  # first: the listing follows links
     try:
         folder = ImageFolder(str(path))
     except FileNotFoundError as error:
         raise InputError(f"--data folder:{path}: {str(error).splitlines()[0]}") from None
-    refuse_links_out(path)
     labels = np.asarray([label for _, label in folder.samples], dtype=np.int64)
     return Part(ImageFiles.of(path, [file for file, _ in folder.samples]), labels), tuple(folder.classes)
 
@@ -135,7 +137,7 @@ def _as_files(train: Part, val: Part | None, test: Part, size: int, channels: in
     return arrays | {"own_val": own_val, "fit": "crop", "pad": 0}
 
 
-def _checksum(parts: list[Part | None]) -> str:
+def _checksum(parts: Sequence[Part | None]) -> str:
     """Return what tells this list of files from another."""
     check = 0
     for part in parts:
@@ -149,7 +151,8 @@ def _resident(parts: list[Part | None], image_size: int | None, skip_corrupt: bo
     read = [_decode(part, image_size, skip_corrupt) for part in parts if part is not None]
     gray, bad = all(r[2] for r in read), [reason for r in read for reason in r[3]]
     images = [r[0][..., :1] if gray else r[0] for r in read]
-    labels = [r[1] for r in read]
+    kept = [r[1] for r in read]
+    labels = [part.labels for part in kept]
     own_val = len(labels[1]) if len(read) == 3 else 0
     if own_val:
         if images[0].shape[1:] != images[1].shape[1:]:
@@ -158,11 +161,12 @@ def _resident(parts: list[Part | None], image_size: int | None, skip_corrupt: bo
         images[:2], labels[:2] = [np.concatenate(images[:2])], [np.concatenate(labels[:2])]
     note = f"{len(bad)} image files cannot be read and are left out, as in: {bad[0]}" if bad else ""
     arrays = {"x_train": images[0], "y_train": labels[0], "x_test": images[-1], "y_test": labels[-1]}
-    return arrays | {"own_val": own_val, "pad": max(1, images[0].shape[1] // 8), "notes": (note,) * bool(bad)}
+    fields = {"own_val": own_val, "pad": max(1, images[0].shape[1] // 8), "notes": (note,) * bool(bad)}
+    return arrays | fields | {"listing": _checksum(kept)}  # of what could be read, for splits are drawn over that
 
 
-def _decode(part: Part, image_size: int | None, skip_corrupt: bool) -> tuple[np.ndarray, np.ndarray, bool, list[str]]:
-    """Return RGB images, labels, whether all images are gray, and why some are left out."""
+def _decode(part: Part, image_size: int | None, skip_corrupt: bool) -> tuple[np.ndarray, Part, bool, list[str]]:
+    """Return RGB images, the files that they are, whether all are gray, and why some are left out."""
     images, kept, all_gray, bad = np.empty((0, 0, 0, 3), dtype=np.uint8), [], True, []
     for index in range(len(part.labels)):
         file = part.files.path(index)
@@ -186,4 +190,4 @@ def _decode(part: Part, image_size: int | None, skip_corrupt: bool) -> tuple[np.
             )
         images[len(kept)] = pixels
         kept.append(index)
-    return images[: len(kept)], part.labels[kept], all_gray, bad
+    return images[: len(kept)], part[np.array(kept, dtype=np.int64)], all_gray, bad

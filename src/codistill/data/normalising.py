@@ -27,7 +27,8 @@ def normalised(
     Args:
         data: A set; its own statistics are estimated on a sample where its images are files.
         rule: `Config.normalise`.
-        pretrained: For every network that starts from pretrained weights, what it was trained with, if that is known.
+        pretrained: For every network that starts from pretrained weights, what it was trained with, if that is known;
+            looked at where neither `rule` nor `held` says anything.
         held: What the run's folder holds already (data.json), which goes before all else.
 
     Raises:

@@ -51,7 +51,7 @@ def matched(name: str, classes: tuple[str, ...], known: tuple[str, ...]) -> tupl
     if not unknown:
         return np.array([known.index(c) for c in classes], dtype=np.int64), note
     numbered = all(c == str(n) for n, c in enumerate(classes)) or all(c == str(n) for n, c in enumerate(known))
-    if numbered and len(classes) <= len(known):  # arrays know numbers only
+    if numbered and len(classes) <= len(known) and not name.startswith("folder:"):  # arrays know numbers only
         return np.arange(len(classes), dtype=np.int64), f"{note}{'; ' * bool(note)}classes are matched by their numbers"
     more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
     raise InputError(

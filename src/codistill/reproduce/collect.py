@@ -19,7 +19,7 @@ from codistill.run import read_lines
 
 # Two runs that differ in these alone are seeds of one group.
 _APART = ("seed", "out", "resume", "data_dir", "device", "tracker", "checkpoint_every_epochs", "checkpoint_every_steps",
-          "keep_checkpoints", "skip_nonfinite")  # fmt: skip
+          "keep_checkpoints", "skip_nonfinite", "data_workers")  # fmt: skip
 
 
 @dataclass

@@ -17,17 +17,23 @@ from pathlib import Path
 from typing import IO, Any
 
 from codistill.config import Config, InputError, MachineError
+from codistill.imports import Asked, asked, taken_over
 from codistill.reproduce.grid import Answer, finished
 
 
-def train_job(config: Config) -> Answer:
-    """Train one run, or read its result if it is complete; a failure becomes a sentence."""
+def train_job(config: Config, asked_for: Asked | None = None) -> Answer:
+    """Train one run, or read its result if it is complete; a failure becomes a sentence.
+
+    Args:
+        config: The run.
+        asked_for: What code the command that hands it over was asked to run; default what this process was.
+    """
     from codistill.failures import explain
     from codistill.signals import Stopped
 
     assert config.out is not None
     try:
-        with _lock(Path(f"{config.out}.lock")):
+        with taken_over(asked_for or asked()), _lock(Path(f"{config.out}.lock")):
             answer = finished(config)  # another process may have trained it while this one waited
             if answer is not None:
                 return answer
@@ -117,7 +123,7 @@ class _Worker:
 
     def begin(self, config: Config) -> None:
         self.busy = True
-        self.pipe.send(config)
+        self.pipe.send((config, asked()))
 
     def answer(self) -> Answer | None:
         try:
@@ -156,8 +162,7 @@ def _serve(pipe: Connection, gpu: str | None, parent: int) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs the parent says when to end
     while True:
         try:
-            config = pipe.recv()
-            pipe.send(train_job(config))
+            pipe.send(train_job(*pipe.recv()))
         except (EOFError, OSError):
             return
 
@@ -215,7 +220,7 @@ class Submitit:
 
     def start(self, config: Config) -> Any:
         """Hand the run over."""
-        job = self.executor.submit(train_job, config)
+        job = self.executor.submit(train_job, config, asked())
         self.jobs.append(job)
         return job
 
