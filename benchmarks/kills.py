@@ -36,13 +36,13 @@ import codistill.checkpoint
 import codistill.commands  # so that children import nothing
 import codistill.run
 import codistill.train
-from codistill.checkpoint import checkpoints, load_checkpoint
 from codistill.config import CompareConfig, Config
 from codistill.method_configs import method_config
 from codistill.metrics import PeerMetrics
 from codistill.reproduce import grid, workers
-from codistill.run import RunFolder, read_lines
+from codistill.run import RunFolder
 from codistill.train import train
+from kept_whole import behind, difference, differing, unreadable
 
 EVERY = 2  # steps between checkpoints
 STEPS = 4  # steps of an epoch
@@ -185,63 +185,6 @@ def attempt(config: Config, board: Board, place: str | None, count: int, seconds
     return killed
 
 
-def unreadable(folder: Path) -> list[str]:
-    """Return the files of a folder that cannot be read whole; a torn last line of metrics is known and dropped."""
-    bad = []
-    for path in folder.rglob("*"):
-        try:
-            if path.suffix == ".pt":
-                load_checkpoint(path)
-            elif path.suffix == ".json":
-                json.loads(path.read_text())
-            elif path.name == "metrics.jsonl":
-                read = len(read_lines(path))
-                if read < len(path.read_text().splitlines()) - 1:
-                    bad.append(str(path))
-        except (ValueError, OSError) as error:
-            bad.append(f"{path}: {error}")
-    return bad
-
-
-def behind(folder: Path, done: int) -> int:
-    """Return how many finished steps a continuation repeats."""
-    newest = next(iter(checkpoints(folder)), None)
-    if newest is None:
-        return done
-    state = load_checkpoint(newest)
-    return done - (state["epoch"] * STEPS + state["step"])
-
-
-def difference(one: Any, other: Any, path: str = "") -> str | None:
-    """Return where two states differ in a single bit; times and paths are left out."""
-    if isinstance(one, torch.Tensor):
-        same = one.dtype == other.dtype and torch.equal(one, other)
-    elif isinstance(one, dict):
-        keys = (one.keys() | other.keys()) - {"seconds", "cost", "file", "s a run"}
-        return next((d for k in sorted(keys, key=str) if (d := difference(one[k], other[k], f"{path}/{k}"))), None)
-    elif isinstance(one, list | tuple):
-        same = len(one) == len(other)
-        found = next((d for i, v in enumerate(one) if same and (d := difference(v, other[i], f"{path}/{i}"))), None)
-        if found:
-            return found
-    else:
-        same = one == other or (one != one and other != other)
-    return None if same else path
-
-
-def differing(one: Path, other: Path) -> str | None:
-    """Return how two finished runs differ."""
-    if (one / "metrics.jsonl").read_text() != (other / "metrics.jsonl").read_text():
-        return f"{one}: metrics"
-    for name in ("last.pt", "last-1.pt", "best.pt"):
-        if found := difference(load_checkpoint(one / name), load_checkpoint(other / name)):
-            return f"{one}: {name}{found}"
-    for name in ("result.json", "details.json", "data.json"):
-        if found := difference(*(json.loads((p / name).read_text()) for p in (one, other))):
-            return f"{one}: {name}{found}"
-    return None
-
-
 @dataclasses.dataclass
 class Count:
     """What came of the kills."""
@@ -277,7 +220,7 @@ def survive(case: str, kills: int, folder: Path, rng: random.Random, count: Coun
                 count.unreadable += len(bad)
                 count.trouble += bad
             # In the first run of a folder nothing may be written yet; what was done before stays done.
-            repeats = behind(out, board["done"]) if board["done"] else 0
+            repeats = behind(out, board["done"], STEPS) if board["done"] else 0
             count.repeated = max(count.repeated, repeats)
         elif (out / "result.json").exists():
             compare_ended(whole, out, count)

@@ -5,6 +5,7 @@ import random
 import pytest
 
 import kills
+from kept_whole import unreadable
 
 CASES = ["pcl, networks", "kdcl general, branches", "one, branches, bfloat16", "dml alternating, networks"]
 
@@ -44,6 +45,6 @@ def test_a_kill_at_the_first_write_of_each_kind_leaves_a_folder_to_go_on_with(tm
     config = kills.config_of("dml alternating, networks", out, epochs=1)
     for place in ("flush", "rename", "bytes", "metrics"):
         assert kills.attempt(config, board, place, 1, 0.0, 0), place
-        assert not kills.unreadable(out)
+        assert not unreadable(out)
     assert not kills.attempt(config, board, None, 0, 0.0, 0)
     assert not list(out.glob(".*"))
