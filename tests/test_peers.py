@@ -10,7 +10,7 @@ from torch import nn
 
 from codistill.config import InputError
 from codistill.models import resolve
-from codistill.peers import BranchPeers, NetworkPeers, member_seed
+from codistill.peers import BranchPeers, NetworkPeers, PeerOutputs, member_seed
 from codistill.sharing import Entry, Shared
 
 CLASSES, SIZE = 5, 8
@@ -481,20 +481,26 @@ def test_every_network_sees_its_own_view():
 
 
 @pytest.mark.parametrize("views", [None, 3])
-def test_where_one_network_alone_is_trained_the_others_speak_but_do_not_change(views):
-    peers, plains = networks(3), [plain_network(p) for p in range(3)]
+def test_a_member_that_speaks_again_says_what_it_says_now_and_leaves_no_trace(views):
+    peers, plain = networks(3), plain_network(1)
     images = some_images(views=views)
-    logits = torch.stack([plains[p](images if views is None else images[p]) for p in range(3)])
+    outputs = peers(images)
+    said = PeerOutputs(outputs.logits_PBC.detach().clone(), [f.detach() for f in outputs.features])
+    with torch.no_grad():
+        for module in (peers.members[1], plain):
+            for parameter in module.parameters():
+                parameter.mul_(1.1)
     before = copy.deepcopy(peers.state_dict())
-    outputs = peers(images, only=1)
-    torch.testing.assert_close(outputs.logits_PBC, logits, rtol=1e-12, atol=1e-12)  # batch statistics for all
-    loss_of(outputs.logits_PBC, outputs.features).backward()
-    for p in range(3):
-        for name, tensor in plains[p].named_buffers():
-            kept = before[f"members.{p}.body.{name}"]
-            torch.testing.assert_close(named(peers, p)[name], tensor if p == 1 else kept, rtol=1e-12, atol=1e-12)
-        for name, parameter in peers.members[p].named_parameters():
-            assert (parameter.grad is not None) == (p == 1), name
+    peers.refresh(said, images, 1)
+    x = images if views is None else images[1]
+    torch.testing.assert_close(said.logits_PBC[1], plain(x), rtol=1e-12, atol=1e-12)  # by batch statistics
+    assert not torch.equal(said.logits_PBC[1], outputs.logits_PBC[1])
+    torch.testing.assert_close(peers.members[1].head(said.features[1]), said.logits_PBC[1], rtol=1e-12, atol=1e-12)
+    for p in (0, 2):
+        assert torch.equal(said.logits_PBC[p], outputs.logits_PBC[p])
+        assert torch.equal(said.features[p], outputs.features[p])
+    assert all(torch.equal(value, before[name]) for name, value in peers.state_dict().items())
+    assert not said.logits_PBC.requires_grad
     assert all(m.track_running_stats for m in peers.modules() if isinstance(m, nn.BatchNorm2d))
 
 
