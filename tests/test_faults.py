@@ -139,3 +139,31 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_good_weights(tmp_path):
     assert said.count("the loss stopped being finite at epoch 0") == 1
     state = torch.load(out / "last.pt", weights_only=True)
     assert all(value.isfinite().all() for value in state["peers"].values() if value.is_floating_point())
+
+
+OUT_OF_MEMORY = """
+import os, sys, torch
+import codistill.train as loop
+real, steps = loop.train_step, []
+def step(*args):
+    steps.append(1)
+    if os.environ["RANK"] == "1" and len(steps) == 9:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+    return real(*args)
+loop.train_step = step
+from codistill.cli import main
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_out_of_memory_ends_the_job_with_its_number_and_the_reason(tmp_path):
+    script, out = tmp_path / "short.py", tmp_path / "run"
+    script.write_text(OUT_OF_MEMORY)
+    command = torchrun(2, str(script), *TRAIN[2:], "--out", str(out))
+    began = time.monotonic()
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    print(done.stderr)
+    assert done.returncode == 1
+    assert time.monotonic() - began < 60
+    assert "codistill: rank 1: the device is out of memory at epoch 2, step 0; the checkpoints in" in done.stderr
+    assert torch.load(out / "last.pt", weights_only=True)["epoch"] == 2
