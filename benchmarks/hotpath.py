@@ -3,161 +3,104 @@
     make bench                                                     # or:
     OMP_NUM_THREADS=1 python benchmarks/hotpath.py [--pairs 5]     # about 8 minutes on 2 cores
 
-One thread, process CPU time, A and B in turn in one process, the median of the pairs' ratios. A float64 parity gate
-runs first: both programs must give the same loss. An epoch is composed: 391 x (augment + step) + 79 x evaluation.
+One thread, process CPU time, A and B in turn, the median of the pairs' ratios. A float64 parity gate
+runs first: both programs must give the same loss. An epoch is composed: 391 x (augment + step) + 79 x evaluation + a
+folding. The published shape has a process of its own (`programs.py`), for codistill sets its process's allocator.
 """
 
 import argparse
 import dataclasses
 import subprocess
 import sys
-import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-import published_shape as published
 from codistill.config import METHODS, Config
-from codistill.data.loader import Augmentation, DeviceLoader
-from codistill.folding import folded_for_evaluation
 from codistill.losses import cross_entropy
 from codistill.mean_teacher import MeanTeacher
 from codistill.method_configs import method_config
-from codistill.methods import Independent, OKDDip, build_method
-from codistill.metrics import PeerMetrics
+from codistill.methods import build_method
 from codistill.peers import BranchPeers, NetworkPeers, PeerOutputs
 from codistill.reproduce.formats import markdown
 from codistill.setup import setup
 from codistill.stacked import StackedPeers
 from codistill.step import train_step
 from codistill.train import _zero_sums
+from programs import Elsewhere, Ours, Step, Theirs, independent, prepare, spent
 
-Step = Callable[[], object]
+COUNTS = {"augment": 391, "step": 391, "evaluate": 79}
+"""How often an epoch of CIFAR-100 at batch 128 does each."""
+
+
+def median(values: list[float]) -> float:
+    """Return the middle one."""
+    return sorted(values)[len(values) // 2]
+
+
+def paired(ours: Callable[[], float], theirs: Callable[[], float], pairs: int) -> tuple[float, float]:
+    """Return the median over pairs of theirs / ours (each returns its CPU seconds), and that of ours, warmed up."""
+    ours()
+    theirs()
+    both = [(ours(), theirs()) for _ in range(pairs)]
+    return median([b / a for a, b in both]), median([a for a, _ in both])
 
 
 def ratio(ours: Step, theirs: Step, pairs: int) -> float:
-    """Return the median over pairs of theirs / ours, in CPU time of this process, after a warm-up."""
-    ours()
-    theirs()
-    ratios = []
-    for _ in range(pairs):
-        spent = []
-        for step in (ours, theirs):
-            began = time.process_time()
-            step()
-            spent.append(time.process_time() - began)
-        ratios.append(spent[1] / spent[0])
-    return sorted(ratios)[len(ratios) // 2]
+    """Return the median over pairs of theirs / ours in CPU time, both in this process."""
+    return paired(lambda: spent(ours), lambda: spent(theirs), pairs)[0]
 
 
 def seconds(step: Step, times: int = 3) -> float:
     """Return the median CPU seconds of a step, after a warm-up."""
     step()
-    spent = []
-    for _ in range(times):
-        began = time.process_time()
-        step()
-        spent.append(time.process_time() - began)
-    return sorted(spent)[len(spent) // 2]
-
-
-class Ours:
-    """OKDDip x 4 ResNet-32 as codistill trains it."""
-
-    def __init__(self, dtype: torch.dtype, batch: int = 128, autocast: torch.dtype | None = None) -> None:
-        self.peers = NetworkPeers("resnet32", 4, 100).to(dtype)
-        self.peers.to(memory_format=torch.channels_last)
-        self.peers.autocast = autocast
-        self.method = OKDDip(4, 64, "okddip_code").to(dtype)
-        parameters = [*self.peers.parameters(), *self.method.parameters()]
-        self.optimizer = torch.optim.SGD(parameters, 0.1, 0.9, 0.0, 5e-4, True, fused=True)
-        rng = np.random.default_rng(0)
-        self.images = rng.integers(0, 256, (512, 32, 32, 3), dtype=np.uint8)
-        self.labels = rng.integers(0, 100, 512)
-        common = {"batch_size": batch, "dtype": dtype}
-        args = (self.images, self.labels, published.MEAN, published.STD)
-        self.loader = DeviceLoader(*args, augmentation=Augmentation(4, True), **common)
-        self.plain = DeviceLoader(*args, **common)
-        self.views, self.targets = next(self.loader.epoch(0))
-        self.sums = torch.zeros(3, dtype=torch.float64)
-
-    def augment(self) -> None:
-        """Make one batch."""
-        next(self.loader.epoch(0))
-
-    def step(self) -> torch.Tensor:
-        """Do one training step."""
-        outputs = self.peers(self.views)
-        terms = self.method(outputs, self.targets, 0.37)
-        terms["loss"].backward()
-        self.optimizer.step()
-        self.optimizer.zero_grad(set_to_none=True)
-        hits = (outputs.logits_PBC.detach().argmax(-1) == self.targets).sum()
-        self.sums += torch.stack((terms["loss"].detach().double(), hits.double(), terms["distill_P"].sum().double()))
-        return terms["loss"]
-
-    def prepare(self) -> None:
-        """Fold for evaluation, once an epoch."""
-        self.peers.eval()
-        with torch.inference_mode():
-            self.folded = folded_for_evaluation(self.peers, self.plain.first()[0][:2])
-        self.peers.train()
-
-    def evaluate(self) -> None:
-        """Measure one batch."""
-        metrics = PeerMetrics(4, 100, (0, 1, 2), "cpu")
-        with torch.inference_mode():
-            views, targets = next(self.plain.epoch())
-            outputs = self.folded(views)
-            metrics.update(outputs.logits_PBC, targets, self.method.ensemble(outputs))
-
-
-class Theirs:
-    """The same networks and weights in the published shape."""
-
-    def __init__(self, ours: Ours) -> None:
-        self.ours = ours
-        networks = [ours.peers.export_member(p).to(memory_format=torch.contiguous_format) for p in range(4)]
-        self.model = published.Published(networks, 64).to(ours.views.dtype)
-        self.model.query.load_state_dict(ours.method.query.state_dict())
-        self.model.key.load_state_dict(ours.method.key.state_dict())
-        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, 0.9, 0.0, 5e-4, True)
-        self.x, self.y = ours.views[0].contiguous(), ours.targets
-
-    def augment(self) -> None:
-        """Make one batch."""
-        published.load_batch(self.ours.images[: len(self.y)])
-
-    def step(self) -> float:
-        """Do one training step."""
-        self.model.train()
-        return published.train_step(self.model, self.optimizer, self.x, self.y, 0.37)
-
-    def evaluate(self) -> None:
-        """Measure one batch."""
-        self.model.eval()
-        published.evaluate(self.model, published.load_batch(self.ours.images[: len(self.y)], published.TEST), self.y)
+    return median([spent(step) for _ in range(times)])
 
 
 def parity_gate() -> float:
     """Return how far three float64 steps of both programs are apart; raise if they are not one program."""
-    ours = Ours(torch.float64, 8)
+    ours = Ours("float64", 8)
     theirs = Theirs(ours)
-    gaps = [abs(float(ours.step()) - theirs.step()) for _ in range(3)]
+    gaps = [abs(ours.step() - theirs.step()) for _ in range(3)]
     assert max(gaps) < 1e-8, f"the two programs differ: {gaps}"
     return max(gaps)
 
 
+def against_the_published_shape(dtype: str, theirs: Elsewhere, pairs: int) -> list[dict[str, str]]:
+    """Return the parts of an epoch and the epoch that they make up."""
+    ours = Ours(dtype)
+    fold = seconds(ours.fold)
+    rows, mine, other = [], fold, 0.0
+    for name, count in COUNTS.items():
+        times, own = paired(lambda n=name: spent(getattr(ours, n)), lambda n=name: theirs.spent(n), pairs)
+        rows.append({"line": f"{name}, {dtype}, against the published shape", "ratio": f"{times:.2f}"})
+        mine, other = mine + count * own, other + count * own * times
+    return [*rows, {"line": f"epoch, {dtype}, composed", "ratio": f"{other / mine:.2f}"}]
+
+
+def has_bfloat16() -> bool:
+    """Say whether this CPU multiplies in bfloat16 (Linux)."""
+    path = Path("/proc/cpuinfo")
+    return path.exists() and any(f in path.read_text() for f in ("avx512_bf16", "amx_bf16"))
+
+
+def kept_memory(pairs: int) -> float:
+    """Return our step with the allocator as Python finds it over the one that keeps freed memory."""
+    kept, default = Elsewhere("ours", keep=True), Elsewhere("ours")
+    times, _ = paired(lambda: kept.spent("step"), lambda: default.spent("step"), pairs)
+    for program in (kept, default):
+        program.end()
+    return times
+
+
 def okddip_overhead(pairs: int) -> float:
     """Return a whole step of okddip over one of independent peers, batch 128, as the median of paired ratios."""
-    okddip, plain = Ours(torch.float32), Ours(torch.float32)
-    plain.method = Independent(4)  # type: ignore[assignment]
+    okddip, plain = Ours(), independent()
     return 1 / ratio(okddip.step, plain.step, pairs)
 
 
@@ -315,23 +258,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
-    torch.set_num_threads(1)
-    torch.manual_seed(0)
+    prepare(keep=True)
     warnings.simplefilter("ignore")
     print(f"parity gate: losses of both programs differ by {parity_gate():.1e} in float64\n")
-    ours = Ours(torch.float32)
-    theirs = Theirs(ours)
-    ours.prepare()
-    rows = []
-    parts = {}
-    for name in ("augment", "step", "evaluate"):
-        pair = getattr(ours, name), getattr(theirs, name)
-        parts[name] = ratio(*pair, options.pairs), seconds(pair[0], 2)
-        rows.append({"line": f"{name}, against the published shape", "ratio": f"{parts[name][0]:.2f}"})
-    counts = {"augment": 391, "step": 391, "evaluate": 79}
-    mine = sum(counts[n] * s for n, (_, s) in parts.items())
-    other = sum(counts[n] * s * r for n, (r, s) in parts.items())
-    rows.append({"line": "epoch, composed", "ratio": f"{other / mine:.2f}"})
+    theirs = Elsewhere("theirs")
+    rows = against_the_published_shape("float32", theirs, options.pairs)
+    if has_bfloat16():
+        rows += against_the_published_shape("bfloat16", theirs, options.pairs)
+    theirs.end()
+    rows.append({"line": "freed memory kept: the step without over with", "ratio": f"{kept_memory(options.pairs):.2f}"})
     rows += small_networks(options.pairs)
     rows.append({"line": "host reads a training step", "ratio": str(reads_of_a_run())})
     rows.append({"line": "okddip's whole step over independent's", "ratio": f"{okddip_overhead(options.pairs):.3f}"})

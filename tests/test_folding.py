@@ -29,6 +29,20 @@ def test_folded_peers_say_the_same(model, kind):
         assert count[0] == 0
 
 
+def test_under_autocast_everything_is_folded_too():
+    peers = NetworkPeers("resnet8", 2, 10, image_size=16)
+    peers.autocast = torch.bfloat16
+    peers.train()
+    peers(torch.randn(8, 3, 16, 16) * 2 + 1)
+    x = torch.randn(4, 3, 16, 16)
+    folded = folded_for_evaluation(peers, x[:1])
+    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
+    assert folded.autocast == peers.autocast == torch.bfloat16
+    with torch.no_grad():
+        gap = (folded(x).logits_PBC - peers(x).logits_PBC).abs().max()
+    assert 0 < gap < 0.05 * folded(x).logits_PBC.abs().max()
+
+
 def test_a_map_that_is_used_twice_is_not_folded_wrongly():
     class Odd(nn.Module):
         def __init__(self, num_classes=3):

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill import FunctionModule
+from codistill.allocator import keep_freed_memory, release_kept_memory
 from codistill.config import Config, InputError, MachineError
 from codistill.cost import forget_peak, peak_megabytes
 from codistill.data import ImageSet, Loader
@@ -260,8 +261,11 @@ def train(
     """
     config = config if data is None else dataclasses.replace(config, data=data.name)
     reporter, config = reporter or Reporter(), after_restart(config.resolved())
-    mesh = join_mesh(config, pick_device(config.device))
+    device = pick_device(config.device)
+    mesh = join_mesh(config, device)
     with ExitStack() as stack:
+        if device.type == "cpu" and keep_freed_memory():
+            stack.callback(release_kept_memory)
         if mesh is None:
             folder = RunFolder(config)
             stack.enter_context(folder.held())

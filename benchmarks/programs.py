@@ -1,0 +1,161 @@
+"""The two programs that the hot path's benchmark measures in turn: codistill's own step, and the published shape.
+
+The published shape runs in a process of its own, with the memory allocator as Python finds it. Every action returns
+its own process's CPU seconds; while one process works, the other waits.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+import published_shape as published
+from codistill.allocator import keep_freed_memory
+from codistill.config import Config
+from codistill.data import ImageSet
+from codistill.mesh_peers import folded_members
+from codistill.method_configs import IndependentConfig, MethodConfig, OKDDipConfig
+from codistill.metrics import PeerMetrics
+from codistill.setup import setup, test_loader
+from codistill.step import train_step
+from codistill.train import _zero_sums
+
+Step = Callable[[], object]
+WEIGHT = 0.37  # of distillation, on the ramp
+
+
+def spent(step: Step) -> float:
+    """Return the CPU seconds of this process that a step takes."""
+    began = time.process_time()
+    step()
+    return time.process_time() - began
+
+
+def images(count: int = 512) -> tuple[np.ndarray, np.ndarray]:
+    """Return as many random images, `N x 32 x 32 x 3`, and labels of 100 classes."""
+    rng = np.random.default_rng(0)
+    return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, count)
+
+
+class Ours:
+    """A method x 4 ResNet-32 as `codistill train` runs it: its loader, step, guard, sums and evaluation."""
+
+    def __init__(self, dtype: str = "float32", batch: int = 128, method: MethodConfig | None = None) -> None:
+        x, y = images()
+        classes = tuple(map(str, range(100)))
+        test = x[:batch], y[:batch]
+        data = ImageSet("random", x, y, *test, classes, mean=published.MEAN, std=published.STD)
+        method = method or OKDDipConfig(variant="okddip_code")
+        options: Any = {"dtype": dtype, "batch_size": batch, "protocol": "paper", "device": "cpu"}
+        self.t = setup(Config(method, "resnet32", "random", peers=4, **options).resolved(), data=data)
+        self.t.sums = _zero_sums(self.t)
+        self.t.peers.train()
+        self.views, self.targets = next(self.t.loader.epoch(0))
+        self.test = test_loader(self.t)
+
+    def augment(self) -> None:
+        """Make one batch (of an epoch of 4: an epoch's draws cost no more for 391)."""
+        next(self.t.loader.epoch(0))
+
+    def step(self) -> float:
+        """Do one training step; its loss."""
+        return float(train_step(self.t, self.views, self.targets, WEIGHT)["loss"])
+
+    def fold(self) -> None:
+        """Fold for evaluation, once an epoch."""
+        self.t.peers.eval()
+        with torch.inference_mode():
+            self.folded = folded_members(self.t.peers, self.test)
+        self.t.peers.train()
+
+    def evaluate(self) -> None:
+        """Measure 128 images, with all figures a member, ensemble and diversity."""
+        metrics = PeerMetrics(4, 100, self.t.method.group, "cpu")
+        with torch.inference_mode():
+            for views, targets in self.test.epoch():
+                outputs = self.folded(views)
+                metrics.update(outputs.logits_PBC, targets, self.t.method.ensemble(outputs))
+
+
+class Theirs:
+    """The same networks and weights in the published shape."""
+
+    def __init__(self, ours: Ours) -> None:
+        peers, method = ours.t.peers, ours.t.method
+        networks = [peers.export_member(p).to(memory_format=torch.contiguous_format) for p in range(4)]
+        self.model = published.Published(networks, 64).to(ours.views.dtype)
+        self.model.query.load_state_dict(method.query.state_dict())
+        self.model.key.load_state_dict(method.key.state_dict())
+        self.optimizer = torch.optim.SGD(self.model.parameters(), 0.1, 0.9, 0.0, 5e-4, True)
+        self.x, self.y = ours.views[0].contiguous(), ours.targets
+        self.images, _ = images()
+
+    def augment(self) -> None:
+        """Make one batch."""
+        published.load_batch(self.images[: len(self.y)])
+
+    def step(self) -> float:
+        """Do one training step; its loss."""
+        self.model.train()
+        return published.train_step(self.model, self.optimizer, self.x, self.y, WEIGHT)
+
+    def evaluate(self) -> None:
+        """Measure 128 images."""
+        self.model.eval()
+        published.evaluate(self.model, published.load_batch(self.images[: len(self.y)], published.TEST), self.y)
+
+
+def independent() -> Ours:
+    """Return peers that hear nothing of each other."""
+    return Ours(method=IndependentConfig())
+
+
+def prepare(keep: bool) -> None:
+    """Make this process ready: one thread, and freed memory kept as `codistill train` keeps it."""
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    if keep:
+        keep_freed_memory()
+
+
+def _serve(line: Connection, keep: bool, program: str) -> None:
+    """Build a program and do what is asked for, until the line says nothing more."""
+    prepare(keep)
+    built = Theirs(Ours()) if program == "theirs" else Ours()
+    while (name := line.recv()) is not None:
+        line.send(spent(getattr(built, name)))
+
+
+class Elsewhere:
+    """A program in a process of its own.
+
+    Args:
+        program: `theirs` or `ours`.
+        keep: Whether it keeps freed memory.
+    """
+
+    def __init__(self, program: str, keep: bool = False) -> None:
+        context = multiprocessing.get_context("spawn")
+        self.line, other = context.Pipe()
+        self.process = context.Process(target=_serve, args=(other, keep, program), daemon=True)
+        self.process.start()
+
+    def spent(self, name: str) -> float:
+        """Return the CPU seconds of an action."""
+        self.line.send(name)
+        return self.line.recv()
+
+    def end(self) -> None:
+        """End the process."""
+        self.line.send(None)
+        self.process.join()
