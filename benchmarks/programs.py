@@ -23,7 +23,7 @@ import published_shape as published
 from codistill.allocator import keep_freed_memory
 from codistill.config import Config
 from codistill.data import ImageSet
-from codistill.mesh_peers import folded_members
+from codistill.folding import folded_for_evaluation
 from codistill.method_configs import IndependentConfig, MethodConfig, OKDDipConfig
 from codistill.metrics import PeerMetrics
 from codistill.setup import setup, test_loader
@@ -72,10 +72,10 @@ class Ours:
         return float(train_step(self.t, self.views, self.targets, WEIGHT)["loss"])
 
     def fold(self) -> None:
-        """Fold for evaluation, once an epoch."""
+        """Fold and fuse for evaluation, once an epoch, as for CIFAR-100's 10,000 test images."""
         self.t.peers.eval()
         with torch.inference_mode():
-            self.folded = folded_members(self.t.peers, self.test)
+            self.folded = folded_for_evaluation(self.t.peers, self.test.first()[0][:2], large=True)
         self.t.peers.train()
 
     def evaluate(self) -> None:

@@ -1,4 +1,4 @@
-"""Faster evaluation: BatchNorm folded into the convolution before it, on a copy, where the network allows.
+"""Faster evaluation, on a copy: BatchNorm folded into the convolution before it, where the network allows.
 
 Which BatchNorm follows which convolution is seen on one image: its input is the very tensor that the convolution
 returned. Folded copies are compared with the original on that image; where all pairs together differ (a convolution's
@@ -13,26 +13,52 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
+from codistill.fusing import FusedConv, fuse, is_available
 from codistill.peers import Peers
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 
 
 @torch.no_grad()
-def folded_for_evaluation(peers: Peers, example: Tensor) -> Peers:
+def folded_for_evaluation(peers: Peers, example: Tensor, large: bool = False) -> Peers:
     """Return peers that say the same in evaluation mode and cost less; `peers` itself where nothing can be folded.
 
     Args:
         peers: Left as they are.
         example: One image or more, `B x C x H x W`.
+        large: Whether so much is to be evaluated that fusing kernels too (see `fusing`) pays for the tracing.
     """
     autocast, peers.autocast = peers.autocast, None  # in bfloat16 rounding alone would tell the two apart
     try:
         folded = _checked(peers.eval(), example)
+        if large and folded is not peers:
+            folded = _fused(folded, example, autocast)
     finally:
         peers.autocast = autocast
     folded.autocast = autocast
     return folded
+
+
+def _fused(folded: Peers, example: Tensor, autocast: torch.dtype | None) -> Peers:
+    """Return a copy of folded peers with fused kernels; the peers where there are none, or they say something else."""
+    if not is_available(example):
+        return folded
+    expected, fused, done = folded(example).logits_PBC, copy.deepcopy(folded), {}
+    for index in range(fused.num_peers):
+        member = fused.member(index)
+        member.body = fuse(member.body, done)
+    try:
+        if _differ(fused, example, expected):
+            return folded
+        if autocast is not None:
+            for module in fused.modules():
+                if isinstance(module, FusedConv):
+                    module.to(autocast)
+            fused.autocast = autocast
+            fused(example)
+    except RuntimeError:  # this processor has no such kernel in this dtype
+        return folded
+    return fused
 
 
 def _checked(peers: Peers, example: Tensor) -> Peers:

@@ -20,6 +20,7 @@ from codistill.methods import Method
 from codistill.peers import NetworkPeers, PeerOutputs, Peers, SplitMember, eval_mode, running_statistics_kept
 
 IMBALANCE = 1.1  # a rank that costs that many times what another one costs is spoken of
+_MANY_PIXELS = 2**21  # of an evaluation (2,048 images of 32 x 32), from which on tracing networks takes the lesser time
 
 
 class MeshPeers(Peers):
@@ -171,9 +172,13 @@ def _unpack(rows: Tensor, peers: int, classes: int, dims: list[int]) -> tuple[Te
 
 def folded_members(peers: Peers, loader: Loader) -> Peers:
     """Return peers that evaluate faster; on a mesh each rank sees to its own, if it has a sample to try them on."""
+    if not len(loader):
+        return peers
+    example = loader.first()[0][:2]
+    large = loader.num_samples * example.shape[-1] * example.shape[-2] >= _MANY_PIXELS
     if not isinstance(peers, MeshPeers):
-        return folded_for_evaluation(peers, loader.first()[0][:2])
-    return peers.with_members(folded_for_evaluation(peers.local, loader.first()[0][:2])) if len(loader) else peers
+        return folded_for_evaluation(peers, example, large)
+    return peers.with_members(folded_for_evaluation(peers.local, example, large))
 
 
 def _numbers(module: nn.Module) -> int:
