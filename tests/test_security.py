@@ -31,8 +31,8 @@ from codistill.run import write_json
 from codistill.train import train
 from codistill.untrusted import load_tensors
 from helpers import read_json
+from images import Malicious, arrays, write_npz
 from test_checkpoints import small
-from test_data import Malicious, arrays, write_npz
 
 EVIL = "<img src=x onerror=alert(1)> & [b]*x*[/b] `y` </script>\n\x1b[31m"
 

@@ -47,6 +47,7 @@ def train(parsed: Parsed) -> int:
 
 def evaluate(parsed: Parsed) -> int:
     """Measure a run's members on one of its splits, or on another set."""
+    from codistill.allocator import keep_freed_memory
     from codistill.data.other import load_other
     from codistill.feeding import make_loader
     from codistill.setup import curve_loader, deployed_name, load_run, load_without_images, test_loader
@@ -57,6 +58,8 @@ def evaluate(parsed: Parsed) -> int:
         t = load_without_images(parsed.words[0], options.device, checkpoint=options.checkpoint)
     else:
         t = load_run(parsed.words[0], options.data_dir, options.device, options.checkpoint)
+    if t.device.type == "cpu":
+        keep_freed_memory()
     if options.data is not None:
         images, labels, note = load_other(options.data, options.data_dir, t.data.about())
         if note:
