@@ -1,6 +1,6 @@
 # make demo     install, then train peers on real images and print what it buys (DATA=digits|fashion-mnist|cifar100, DATA_DIR=...)
 # make test     install, then lint, type-check and test
-# make bench    install, then measure the hot path against the published shape: ratios, in about 10 minutes
+# make bench    install, then measure the hot path against the published shape: ratios, in about 7 minutes
 # make clean    remove the environment and what the demo wrote
 PYTHON ?= $(shell for v in python3.13 python3.12 python3.11 python3; do command -v $$v >/dev/null && $$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$v && break; done)
 VENV   ?= .venv

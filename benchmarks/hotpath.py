@@ -1,7 +1,7 @@
 """The hot path against the published shape, and every method against independent peers: ratios, not seconds.
 
     make bench                                                     # or:
-    OMP_NUM_THREADS=1 python benchmarks/hotpath.py [--pairs 5]     # about 8 minutes on 2 cores
+    OMP_NUM_THREADS=1 python benchmarks/hotpath.py [--pairs 5]     # about 7 minutes on 2 cores
 
 One thread, process CPU time, A and B in turn, the median of the pairs' ratios. A float64 parity gate
 runs first: both programs must give the same loss. An epoch is composed: 391 x (augment + step) + 79 x evaluation + a
