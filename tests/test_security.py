@@ -229,6 +229,23 @@ def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path,
         load_set(f"folder:{folder}")
 
 
+@pytest.mark.parametrize(
+    "links",
+    [{"cow": "."}, {"cat/again": ".."}, {"cat/again": "."}, {"cat/x": "../dog", "dog/y": "../cat"}],
+)
+def test_links_that_go_round_in_a_circle_are_named_and_not_walked(links, tmp_path, monkeypatch):
+    folder = image_folder(tmp_path / "photos")
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+
+    def walked(_root):
+        raise AssertionError("the link was followed")
+
+    monkeypatch.setattr("torchvision.datasets.ImageFolder", walked)
+    with pytest.raises(InputError, match="is a link to a folder, which only a class as a whole may be"):
+        load_set(f"folder:{folder}")
+
+
 # -- words -------------------------------------------------------------------------------------------------------------
 
 

@@ -69,3 +69,16 @@ def links_out(folder: Path) -> Iterator[Path]:
             path = os.path.join(place, name)
             if os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root:
                 yield Path(path)
+
+
+def deep_links(folder: Path) -> Iterator[Path]:
+    """Yield the links to folders that a walk which follows them may never end in: to the top, or below its folders.
+
+    What is left, links at the top to folders inside, unfolds no link a second time: neither loops nor doubling pass.
+    """
+    root = os.path.realpath(folder)
+    for place, folders, _ in os.walk(folder):
+        for name in folders:
+            path = os.path.join(place, name)
+            if os.path.islink(path) and (Path(place) != folder or os.path.realpath(path) == root):
+                yield Path(path)

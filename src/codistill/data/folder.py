@@ -20,7 +20,7 @@ from codistill.data.files import ImageFiles
 from codistill.data.image_set import ImageSet
 from codistill.data.images import open_upright
 from codistill.errors import InputError
-from codistill.untrusted import links_out
+from codistill.untrusted import deep_links, links_out
 
 RESIDENT_LIMIT = 2 * 2**30
 """Bytes of decoded images (one a channel and pixel, 3 channels) up to which a folder is kept in memory."""
@@ -73,12 +73,20 @@ def load_folder(
     return ImageSet(f"folder:{path}", classes=classes, flip=True, **fields)
 
 
-def refuse_links_out(path: Path) -> None:
-    """Raise for a link that leads out of the folder: an archive of strangers could name any file of this machine."""
+def refuse_unsafe_links(path: Path) -> None:
+    """Raise for a link out of the folder, or one whose following might not end.
+
+    An archive of strangers could name any file of this machine, or hold links that go round in a circle.
+    """
     link = next(links_out(path), None)
     if link is not None:
         raise InputError(
             f"--data folder: {link} is a link out of {path}; links are followed inside only, so copy the file there"
+        )
+    link = next(deep_links(path), None)
+    if link is not None:
+        raise InputError(
+            f"--data folder: {link} is a link to a folder, which only a class as a whole may be; copy what it leads to"
         )
 
 
@@ -116,7 +124,7 @@ def _list(path: Path) -> tuple[Part, tuple[str, ...]]:
     """List one part and its classes."""
     from torchvision.datasets import ImageFolder
 
-    refuse_links_out(path)  # first: the listing follows links
+    refuse_unsafe_links(path)  # first: the listing follows links
     try:
         folder = ImageFolder(str(path))
     except FileNotFoundError as error:
