@@ -8,7 +8,7 @@ import torch
 from codistill.cli import main
 from codistill.config import Config, InputError, slug
 from codistill.models import resolve
-from codistill.models.sources import parse_source
+from codistill.models.sources import parse_source, pretrained_statistics
 from codistill.peers import BranchPeers, NetworkPeers
 from codistill.setup import setup
 
@@ -117,6 +117,23 @@ def test_pretrained_classifiers_of_transformers_get_new_heads(tmp_path):
     key = "resnet.embedder.embedder.convolution.weight"
     assert torch.equal(first.state_dict()[key], trained.state_dict()[key])
     assert not torch.equal(peers.member(0).head.weight, peers.member(1).head.weight)
+
+
+def test_pretrained_classifiers_of_transformers_get_images_as_their_processor_says(tmp_path):
+    import transformers
+
+    about = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
+    transformers.AutoModelForImageClassification.from_config(about).save_pretrained(tmp_path)
+    name = f"hf:{tmp_path}"
+    assert pretrained_statistics([name]) == {name: None}  # nothing is said
+    (tmp_path / "preprocessor_config.json").write_text('{"do_resize": true}')
+    assert pretrained_statistics([name]) == {name: None}
+    mean, std = [0.1, 0.2, 0.3], [0.4, 0.5, 0.6]
+    transformers.ViTImageProcessor(image_mean=mean, image_std=std).save_pretrained(tmp_path)
+    assert pretrained_statistics([name]) == {name: (tuple(mean), tuple(std))}
+    small = {"data": "digits", "train_per_class": 4, "epochs": 1, "batch_size": 8, "peers": 1, "device": "cpu"}
+    t = setup(Config("independent", name, pretrained=True, **small).resolved())
+    assert (t.data.mean, t.data.std) == (tuple(mean), tuple(std))
 
 
 def test_gray_images_are_repeated_where_a_network_knows_colour_alone():
