@@ -21,6 +21,7 @@ from typing import Any, Protocol
 
 from codistill.config import Config, InputError
 from codistill.method_configs import KDConfig
+from codistill.reproduce.answer import Answer, finished
 from codistill.signals import Stopped, caught_signals
 
 
@@ -79,9 +80,6 @@ class Job:
     """The job that must have a result before."""
     running: Any = None
     ended: bool = False
-
-
-Answer = tuple[dict[str, Any] | None, str | None]
 
 
 class Executor(Protocol):
@@ -153,20 +151,6 @@ def run_grid(
         finally:
             executor.close()
     _keep_failures(cells, folder)
-
-
-def finished(config: Config) -> Answer | None:
-    """Return the answer of a run that is complete, or why the folder cannot be this run's; else None."""
-    path = Path(str(config.out)) / "result.json"
-    if not path.exists():
-        return None
-    from codistill.run import RunFolder
-
-    try:
-        RunFolder(config)  # checked against the config as any continuation is
-    except InputError as error:
-        return None, str(error)
-    return json.loads(path.read_text()), None
 
 
 def _advance(jobs: list[Job], executor: Executor) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from codistill.config import Config, InputError, MachineError
 from codistill.imports import Asked, asked, taken_over
-from codistill.reproduce.grid import Answer, finished
+from codistill.reproduce.answer import Answer, finished
 
 
 def train_job(config: Config, asked_for: Asked | None = None) -> Answer:
