@@ -64,7 +64,7 @@ class Ours:
         self.test = test_loader(self.t)
 
     def augment(self) -> None:
-        """Make one batch (of an epoch of 4: an epoch's draws cost no more for 391)."""
+        """Make one batch, the draws of a whole epoch of 4 included."""
         next(self.t.loader.epoch(0))
 
     def step(self) -> float:

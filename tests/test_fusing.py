@@ -163,6 +163,24 @@ def test_a_map_is_written_over_only_where_nobody_reads_it_later(network, count):
     assert largest_gap(folded_for_evaluation(peers, x[:2], large=True), peers, x) < 1e-5
 
 
+class AddedToAll(Block):
+    def maps(self, x):
+        return F.relu(self.one(x) + self.two(F.adaptive_avg_pool2d(x, 1)))
+
+
+class SpreadOverAll(Block):
+    def maps(self, x):
+        return F.relu(self.one(F.adaptive_avg_pool2d(x, 1)) + self.two(x))
+
+
+@pytest.mark.parametrize("network", [AddedToAll, SpreadOverAll])
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_maps_of_two_sizes_are_not_written_over_each_other(network, layout):
+    peers = trained(NetworkPeers, network).to(memory_format=layout)
+    x = torch.randn(5, 3, 16, 16).contiguous(memory_format=layout)
+    assert largest_gap(folded_for_evaluation(peers, x[:2], large=True), peers, x) < 1e-5
+
+
 def test_in_bfloat16_the_weights_are_kept_in_it_and_heads_are_not():
     peers = trained(NetworkPeers, "resnet8")
     peers.autocast = torch.bfloat16
@@ -181,12 +199,14 @@ def test_in_bfloat16_the_weights_are_kept_in_it_and_heads_are_not():
     assert fused.member(0).head.weight.dtype is torch.float32
 
 
-@pytest.mark.parametrize("failure", ["no kernel", "refused", "wrong"])
+@pytest.mark.parametrize("failure", ["no kernel", "refused", "no such operator", "wrong"])
 def test_without_the_kernels_or_if_they_err_the_folded_network_is_used(monkeypatch, failure):
     peers = trained(NetworkPeers, "resnet8")
     x = torch.randn(4, 3, 16, 16)
     if failure == "no kernel":
         monkeypatch.setattr(folding, "is_available", lambda x: False)
+    elif failure == "no such operator":
+        monkeypatch.setattr(FusedConv, "forward", lambda self, x, other=None: torch.ops.mkldnn.no_such_operator(x))
     elif failure == "refused":
         monkeypatch.setattr(FusedConv, "forward", lambda self, x, other=None: x @ x[0, 0, 0, :3])
     else:

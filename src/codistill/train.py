@@ -243,6 +243,8 @@ def train(
 ) -> Result:
     """Train one run in its folder and read the test set once, at the end.
 
+    On a CPU with glibc this process keeps the memory it frees from here on (see `allocator`).
+
     Args:
         config: What to train.
         reporter: Told of the progress; default silent.
