@@ -25,7 +25,7 @@ from codistill.setup import Training, deployed_network
 def deployed_scores(t: Training, loader: Loader) -> tuple[Tensor, Tensor]:
     """Return the deployed student's logits on a set, `N x C` in double precision on the CPU, and the labels."""
     student = deployed_network(t).to(loader.device)
-    pairs = [(student(views[0]).double().cpu(), labels.cpu()) for views, labels in loader.epoch()]
+    pairs = [(student(views[0]).cpu().double(), labels.cpu()) for views, labels in loader.epoch()]
     scores, labels = zip(*pairs)
     return torch.cat(scores), torch.cat(labels)
 

@@ -12,10 +12,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+NO_FLOAT64 = {"mps"}
+"""Kinds of devices that have no float64."""
+
 
 def wide_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the dtype that sums are kept in: float64, or float32 on Apple's GPUs, which know no other."""
-    return torch.float32 if torch.device(device).type == "mps" else torch.float64
+    """Return the dtype that sums are kept in: float64, or float32 on a device that has none (Apple's GPUs)."""
+    return torch.float32 if torch.device(device).type in NO_FLOAT64 else torch.float64
 
 
 def sigmoid_ramp(epoch: float, length: float) -> float:

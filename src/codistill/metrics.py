@@ -37,8 +37,9 @@ class PeerMetrics:
         device: torch.device | str,
         detail: bool = False,
     ) -> None:
-        self.num_classes, self.group = num_classes, list(group)
-        self._whole = self.group == list(range(num_peers))
+        self.num_classes, size = num_classes, len(group)
+        self._whole = list(group) == list(range(num_peers))
+        self.group_G = torch.tensor(list(group)).to(device)  # a list as index would be sent there for every batch
         rows = num_peers + 1
         self.count = 0
         self.wide = wide_dtype(device)
@@ -48,7 +49,7 @@ class PeerMetrics:
         # Per bin of confidence: samples, sum of confidences, sum of hits.
         self.bins_3MK = torch.zeros(3, rows * NUM_BINS, dtype=self.wide, device=device)
         self.pairs = torch.zeros(2, dtype=self.wide, device=device)  # L2 distance, disagreement
-        self.both_wrong_GG = torch.zeros(len(self.group), len(self.group), dtype=self.wide, device=device)
+        self.both_wrong_GG = torch.zeros(size, size, dtype=self.wide, device=device)
         self.confusion = torch.zeros(rows * num_classes**2 if detail else 0, dtype=torch.int64, device=device)
 
     @torch.no_grad()
@@ -57,11 +58,11 @@ class PeerMetrics:
         log_probs_PBC = logits_PBC.to(torch.promote_types(logits_PBC.dtype, torch.float32)).log_softmax(-1)
         if ensemble_log_probs_BC is None:
             # In log space, which stays right where probabilities underflow.
-            log_group_GBC = log_probs_PBC if self._whole else log_probs_PBC[self.group]
-            ensemble_log_probs_BC = log_group_GBC.logsumexp(0) - math.log(len(self.group))
+            log_group_GBC = log_probs_PBC if self._whole else log_probs_PBC[self.group_G]
+            ensemble_log_probs_BC = log_group_GBC.logsumexp(0) - math.log(len(self.group_G))
         log_MBC = torch.cat((log_probs_PBC, ensemble_log_probs_BC.to(log_probs_PBC.dtype).unsqueeze(0)))
         probs_MBC = log_MBC.exp()
-        group_GBC = probs_MBC[:-1] if self._whole else probs_MBC[:-1][self.group]
+        group_GBC = probs_MBC[:-1] if self._whole else probs_MBC[:-1][self.group_G]
         index_MB1 = targets_B.expand(probs_MBC.shape[:2]).unsqueeze(-1)
         confidence_MB, guess_MB = probs_MBC.max(-1)
         hit_MB = guess_MB == targets_B
@@ -76,7 +77,7 @@ class PeerMetrics:
             rows_M1 = torch.arange(len(guess_MB), device=guess_MB.device).unsqueeze(1)
             place = ((rows_M1 * self.num_classes + targets_B) * self.num_classes + guess_MB).flatten()
             self.confusion.index_add_(0, place, torch.ones_like(place))
-        self._update_pairs(group_GBC, hit_MB[:-1][self.group], guess_MB[:-1][self.group])
+        self._update_pairs(group_GBC, hit_MB[:-1][self.group_G], guess_MB[:-1][self.group_G])
 
     def _update_bins(self, confidence_MB: Tensor, hit_MB: Tensor) -> None:
         rows = confidence_MB.shape[0]
@@ -115,7 +116,7 @@ class PeerMetrics:
         top5 = (self.correct5_M * 100 / count).tolist()
         nll = (self.nll_M / count).tolist()
         distance, disagreement = (self.pairs / count).tolist()
-        both_wrong, correlation = _errors_in_common(self.both_wrong_GG / count)
+        both_wrong, correlation = _errors_in_common((self.both_wrong_GG / count).tolist())
         figures: dict[str, Any] = {
             "samples": self.count,
             "top1": top1[:-1],
@@ -145,16 +146,16 @@ class PeerMetrics:
         return {"reliability": bins, "confusion": self.confusion.view(-1, classes, classes)[row].tolist()}
 
 
-def _errors_in_common(both_wrong_GG: Tensor) -> tuple[float, float | None]:
+def _errors_in_common(both_wrong_GG: list[list[float]]) -> tuple[float, float | None]:
     """Return the mean over pairs of P(both wrong), and of the correlation of being wrong (None where nobody errs).
 
     The diagonal of `both_wrong_GG` holds every member's rate of errors.
     """
-    rates = both_wrong_GG.diagonal().tolist()
+    rates = [row[i] for i, row in enumerate(both_wrong_GG)]
     pairs = [(i, j) for i in range(len(rates)) for j in range(i)]
     if not pairs:
         return 0.0, None
-    both = {pair: both_wrong_GG[pair].item() for pair in pairs}
+    both = {(i, j): both_wrong_GG[i][j] for i, j in pairs}
     spread = [math.sqrt(rate * (1 - rate)) if 0 < rate < 1 else 0.0 for rate in rates]
     correlations = [
         (both[i, j] - rates[i] * rates[j]) / (spread[i] * spread[j]) for i, j in pairs if spread[i] and spread[j]

@@ -8,6 +8,7 @@ Shapes: V views, B batch, C classes, H height, W width.
 from __future__ import annotations
 
 import math
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from codistill.config import Config
+
+STEPS_AHEAD = 32
 
 
 def wants_soft_labels(config: Config) -> bool:
@@ -30,18 +33,38 @@ def mix_batch(
     targets_BC = targets_BC * (1 - config.label_smoothing) + config.label_smoothing / num_classes
     if not (config.mixup or config.cutmix):
         return views_VBCHW, targets_BC
-    rng = np.random.default_rng((config.seed, 7_001, epoch, step))
-    cut = config.cutmix > 0 and (not config.mixup or rng.random() < 0.5)
-    strength = config.cutmix if cut else config.mixup
-    share = float(rng.beta(strength, strength))
-    partner_B = torch.from_numpy(rng.permutation(len(labels_B))).to(labels_B.device)
-    if cut:
-        rows, columns, share = cut_square(views_VBCHW.shape[-2], views_VBCHW.shape[-1], share, rng)
+    block, place = divmod(step, STEPS_AHEAD)
+    size = len(labels_B), *views_VBCHW.shape[-2:]
+    draws, partners_SB = _drawn(config.seed, config.mixup, config.cutmix, epoch, block, size, labels_B.device)
+    (share, square), partner_B = draws[place], partners_SB[place]
+    if square is not None:
         mixed = views_VBCHW.clone(memory_format=torch.preserve_format)
-        mixed[..., rows, columns] = views_VBCHW[:, partner_B][..., rows, columns]
+        mixed[..., *square] = views_VBCHW[:, partner_B][..., *square]
     else:
         mixed = views_VBCHW.lerp(views_VBCHW[:, partner_B], 1 - share)
     return mixed, targets_BC.lerp(targets_BC[partner_B], 1 - share)
+
+
+@lru_cache(maxsize=2)
+def _drawn(
+    seed: int, mixup: float, cutmix: float, epoch: int, block: int, size: tuple[int, int, int], device: torch.device
+) -> tuple[list[tuple[float, list[slice] | None]], Tensor]:
+    """Return each step's share and square (none for mixup), and on the device its partners, `steps x B`.
+
+    Of many steps at once: the host waits for a GPU whenever it sends it something.
+    """
+    draws, partners = [], []
+    for step in range(block * STEPS_AHEAD, (block + 1) * STEPS_AHEAD):
+        rng = np.random.default_rng((seed, 7_001, epoch, step))
+        cut = cutmix > 0 and (not mixup or rng.random() < 0.5)
+        strength = cutmix if cut else mixup
+        share = float(rng.beta(strength, strength))
+        partners.append(rng.permutation(size[0]))
+        square = None
+        if cut:
+            *square, share = cut_square(size[1], size[2], share, rng)
+        draws.append((share, square))
+    return draws, torch.from_numpy(np.stack(partners)).to(device)
 
 
 def cut_square(height: int, width: int, share: float, rng: np.random.Generator) -> tuple[slice, slice, float]:

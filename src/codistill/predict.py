@@ -48,8 +48,8 @@ class Predictor:
         std = torch.tensor(self.about["std"], device=self.device).view(-1, 1, 1)
         x = (torch.from_numpy(pixels).to(self.device) / 255 - mean) / std
         dtype = next(self.network.parameters()).dtype
-        scores = self.network(x.to(dtype)).double() / self.about.get("temperature", 1.0)
-        return scores.softmax(-1).cpu().numpy()
+        scores = self.network(x.to(dtype)).cpu().double() / self.about.get("temperature", 1.0)
+        return scores.softmax(-1).numpy()
 
 
 def load_predictor(

@@ -26,6 +26,7 @@ from codistill.execution import choose_execution, stack
 from codistill.feeding import DTYPES, load_images, make_loader
 from codistill.guard import FiniteGuard
 from codistill.imports import check_imports, names_of
+from codistill.losses import wide_dtype
 from codistill.mean_teacher import MeanTeacher
 from codistill.mesh import Mesh
 from codistill.mesh_peers import MeshPeers, refuse_foreign
@@ -163,6 +164,8 @@ def setup(
     """
     assert isinstance(config.method, MethodConfig)
     device = pick_device(config.device) if mesh is None else mesh.device
+    if config.dtype == "float64" and wide_dtype(device) is not torch.float64:
+        raise InputError(f"--dtype float64: {device.type} has none; give --device cpu, or another --dtype")
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic and device.type == "cuda":  # else its matrix products refuse; read at their first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -10,6 +10,8 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
+from codistill.losses import wide_dtype
+
 ITERATIONS = 50
 SMOOTHING_ENDS, BARRIER_ENDS = 30, 40  # iterations after which tau is 1 and mu at its least
 BARRIER_FIRST, BARRIER_LAST = 0.1, 1e-8
@@ -18,7 +20,7 @@ STEP_SIZES = (1.0, 0.5, 0.2, 0.05, 0.01)
 
 @torch.no_grad()
 def best_mixture(margins_GNPC: Tensor) -> Tensor:
-    """Return a = argmin over the simplex of mean_n logsumexp_c(sum_p a_p u_pc), in float64, `G x P`.
+    """Return a = argmin over the simplex of mean_n logsumexp_c(sum_p a_p u_pc), solved in float64, `G x P`.
 
     With margins u_p = z_p - z_p[y] this is the mixture of logits with the least cross-entropy (KDCL-Linear). The
     problem is convex; its minimisers need not be unique.
@@ -29,13 +31,16 @@ def best_mixture(margins_GNPC: Tensor) -> Tensor:
     P mu: below 1e-6 in all of 40,000 random problems with logits of deviation 20 to 400.
 
     Args:
-        margins_GNPC: u.
+        margins_GNPC: u. On a device without float64 (Apple's GPUs) the CPU solves it, for which the host waits.
     """
+    if wide_dtype(margins_GNPC.device) is not torch.float64:
+        return best_mixture(margins_GNPC.cpu()).to(margins_GNPC.dtype).to(margins_GNPC.device)
     u = margins_GNPC.double()
     groups, _, members, _ = u.shape
     a = u.new_full((groups, members), 1.0 / members)
     spread_G = ((u.amax(2) - u.amin(2)).amax((1, 2)) / 4).clamp_min(1.0)
-    sizes_S1 = torch.tensor(STEP_SIZES, dtype=u.dtype, device=u.device).unsqueeze(1)
+    # Filled in on the device: to send five numbers there, the host would wait for it.
+    sizes_S1 = torch.cat([u.new_full((1, 1), size) for size in STEP_SIZES])
     for iteration in range(ITERATIONS):
         tau_G = spread_G ** max(0.0, 1 - iteration / SMOOTHING_ENDS)
         fall = (BARRIER_LAST / BARRIER_FIRST) ** min(1.0, iteration / BARRIER_ENDS)
@@ -98,13 +103,13 @@ def frank_wolfe_gap(a_GP: Tensor, margins_GNPC: Tensor) -> Tensor:
 
 
 def quadratic_on_simplex(matrix_PP: Tensor) -> Tensor:
-    """Return argmin of w' C w over the simplex, float64, `P`.
+    """Return argmin of w' C w over the simplex, `P`; the CPU solves it in float64.
 
     The closed form C^-1 1 / (1' C^-1 1) where it lies in the simplex; else the best of the closed forms on fewer
     members, which is exact (a minimiser has some support, and on it the closed form holds). A ridge of 1e-12 of
     the trace makes exchangeable members equal. 2^P - 1 tiny solves at the most, once an epoch.
     """
-    matrix = matrix_PP.double().cpu()
+    matrix = matrix_PP.cpu().double()
     members = len(matrix)
     matrix = matrix + torch.eye(members, dtype=torch.float64) * (1e-12 * matrix.trace().clamp_min(1e-300))
     best, best_value = None, float("inf")
@@ -117,9 +122,9 @@ def quadratic_on_simplex(matrix_PP: Tensor) -> Tensor:
                 continue
             full = torch.zeros(members, dtype=torch.float64).index_copy_(0, index, weights)
             if size == members:
-                return full.to(matrix_PP.device)
+                return full.to(matrix_PP.dtype).to(matrix_PP.device)
             value = float(full @ matrix @ full)
             if value < best_value:
                 best, best_value = full, value
     assert best is not None, "single members always lie in the simplex"
-    return best.to(matrix_PP.device)
+    return best.to(matrix_PP.dtype).to(matrix_PP.device)

@@ -164,15 +164,16 @@ class FileLoader(Loader):
             MachineError: a worker was ended.
         """
         order_N, cuts = self._draw(epoch)
+        there_N = None if order_N is None else order_N.to(self.device)
         loader = self._started()
         assert isinstance(loader.batch_sampler, _Batches)
         loader.batch_sampler.planned = (self._places(epoch, order_N, self._own(w)) for w in self._windows(start))
         for window, (pixels_VBHWC, unreadable) in zip(self._windows(start), _guarded(loader)):
             self._note(unreadable)
             own = self._own(window)
-            batch = {name: draw[self._own_views, own].to(self.device) for name, draw in cuts.items()}
+            batch = {name: draw[self._own_views, own] for name, draw in cuts.items()}
             moved = pixels_VBHWC.to(self.device, non_blocking=True)
-            labels_B = self.labels_N[window if order_N is None else order_N[window].to(self.device)]
+            labels_B = self.labels_N[window if there_N is None else there_N[window]]
             yield self._normalised(moved, batch), labels_B
 
     def first(self) -> Tensor:
@@ -214,7 +215,7 @@ class FileLoader(Loader):
         return loader
 
     def _draw(self, epoch: int) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Draw the epoch's order, and where squares are cut out of every view; workers draw the rest."""
+        """Draw the epoch's order, and on the device where squares are cut out of views; workers draw the rest."""
         if self.augmentation is None:
             return None, {}
         rng = self._generator(epoch)
@@ -222,7 +223,7 @@ class FileLoader(Loader):
         if not self.augmentation.cutout:
             return order_N, {}
         pairs = [[torch.randint(self.files.size, shape, generator=rng) for _ in "yx"] for _ in range(self.views)]
-        cut_y, cut_x = (torch.stack(centres) for centres in zip(*pairs))
+        cut_y, cut_x = (torch.stack(centres).to(self.device) for centres in zip(*pairs))
         return order_N, {"cut_y": cut_y, "cut_x": cut_x}
 
     def _places(self, epoch: int, order_N: Tensor | None, own: slice) -> list[Place]:

@@ -105,7 +105,7 @@ class Method(nn.Module):
         """Return the ensemble's log-probabilities, `B x C`: of the group's mean probabilities, or the method's own."""
         log_probs_PBC = outputs.logits_PBC.log_softmax(-1)
         if len(self.group) < self.num_peers:
-            log_probs_PBC = log_probs_PBC[list(self.group)]
+            log_probs_PBC = torch.stack([log_probs_PBC[p] for p in self.group])
         return torch.logsumexp(log_probs_PBC, 0).log_softmax(-1)
 
     def after_epoch(self, holdout_logits_PNC: Tensor, holdout_targets_N: Tensor) -> None:

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from codistill.errors import InputError
-from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mix_logits, soften
+from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mix_logits, soften, wide_dtype
 from codistill.method_configs import KDCLConfig, MethodConfig
 from codistill.methods.base import Method, PeerInfo, Terms, join
 from codistill.peers import PeerOutputs
@@ -118,8 +118,8 @@ class KDCL(Method):
         """Solve for `general`'s weights on the holdout's outputs."""
         if self.target != "general":
             return
-        probs_PNC = holdout_logits_PNC.double().softmax(-1)
-        labels_NC = torch.nn.functional.one_hot(holdout_targets_N, probs_PNC.shape[-1]).double()
+        probs_PNC = holdout_logits_PNC.to(wide_dtype(holdout_logits_PNC.device)).softmax(-1)
+        labels_NC = torch.nn.functional.one_hot(holdout_targets_N, probs_PNC.shape[-1]).to(probs_PNC.dtype)
         error_PNC = probs_PNC - labels_NC
         covariance_PP = torch.einsum("inc,jnc->ij", error_PNC, error_PNC) / len(holdout_targets_N)
         self.weights_P.copy_(quadratic_on_simplex(covariance_PP))
