@@ -13,9 +13,11 @@ import numpy as np
 import torch
 from PIL import Image
 
+import accelerator  # noqa: F401 (before codistill)
 import codistill.predict
 import codistill.setup
 import codistill.train
+from accelerator import DEVICE, OnDevice, Simulated
 from accelerator_cases import CASES
 from codistill.config import Config
 from codistill.data import ImageSet, Loader
@@ -25,7 +27,6 @@ from codistill.methods import Method
 from codistill.models import resolve
 from codistill.peers import Peers
 from codistill.setup import Training
-from simulated_device import DEVICE, OnDevice, Simulated
 
 PICK_DEVICE = codistill.setup.pick_device
 

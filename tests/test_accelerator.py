@@ -66,7 +66,7 @@ def test_what_a_device_refuses_is_seen(tmp_path):
     """Let the simulation itself fail where a GPU would, and count where the host would wait."""
     script = """
 import torch
-from simulated_device import DEVICE, Simulated
+from accelerator import DEVICE, Simulated
 
 with Simulated() as mode:
     x, host = torch.ones(3).to(DEVICE), torch.ones(3)

@@ -5,7 +5,7 @@ back in a step, small things sent there in a step (the host waits for both), flo
 Numbers are computed by the CPU's kernels, so a run gives the CPU's figures to the last bit. No kernel, no stream and
 no speed of any GPU is tested by this.
 
-Import it before the first backward of the process: autograd counts the devices once.
+Import it before codistill, and before the first backward of the process: autograd counts the devices once.
 """
 
 from collections import Counter
