@@ -17,7 +17,7 @@ from codistill.config import Config
 from codistill.mesh import join_mesh, leave
 from codistill.method_configs import method_config
 from codistill.peers import NetworkPeers
-from codistill.setup import setup, test_loader
+from codistill.setup import numbers_trained_and_deployed, setup, test_loader
 from codistill.step import train_step
 from codistill.train import _close_epoch, _zero_sums, measure
 
@@ -55,11 +55,23 @@ CASES = {
     "okddip, smoothed labels": ("okddip", {}, "networks"),
     "cl_ilr, two parts, mixed": ("cl_ilr", {}, "networks"),
     "okddip, two parts": ("okddip", {}, "networks"),
+    "okddip, mixed": ("okddip", {}, "networks"),
+    "kdcl, general, mixed and cut": ("kdcl", {"target": "general", "holdout_fraction": 0.1}, "networks"),
+    "one, branches, cut": ("one", {}, "branches"),
+    "okddip, frozen parts, heads' rate": ("okddip", {}, "networks"),
+    "dml, alternating, frozen parts, heads' rate": ("dml", {}, "networks"),
+    "okddip, branches, frozen trunk, heads' rate": ("okddip", {}, "branches"),
 }
 MORE = {
     "okddip, smoothed labels": {"label_smoothing": 0.1},
     "cl_ilr, two parts, mixed": {"accumulate": 2, "mixup": 0.3},
     "okddip, two parts": {"accumulate": 2},
+    "okddip, mixed": {"mixup": 0.3},
+    "kdcl, general, mixed and cut": {"mixup": 0.3, "cutmix": 1.0},
+    "one, branches, cut": {"cutmix": 1.0, "label_smoothing": 0.1},
+    "okddip, frozen parts, heads' rate": {"freeze": ("conv1", "bn1", "layer2"), "head_lr": 3.0},
+    "dml, alternating, frozen parts, heads' rate": {"freeze": ("conv1", "bn1"), "head_lr": 3.0},
+    "okddip, branches, frozen trunk, heads' rate": {"freeze": ("trunk",), "head_lr": 3.0},
 }
 
 
@@ -88,6 +100,8 @@ def run_steps(t, until: int):
     lines = []
     t.peers.train()
     t.method.train()
+    for module in t.frozen:
+        module.eval()
     while t.epoch * len(t.loader) + t.step < until:
         if t.step == 0:
             t.sums = _zero_sums(t)
@@ -106,7 +120,8 @@ def run_steps(t, until: int):
 def finish(t, lines):
     """Return all that is compared."""
     figures = measure(t, test_loader(t))["members"]
-    return {"state": t.state(), "lines": lines, "figures": figures}
+    numbers = numbers_trained_and_deployed(t)
+    return {"state": t.state(), "lines": lines, "figures": figures, "numbers": numbers}
 
 
 def walk(number: int, case: str, sync: bool, meshes: list[str], folder: Path) -> None:

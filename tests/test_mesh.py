@@ -42,7 +42,13 @@ QUICK = [
     (2, "one, okddip_code, branches", False, ["data=2,peer=1"]),
     (2, "pcl, branches", True, ["data=2,peer=1"]),
     (2, "kdcl, linear a batch", False, ["data=2,peer=1"]),
+    (2, "kdcl, general, mixed and cut", False, ["data=2,peer=1"]),
+    (2, "one, branches, cut", False, ["data=2,peer=1"]),
+    (4, "okddip, mixed", True, ["data=2,peer=2"]),
+    (2, "okddip, branches, frozen trunk, heads' rate", False, ["data=2,peer=1"]),
     (4, "okddip", True, ["data=2,peer=2"]),
+    (4, "okddip, frozen parts, heads' rate", True, ["data=1,peer=4", "data=2,peer=2", "data=4,peer=1"]),
+    (4, "dml, alternating, frozen parts, heads' rate", False, ["data=1,peer=4"]),
     (4, "one, branches", False, ["data=4,peer=1"]),
     (4, "dml, alternating", True, ["data=1,peer=4", "data=2,peer=2", "data=4,peer=1"]),
 ]
@@ -100,6 +106,7 @@ def test_a_mesh_trains_what_one_process_trains(number, found):
     # Statistics of a rank's parts are taken one after the other, and then the mean over ranks: no one process does.
     recorded = data == 1 or "two parts" not in case
     difference = largest_difference(ours["state"], theirs["state"], recorded)
+    assert ours["numbers"] == theirs["numbers"]
     print(f"| {case} | {' -> '.join(meshes)}{' --sync-bn' if sync else ''} | {difference:.1e} |")
     assert difference <= 1e-9
     for one, other in zip(ours["lines"], theirs["lines"], strict=True):

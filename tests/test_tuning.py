@@ -10,7 +10,7 @@ from codistill.config import METHODS, Config, InputError
 from codistill.method_configs import method_config
 from codistill.mixing import cut_square, mix_batch
 from codistill.models import resolve
-from codistill.setup import setup
+from codistill.setup import numbers_trained_and_deployed, setup
 from codistill.step import train_step
 from codistill.train import _zero_sums, train
 from test_contract import config, teacher_for
@@ -78,6 +78,13 @@ def test_freezing_the_trunk_means_what_is_shared_or_all_but_the_heads():
     assert {n.split(".")[2] for n, p in t.peers.named_parameters() if p.requires_grad} == {"head"}
     with pytest.raises(InputError, match="is no module of the network"):
         build(config("dml", {}, "networks", freeze=("layer9",)))
+
+
+def test_what_is_frozen_is_deployed_but_not_trained():
+    trained, deployed = numbers_trained_and_deployed(build(config("dml", {}, "networks", freeze=("trunk",))))
+    plain = resolve("resnet8")(10, 1)
+    assert deployed == sum(p.numel() for p in plain.parameters())
+    assert trained == 3 * sum(p.numel() for p in plain.fc.parameters())
 
 
 def test_heads_take_their_own_rate():

@@ -15,7 +15,7 @@ from codistill.config import Checkpoint, MethodConfig
 from codistill.errors import on_one_line
 from codistill.methods import CLASSES
 from codistill.reproduce.formats import markdown
-from codistill.setup import Training, count_parameters, deployed_name, deployed_network
+from codistill.setup import Training, deployed_name, numbers_trained_and_deployed
 
 MOST_NAMES = 30
 
@@ -118,7 +118,8 @@ def _accuracy(t: Training, result: dict[str, Any], run: Path) -> str:
 
 
 def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
-    c, method = t.config, t.method
+    c = t.config
+    trained, deployed = numbers_trained_and_deployed(t)
     environment = _read(run / "environment.json") or {}
     start = (
         "the library's pretrained weights"
@@ -137,8 +138,7 @@ def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
         f"- Method: {_method(t)}, {t.peers.num_peers} {c.topology}{cited}",
         f"- From {escape(start)}; {c.epochs} epochs, batch {c.batch_size}, learning rate {c.lr:g}, "
         f"weight decay {c.weight_decay:g}; {varied}; seed {c.seed}",
-        f"- Cost: {count_parameters(t.peers) + count_parameters(method):,} parameters trained, "
-        f"{count_parameters(deployed_network(t)):,} deployed; {seconds:.0f} s on {escape(device)}",
+        f"- Cost: {trained:,} parameters trained, {deployed:,} deployed; {seconds:.0f} s on {escape(device)}",
         f"- codistill {environment.get('codistill', '?')}, torch {environment.get('torch', '?')}",
     ]
     return "## Training\n\n" + "\n".join(lines)

@@ -43,6 +43,9 @@ class MeshPeers(Peers):
         everybody = [about for rank in range(mesh.num_peer) for about in told[rank]]
         self._feature_dims = [dim for dim, _ in everybody]
         self.parameter_counts = [numbers for _, numbers in everybody]
+        """Parameters of every member, trained or frozen."""
+        self.trained_counts = list(self.parameter_counts)
+        """Those that are trained."""
         self.features = self.whole_batch = False
         self.only_logits = False
         """Whether training hears logits alone (mean teachers)."""
@@ -71,6 +74,11 @@ class MeshPeers(Peers):
         """Return a member that lives here."""
         assert index in self.mesh.own, "the member lives on another rank"
         return self.local.member(index - self.mesh.own.start)
+
+    def count_trained(self) -> None:
+        """Learn of all ranks how many of their members' parameters are trained (after some have been frozen)."""
+        told = self.mesh.everybodys([_numbers(self.local.member(k), True) for k in range(self.local.num_peers)])
+        self.trained_counts = [numbers for rank in range(self.mesh.num_peer) for numbers in told[rank]]
 
     def with_members(self, local: Peers) -> MeshPeers:
         """Return peers that run these members of the rank's own instead, and leave this one as it is."""
@@ -181,8 +189,8 @@ def folded_members(peers: Peers, loader: Loader) -> Peers:
     return peers.with_members(folded_for_evaluation(peers.local, example, large))
 
 
-def _numbers(module: nn.Module) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+def _numbers(module: nn.Module, trained: bool = False) -> int:
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 @torch.no_grad()

@@ -29,17 +29,21 @@ def gathered(t: Training, mesh: Mesh) -> State | None:
         "peers": _renumbered(t.peers.state_dict(), mesh.own.start),
         "ema": None if t.ema is None else _renumbered(t.ema.state_dict(), mesh.own.start),
         "optimizers": [optimizer.state_dict() for optimizer in t.optimizers],
-        "parameters": [len(list(member.parameters())) for member in t.peers.members],
     }
     parts = mesh.gather_peers(_on_host(part))
     if parts is None:
         return None
+    held = [p["optimizers"] for p in parts]
+    if t.method.update == "alternating" or mesh.num_peer == 1:
+        optimizers = [optimizer for part in held for optimizer in part]
+    else:
+        optimizers = [_joined([part[0] for part in held], _shared(t))]
     state = {name: getattr(t, name) for name in ("execution", "epoch", "step", "seconds", "best", "best_validation")}
     return state | {
         "peers": {key: value for p in parts for key, value in p["peers"].items()},
         "method": t.method.state_dict(),
         "ema": None if t.ema is None else {key: value for p in parts for key, value in p["ema"].items()},
-        "optimizers": _joined(parts, alternating=t.method.update == "alternating"),
+        "optimizers": optimizers,
         "sums": sums,
         "skipped": t.guard.skipped,
     }
@@ -47,16 +51,18 @@ def gathered(t: Training, mesh: Mesh) -> State | None:
 
 def load(t: Training, mesh: Mesh, state: State) -> None:
     """Take this rank's part of a checkpoint of any mesh."""
-    counts = _member_parameters(t, mesh)
     t.peers.load_state_dict(_own_members(state["peers"], mesh))
     t.method.load_state_dict(state["method"])
     if t.ema is not None:
         t.ema.load_state_dict(_own_members(state["ema"], mesh))
     if t.method.update == "alternating":
         held = [state["optimizers"][p] for p in mesh.own]
+    elif mesh.num_peer == 1:
+        held = state["optimizers"]
     else:
-        before, own = sum(counts[: mesh.own.start]), sum(counts[mesh.own.start : mesh.own.stop])
-        held = [_cut(state["optimizers"][0], before, own, sum(counts))] if mesh.num_peer > 1 else state["optimizers"]
+        own = t.optimizers[0].state_dict()
+        numbers = {scale: len(_group(own, scale)) - (_shared(t) if scale == 1.0 else 0) for scale in _scales([own])}
+        held = [_cut(state["optimizers"][0], mesh.everybodys(numbers), mesh.peer_index, _shared(t))]
     for optimizer, values in zip(t.optimizers, held, strict=True):
         optimizer.load_state_dict(values)
     t.epoch, t.step, t.seconds, t.best = (state[name] for name in ("epoch", "step", "seconds", "best"))
@@ -69,10 +75,9 @@ def load(t: Training, mesh: Mesh, state: State) -> None:
         torch.cuda.set_rng_state(state["rng"]["cuda"][0], t.device)  # the first rank's, which all hold in common
 
 
-def _member_parameters(t: Training, mesh: Mesh) -> list[int]:
-    """Return the number of parameter tensors of every member, on whichever rank."""
-    told = mesh.everybodys([len(list(member.parameters())) for member in t.peers.members])
-    return [count for counts in told[: mesh.num_peer] for count in counts]
+def _shared(t: Training) -> int:
+    """Return the number of the method's own parameters that are trained, which every rank holds."""
+    return sum(p.requires_grad for p in t.method.parameters())
 
 
 def _renumbered(state: State, by: int) -> State:
@@ -95,34 +100,67 @@ def _own_members(state: State, mesh: Mesh) -> State:
     return _renumbered(own, -mesh.own.start)
 
 
-def _joined(parts: list[State], alternating: bool) -> list[State]:
-    """Put the ranks' optimisers together: a list, one a member, or one over all members and then the method."""
-    if alternating or len(parts) == 1:
-        return [optimizer for part in parts for optimizer in part["optimizers"]]
-    total = sum(sum(part["parameters"]) for part in parts)
-    entries: State = {}
-    before, length = 0, 0
-    for part in parts:
-        own = sum(part["parameters"])
-        for index, entry in part["optimizers"][0]["state"].items():
-            entries[index + before if index < own else index - own + total] = entry
-        length = total + len(part["optimizers"][0]["param_groups"][0]["params"]) - own
-        before += own
-    group = parts[0]["optimizers"][0]["param_groups"][0] | {"params": list(range(length))}
-    return [{"state": dict(sorted(entries.items())), "param_groups": [group]}]
+def _joined(parts: list[State], shared: int) -> State:
+    """Put the ranks' optimisers over all of their members and the method together as one process has them.
+
+    Every group of parameters holds the members' share, in order, and the first one then the method's.
+
+    Args:
+        parts: The optimisers' states, one a rank of the axis `peer`.
+        shared: Number of the method's parameters, which all ranks hold.
+    """
+    entries: dict[int, Any] = {}
+    groups: list[State] = []
+    length = 0
+    for scale in _scales(parts):
+        first = length
+        places = [(part, _group(part, scale)) for part in parts]
+        common = shared if scale == 1.0 else 0
+        turns = [(part, indices[: len(indices) - common]) for part, indices in places]
+        if common:
+            turns.append((places[0][0], places[0][1][-common:]))
+        for part, indices in turns:
+            for index in indices:
+                if index in part["state"]:
+                    entries[length] = part["state"][index]
+                length += 1
+        template = next(group for part in parts for group in part["param_groups"] if _scale(group) == scale)
+        groups.append(template | {"params": list(range(first, length))})
+    return {"state": entries, "param_groups": groups}
 
 
-def _cut(optimizer: State, before: int, own: int, total: int) -> State:
-    """Take from an optimiser over all members the entries of `own` parameters after the first `before`."""
-    entries = {}
-    for index, entry in optimizer["state"].items():
-        if before <= index < before + own:
-            entries[index - before] = entry
-        elif index >= total:
-            entries[index - total + own] = entry
-    group = optimizer["param_groups"][0]
-    length = own + len(group["params"]) - total
-    return {"state": entries, "param_groups": [group | {"params": list(range(length))}]}
+def _cut(whole: State, counts: list[dict[float, int]], index: int, shared: int) -> State:
+    """Take a rank's part of what `_joined` returns; `counts` tells how many parameters of members each rank has."""
+    entries: dict[int, Any] = {}
+    groups: list[State] = []
+    length = 0
+    for group in whole["param_groups"]:
+        scale = _scale(group)
+        common = shared if scale == 1.0 else 0
+        before, own = sum(c.get(scale, 0) for c in counts[:index]), counts[index].get(scale, 0)
+        first, params = length, group["params"]
+        for held in [*params[before : before + own], *params[len(params) - common :]]:
+            if held in whole["state"]:
+                entries[length] = whole["state"][held]
+            length += 1
+        if length > first:
+            groups.append(group | {"params": list(range(first, length))})
+    return {"state": entries, "param_groups": groups}
+
+
+def _scale(group: State) -> float:
+    """Return what tells groups of parameters apart: the factor of their rate (1, or the heads' own)."""
+    return group.get("lr_scale", 1.0)
+
+
+def _scales(parts: list[State]) -> list[float]:
+    """Return the groups there are on any rank, in the order that one process has them."""
+    return sorted({_scale(group) for part in parts for group in part["param_groups"]}, key=lambda scale: scale != 1.0)
+
+
+def _group(part: State, scale: float) -> list[int]:
+    """Return the numbers of a group's parameters; none where a rank has no such group."""
+    return [index for group in part["param_groups"] if _scale(group) == scale for index in group["params"]]
 
 
 def _on_host(value: Any) -> Any:

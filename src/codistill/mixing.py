@@ -22,7 +22,12 @@ STEPS_AHEAD = 32
 
 def wants_soft_labels(config: Config) -> bool:
     """Say whether any of the options makes labels soft."""
-    return bool(config.label_smoothing or config.mixup or config.cutmix)
+    return config.label_smoothing > 0 or mixes_images(config)
+
+
+def mixes_images(config: Config) -> bool:
+    """Say whether images of a batch are mixed, whose partners come from the whole of it."""
+    return bool(config.mixup or config.cutmix)
 
 
 def mix_batch(
@@ -31,7 +36,7 @@ def mix_batch(
     """Return the mixed views and the soft labels, `B x C`."""
     targets_BC = F.one_hot(labels_B, num_classes).to(views_VBCHW.dtype)
     targets_BC = targets_BC * (1 - config.label_smoothing) + config.label_smoothing / num_classes
-    if not (config.mixup or config.cutmix):
+    if not mixes_images(config):
         return views_VBCHW, targets_BC
     block, place = divmod(step, STEPS_AHEAD)
     size = len(labels_B), *views_VBCHW.shape[-2:]

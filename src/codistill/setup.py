@@ -32,10 +32,11 @@ from codistill.mesh import Mesh
 from codistill.mesh_peers import MeshPeers, refuse_foreign
 from codistill.method_configs import KDConfig
 from codistill.methods import Method, build_method
+from codistill.mixing import mixes_images
 from codistill.peers import BranchPeers, Peers, build_peers
 from codistill.sync_bn import synchronise
 from codistill.teacher import load_teacher
-from codistill.tuning import freeze, make_optimizers, tuning_flag
+from codistill.tuning import freeze, make_optimizers
 
 
 @dataclass
@@ -173,8 +174,6 @@ def setup(
     np.random.seed(config.seed)  # networks and data of users may draw from these
     random.seed(config.seed)
     data, splits = load_images(config, data, held)
-    if mesh is not None and (flag := tuning_flag(config)):
-        raise InputError(f"--{flag} needs what no process of this mesh holds alone; drop it, or train without --mesh")
     peers, method = _peers_and_method(config, data, mesh, fresh)
     peers.to(device=device, dtype=DTYPES[config.dtype])
     if config.channels_last:
@@ -185,7 +184,10 @@ def setup(
         teacher = load_teacher(config.method, data, config.model) if teacher is None else teacher
         teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
-    frozen = freeze(peers, config.freeze)
+    local = peers.local if isinstance(peers, MeshPeers) else peers
+    frozen = freeze(local, config.freeze)
+    if isinstance(peers, MeshPeers):
+        peers.count_trained()
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
     vary = config.augment
@@ -194,7 +196,8 @@ def setup(
     part = (data.x_train[splits.train], data.y_train[splits.train])
     loader = make_loader(config, data, part, device, augmentation, views)
     if mesh is not None:
-        loader.share(mesh.data_index, mesh.num_data, mesh.own)
+        place = (0, 1) if mixes_images(config) else (mesh.data_index, mesh.num_data)
+        loader.share(*place, mesh.own)
         execution = "loop"
     batch = loader.first()
     if execution is None or (mesh is None and config.execution in ("loop", "stacked")):
@@ -204,7 +207,7 @@ def setup(
     if config.accumulate > 1 and (method.whole_batch or method.update == "alternating"):
         why = "steps one member after the other" if method.update == "alternating" else "hears the whole batch at once"
         raise InputError(f"--accumulate: {method.name} {why} as it is set up here; drop --accumulate")
-    optimizers = make_optimizers(config, peers, method, method.update == "alternating")
+    optimizers = make_optimizers(config, local, method, method.update == "alternating")
     guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device, mesh, config.skip_nonfinite)
     return Training(
         config,
@@ -308,18 +311,19 @@ def deployed_figures(t: Training, figures: dict[str, Any], ema_figures: dict[str
     return {name: source[name][index] for name in names}
 
 
-def count_parameters(module: nn.Module) -> int:
-    """Return the number of trainable numbers; shared ones count once."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+def count_parameters(module: nn.Module, trained: bool = False) -> int:
+    """Return how many numbers a module's parameters hold, or those that are trained; shared ones count once."""
+    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
 def numbers_trained_and_deployed(t: Training) -> tuple[int, int]:
     """Return the number of parameters that are trained, and of those that are deployed."""
     if isinstance(t.peers, MeshPeers) and t.mesh is not None and t.mesh.num_peer > 1:
         counts = t.peers.parameter_counts
-        trained = sum(counts) + count_parameters(t.method)
-        return trained, trained if t.config.deploy == "ensemble" else counts[deployed_index(t)]
-    trained = count_parameters(t.peers) + count_parameters(t.method)
+        trained = sum(t.peers.trained_counts) + count_parameters(t.method, trained=True)
+        whole = sum(counts) + count_parameters(t.method)
+        return trained, whole if t.config.deploy == "ensemble" else counts[deployed_index(t)]
+    trained = count_parameters(t.peers, trained=True) + count_parameters(t.method, trained=True)
     return trained, count_parameters(deployed_network(t))
 
 

@@ -11,21 +11,23 @@ import torch
 from torch import Tensor
 
 from codistill.mesh_peers import MeshPeers
-from codistill.mixing import mix_batch, wants_soft_labels
+from codistill.mixing import mix_batch, mixes_images, wants_soft_labels
 from codistill.peers import NetworkPeers, PeerOutputs
 from codistill.setup import Training
 
 
 def train_step(t: Training, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> dict[str, Tensor]:
     """Do one step and return the method's terms; the host waits for nothing here."""
-    count, number = len(targets_B), t.epoch * len(t.loader) + t.step
-    if t.mesh is not None:
-        t.mesh.open(count, number)
-        count = t.mesh.counted(t.method.whole_batch)
-        targets_B = targets_B if t.method.whole_batch else targets_B[t.mesh.own_rows()]
-    labels_B = targets_B
+    count, number, labels_B = len(targets_B), t.epoch * len(t.loader) + t.step, targets_B
     if wants_soft_labels(t.config):
         views_VBCHW, targets_B = mix_batch(t.config, t.peers.num_classes, views_VBCHW, labels_B, t.epoch, t.step)
+    if t.mesh is not None:
+        t.mesh.open(count, number)
+        count, own = t.mesh.counted(t.method.whole_batch), t.mesh.own_rows()
+        if mixes_images(t.config):  # until here the rank has had the whole batch
+            views_VBCHW = views_VBCHW[:, own]
+        if not t.method.whole_batch:
+            targets_B, labels_B = targets_B[own], labels_B[own]
     if t.method.update == "alternating":
         terms, hits_P = _alternate(t, views_VBCHW, targets_B, labels_B, weight)
     else:

@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from codistill.config import Config
-from codistill.config_checks import mesh_shape
 from codistill.errors import InputError, suggest
 from codistill.peers import BranchPeers, Peers
 from codistill.sharing import Shared
@@ -81,14 +80,6 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
             options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
             optimizers.append(torch.optim.SGD(groups, *options, fused=True))
     return optimizers
-
-
-def tuning_flag(config: Config) -> str | None:
-    """Return an option in use that reads a whole batch or single modules, which no rank of a mesh holds alone."""
-    used = {"freeze": bool(config.freeze), "head-lr": config.head_lr != 1.0}
-    if mesh_shape(config.mesh)[0] > 1:  # partners in mixing come from the whole batch
-        used |= {"mixup": config.mixup > 0, "cutmix": config.cutmix > 0}
-    return next((flag for flag, on in used.items() if on), None)
 
 
 def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
