@@ -302,3 +302,87 @@ def test_arrays_are_matched_by_number_and_must_have_the_size(run, tmp_path, caps
     assert "matched by their numbers" in capsys.readouterr().err
     assert main(["evaluate", str(run / "run"), "--data", f"npz:{tmp_path / '12.npz'}"]) == 2
     assert "its images are 12 x 12 x 3, and the run takes 16 x 16 x 3" in capsys.readouterr().err
+
+
+class Photos(Squares):
+    """Larger squares that count how often they are read."""
+
+    def __init__(self, count, kind="pil", size=12, targets=True):
+        super().__init__(count, kind)
+        self.size, self.read = size, 0
+        if targets:
+            self.targets = [n % 2 for n in range(count)]
+
+    def __getitem__(self, index):
+        self.read += 1
+        image, label = super().__getitem__(index % 60)
+        return image.resize((self.size, self.size)), label
+
+
+def test_a_lazy_set_is_read_in_every_epoch_as_files_are(tmp_path):
+    data = ImageSet.from_dataset(Photos(40), Photos(10), lazy=True)
+    assert data.from_files
+    assert data.x_train.shape == (40, 12, 12, 3)
+    assert data.classes == ("dark", "light")
+    for part, photos in (("train", Photos(40)), ("test", Photos(10))):
+        for n in range(len(photos)):
+            path = tmp_path / "photos" / part / Squares.classes[n % 2] / f"{n // 2:02}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photos[n][0].save(path)
+    from_files = {"data": f"folder:{tmp_path / 'photos'}", "data_pipeline": "files"}
+    options = {"peers": 2, "epochs": 2, "batch_size": 16, "data_workers": 1, "val_fraction": 0.0, "device": "cpu"}
+    config = cd.Config("dml", "resnet8", **options, out=str(tmp_path / "lazy"))
+    result = cd.train(config, data=data)
+    assert result.figures["augmentation"] == "random resized crop + flip"
+    # The same images in another order, by classes: put into it, they are trained on in the same way.
+    order = [*range(0, 40, 2), *range(1, 40, 2)], [*range(0, 10, 2), *range(1, 10, 2)]
+    parts = [torch.utils.data.Subset(Photos(count), places) for count, places in zip((40, 10), order)]
+    ordered = ImageSet.from_dataset(*parts, lazy=True, classes=Squares.classes)
+    ours = cd.train(cd.Config("dml", "resnet8", **options, out=str(tmp_path / "ordered")), data=ordered)
+    files = cd.train(cd.Config("dml", "resnet8", **options, **from_files, out=str(tmp_path / "files")))
+    for name, value in files.peers.state_dict().items():
+        assert torch.equal(ours.peers.state_dict()[name], value), name
+    assert cd.load_run(tmp_path / "lazy", data=ImageSet.from_dataset(Photos(40), Photos(10), lazy=True)).splits
+    with pytest.raises(InputError, match="is not what it was when the run began"):
+        cd.load_run(tmp_path / "lazy", data=ordered)
+
+
+def test_labels_of_a_lazy_set_are_its_targets_if_these_are_right():
+    listed, unlisted, wrong = Photos(300), Photos(300, targets=False), Photos(300)
+    wrong.targets = [0] * 300
+    for photos, most in ((listed, 300), (unlisted, 10**6), (wrong, 10**6)):
+        data = ImageSet.from_dataset(photos, Photos(4), lazy=True)
+        assert data.y_train.tolist() == [0, 1] * 150
+        assert photos.read < most
+    part = torch.utils.data.Subset(listed, range(1, 300, 2))
+    assert set(ImageSet.from_dataset(part, Photos(4), lazy=True).y_train) == {1}
+    assert ImageSet.from_dataset(Photos(20), lazy=True, image_size=8).x_test.shape == (4, 8, 8, 3)
+    mixed = [(Image.new("L", (9 + n, 9)), n % 2) for n in range(6)]
+    assert ImageSet.from_dataset(mixed, mixed, lazy=True, classes=("a", "b")).x_train.shape == (6, 224, 224, 1)
+
+
+class Broken(Photos):
+    """Fails at item 7."""
+
+    def __getitem__(self, index):
+        if index == 7:
+            raise KeyError("no such record")
+        return super().__getitem__(index)
+
+
+def test_a_lazy_set_that_fails_is_named_or_passed_over(tmp_path):
+    for pairs, sentence in (
+        ((Photos(4)[n] for n in range(4)), "lazy=True takes a Dataset with a length"),
+        ([], "hold no items"),
+        ([("cat.jpg", 0)], "item 0 .*its image is a str"),
+        ([PIXELS], "not a pair"),
+    ):
+        with pytest.raises(InputError, match=sentence):
+            ImageSet.from_dataset(pairs, classes=("a", "b"), lazy=True)
+    data = ImageSet.from_dataset(Broken(300), Photos(4), lazy=True)  # its list of labels is right where it was tried
+    options = {"peers": 2, "epochs": 1, "batch_size": 64, "data_workers": 0, "device": "cpu", "out": str(tmp_path)}
+    config = cd.Config("dml", "resnet8", **options)
+    with pytest.raises(InputError, match=r"item 7 of the training data cannot be read \(KeyError.*--skip-corrupt"):
+        cd.train(config, data=data)
+    with pytest.warns(UserWarning, match="item 7 of the training data cannot be read"):
+        cd.train(Config(**{**vars(config), "resume": "auto", "skip_corrupt": True}), data=data)

@@ -9,7 +9,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from PIL import Image
@@ -19,6 +19,8 @@ from codistill.errors import InputError
 
 PROBED = 256
 """Headers that are read to learn of what size and colour the files are."""
+USUAL_SIZE = 224
+"""Side that images of unequal sizes are read at, where nobody says another, as is usual on ImageNet."""
 SAMPLED = 512
 """Images that are decoded to estimate mean and deviation."""
 
@@ -49,7 +51,7 @@ class ImageFiles:
     def __len__(self) -> int:
         return len(self.names)
 
-    def __getitem__(self, index: Any) -> ImageFiles:
+    def __getitem__(self, index: Any) -> Self:
         return replace(self, names=self.names[index])
 
     @property
@@ -73,6 +75,10 @@ class ImageFiles:
         """Return an opened image as it is evaluated, `H x W x C`, uint8."""
         return as_channels(fit_square(image, self.size, self.crop), self.channels)
 
+    def as_squares(self, size: int, channels: int) -> Self:
+        """Return the files as squares of that side and so many channels."""
+        return replace(self, size=size, channels=channels)
+
     def sample(self) -> np.ndarray:
         """Return some of the images, evenly spread, `n x H x W x C`; files that cannot be read are passed over.
 
@@ -80,7 +86,7 @@ class ImageFiles:
             InputError: none of them can be read.
         """
         images, error = [], InputError(f"{self.root} holds no image files")
-        for index in _spread(len(self), SAMPLED):
+        for index in spread(len(self), SAMPLED):
             try:
                 images.append(self.squared(self.open(index)))
             except InputError as one:
@@ -92,7 +98,7 @@ class ImageFiles:
     def probe(self) -> tuple[list[tuple[int, int]], bool]:
         """Return (width, height) of some of the files, evenly spread, by their headers, and whether all are gray."""
         sizes, gray = [], True
-        for index in _spread(len(self), PROBED):
+        for index in spread(len(self), PROBED):
             try:
                 with Image.open(self.path(index)) as image:
                     sizes.append(image.size)
@@ -102,10 +108,19 @@ class ImageFiles:
         return sizes, gray and bool(sizes)
 
 
-def _spread(count: int, most: int) -> list[int]:
+def side_of(sizes: list[tuple[int, int]]) -> int:
+    """Return the side of the squares that images become: their own where all are one square, or the usual one.
+
+    >>> side_of([(32, 32), (32, 32)]), side_of([(32, 32), (48, 32)])
+    (32, 224)
+    """
+    return sizes[0][0] if len({*sizes, *(size[::-1] for size in sizes)}) == 1 else USUAL_SIZE
+
+
+def spread(count: int, most: int) -> list[int]:
     """Return at most `most` whole numbers from 0 to below `count`, evenly spread.
 
-    >>> _spread(10, 3)
+    >>> spread(10, 3)
     [0, 4, 9]
     """
     return np.unique(np.linspace(0, count - 1, min(count, most)).astype(int)).tolist() if count else []

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +16,7 @@ import numpy as np
 from PIL import Image
 
 from codistill.data.balance import balanced_part
-from codistill.data.files import ImageFiles
+from codistill.data.files import ImageFiles, side_of
 from codistill.data.image_set import ImageSet
 from codistill.data.images import open_upright
 from codistill.errors import InputError
@@ -24,8 +24,6 @@ from codistill.untrusted import deep_links, links_out
 
 RESIDENT_LIMIT = 2 * 2**30
 """Bytes of decoded images (one a channel and pixel, 3 channels) up to which a folder is kept in memory."""
-USUAL_SIZE = 224
-"""Side that files of unequal sizes are read at, where nobody says another, as is usual on ImageNet."""
 
 
 @dataclass(frozen=True)
@@ -65,8 +63,7 @@ def load_folder(
         note = f"{count:,} image files are decoded anew in every epoch"
         if pipeline == "auto":
             note += f": {count * area * 3 / 2**30:.1f} GiB are more than the {RESIDENT_LIMIT // 2**30} kept in memory"
-        own = sizes[0][0] if len({*sizes, *(size[::-1] for size in sizes)}) == 1 else USUAL_SIZE  # all equal and square
-        fields = _as_files(train, val, test, image_size or own, 1 if gray else 3)
+        fields = _as_files(train, val, test, image_size or side_of(sizes), 1 if gray else 3)
         fields |= {"notes": (note,), "listing": _checksum(parts)}
     else:
         fields = _resident(parts, image_size, skip_corrupt)
@@ -140,7 +137,7 @@ def _as_files(train: Part, val: Part | None, test: Part, size: int, channels: in
         root = str(Path(train.files.root).parent)
         names = [np.char.add(f"{Path(part.files.root).name}/".encode(), part.files.names) for part in (train, val)]
         train = Part(ImageFiles(root, np.concatenate(names)), np.concatenate([train.labels, val.labels]))
-    files = [replace(part.files, size=size, channels=channels) for part in (train, test)]
+    files = [part.files.as_squares(size, channels) for part in (train, test)]
     arrays = {"x_train": files[0], "y_train": train.labels, "x_test": files[1], "y_test": test.labels}
     return arrays | {"own_val": own_val, "fit": "crop", "pad": 0}
 

@@ -32,16 +32,15 @@ def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None
     labels: list[int] = []
     for number, item in enumerate(_items(pairs, part)):
         where = f"item {number} of the {part} data"
-        if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
-            raise InputError(f"{where} is a {type(item).__name__}, not a pair (image, label)")
-        pixels = _resized(_pixels(item[0], where), image_size)
+        image, label = pair_of(item, where)
+        pixels = _resized(pixels_of(image, where), image_size)
         if images and pixels.shape[:2] != images[0].shape[:2]:
             raise InputError(
                 f"{where} is {pixels.shape[1]} x {pixels.shape[0]}, others are {images[0].shape[1]} x "
                 f"{images[0].shape[0]}; resize them, or give image_size"
             )
         images.append(pixels)
-        labels.append(_label(item[1], where))
+        labels.append(class_index(label, where))
     if not images:
         raise InputError(f"the {part} data hold no items")
     if len({image.shape[2] for image in images}) > 1:  # gray ones among colour
@@ -58,8 +57,15 @@ def _items(pairs: Any, part: str) -> Iterator[Any]:
     raise InputError(f"the {part} data are a {type(pairs).__name__}; give a Dataset or an iterable of (image, label)")
 
 
-def _pixels(image: Any, where: str) -> np.ndarray:
-    """Return an image as `H x W x C`, uint8."""
+def pair_of(item: Any, where: str) -> Sequence[Any]:
+    """Return an item, or raise InputError where it is no pair."""
+    if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
+        raise InputError(f"{where} is a {type(item).__name__}, not a pair (image, label)")
+    return item
+
+
+def pixels_of(image: Any, where: str) -> np.ndarray:
+    """Return an image as `H x W x C`, uint8, or raise InputError."""
     if isinstance(image, Image.Image):
         rgb, gray = as_rgb(image, where)
         return np.asarray(rgb)[..., :1] if gray else np.asarray(rgb)
@@ -93,7 +99,8 @@ def _resized(pixels: np.ndarray, size: int | None) -> np.ndarray:
     return resized.reshape(size, size, pixels.shape[2])
 
 
-def _label(label: Any, where: str) -> int:
+def class_index(label: Any, where: str) -> int:
+    """Return a label as a whole number, or raise InputError."""
     value = label
     if isinstance(label, Tensor | np.ndarray | np.generic) and np.asarray(label).size == 1:
         value = label.item()

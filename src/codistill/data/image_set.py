@@ -1,4 +1,4 @@
-"""A set of images in memory: a training and a test part, their classes, and how training images are varied.
+"""A set of images, in memory or in files: training and test part, classes, and how training images are varied.
 
 Shapes: N images, H height, W width, C channels.
 """
@@ -6,7 +6,7 @@ Shapes: N images, H height, W width, C channels.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch.utils.data import Dataset
 from codistill.data.balance import balanced_part
 from codistill.data.files import ImageFiles
 from codistill.data.given import class_names, read_pairs
+from codistill.data.given_files import fields_of, read_lazily
 from codistill.errors import InputError
 
 Pixels = np.ndarray | ImageFiles
@@ -67,8 +68,9 @@ class ImageSet:
         image_size: int | None = None,
         flip: bool = True,
         name: str = "given",
+        lazy: bool = False,
     ) -> ImageSet:
-        """Read (image, label) pairs into memory, each once, for `train(config, data=...)`.
+        """Take (image, label) pairs for `train(config, data=...)`: read into memory, each once, or `lazy`.
 
         Images are PIL images, uint8 arrays `H x W (x C)` or tensors `C x H x W`, or floating-point ones from 0 to 1:
         not yet normalised, and not yet varied at random, for what is read stays.
@@ -80,22 +82,31 @@ class ImageSet:
             image_size: Side to stretch images to; default as they are.
             flip: Whether left and right may be swapped in training.
             name: What the run calls the set.
+            lazy: Read images anew in every epoch, in worker processes (`data_workers`), as image files are: cropped
+                to squares of `image_size` (default their own, or 224 where sizes differ). For map-style data sets
+                that memory cannot hold; labels are their `targets`, or else all items are read once for them.
 
         Raises:
-            InputError: an item is no such pair, a label has no class, or images differ in size.
+            InputError: an item is no such pair, a label has no class, or images differ in size (and are not `lazy`).
 
         >>> pixels = np.zeros((8, 8), dtype=np.uint8)
         >>> ImageSet.from_dataset([(pixels, 0), (pixels + 9, 1)] * 5, classes=("dark", "light")).x_train.shape
         (8, 8, 8, 1)
         """
-        x, y = read_pairs(train, "training", image_size)
+        read: Callable[..., tuple[Any, np.ndarray]] = read_lazily if lazy else read_pairs
+        x, y = read(train, "training", image_size)
         if test is None:
             held = balanced_part(y, 0.2, seed=0)
-            parts = x[~held], y[~held], x[held], y[held]
+            x, y, x_test, y_test = x[~held], y[~held], x[held], y[held]
         else:
-            parts = x, y, *read_pairs(test, "test", image_size)
-        names = class_names(classes, train, (parts[1], parts[3]))
-        return cls(f"{GIVEN}:{name}", *parts, names, pad=max(1, x.shape[1] // 8), flip=flip)
+            x_test, y_test = read(test, "test", image_size)
+        names = class_names(classes, train, (y, y_test))
+        more = (
+            fields_of(x, x_test, (y, y_test))
+            if lazy
+            else {"x_train": x, "x_test": x_test, "pad": max(1, x.shape[1] // 8)}
+        )
+        return cls(f"{GIVEN}:{name}", y_train=y, y_test=y_test, classes=names, flip=flip, **more)
 
     def _set(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
         object.__setattr__(self, "mean", mean)
