@@ -26,7 +26,7 @@ from codistill.data import load_set
 from codistill.errors import InputError
 from codistill.imports import check_imports, command_line, runs_code
 from codistill.method_configs import KDConfig
-from codistill.reproduce.workers import Processes
+from codistill.reproduce.workers import Processes, Submitit
 from codistill.run import write_json
 from codistill.train import train
 from codistill.untrusted import load_tensors
@@ -367,11 +367,15 @@ def test_what_is_passed_in_python_is_run(spy, tmp_path):
     assert spy.exists()
 
 
-def test_workers_run_the_code_that_their_command_was_asked_to_run(run, spy, tmp_path):
+@pytest.mark.parametrize("kind", ["processes", "submitit"])
+def test_workers_run_the_code_that_their_command_was_asked_to_run(kind, run, spy, tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(spy.parent))  # a job is a program of its own
+    if kind == "submitit":
+        pytest.importorskip("submitit", reason="the extra slurm is not installed")
     teacher = forged(run, tmp_path / "forged")
     config = small(tmp_path / "grid" / "run", model="resnet8", epochs=1)
     config = replace(config, method=KDConfig(teacher=teacher), peers=1)
-    pool = Processes(1, 1)
+    pool = Processes(1, 1) if kind == "processes" else Submitit(tmp_path / "jobs", "local", ("timeout_min=5",))
 
     def answer_of(argv):
         with command_line(argv):
