@@ -26,12 +26,6 @@ class _Module(_DummyBackendModule):
     def get_amp_supported_dtype(self):
         return [torch.bfloat16]
 
-    def get_rng_state(self, _device):
-        return torch.zeros(0)
-
-    def set_rng_state(self, state, _device):
-        pass
-
 
 _setup_privateuseone_for_python_backend("simulated", _Module())
 DEVICE = torch.device("simulated:0")

@@ -127,6 +127,8 @@ def compared(name: str, options: dict, folder: Path) -> dict[str, Any]:
         there, watched = run_there(options, folder / "there", "resumed" in name, "no float64" not in name)
         with Simulated("no float64" not in name):
             ours = there.peers.state_dict()
+            if "no float64" in name:  # what a CPU has kept in float64 can be judged there all the same
+                codistill.setup.load_run(folder / "cpu", data=images())
             predictor = codistill.predict.load_predictor(folder / "there")
             guesses = predictor.probabilities(images().x_test[:8].transpose(0, 3, 1, 2))
     finally:

@@ -16,6 +16,8 @@ from codistill.checkpoint import checkpoints, load_checkpoint
 from codistill.cli import main
 from codistill.config import InputError
 from codistill.data import DeviceLoader
+from codistill.failures import explain
+from codistill.guard import _ignores_flag
 from codistill.run import RunFolder, read_lines
 from codistill.setup import setup
 from codistill.step import train_step
@@ -249,6 +251,69 @@ def test_a_nan_batch_ends_the_run_with_its_weights_kept(tmp_path, capsys, whole,
     assert main([*words, "--resume", "auto"]) == 0
     if every == "1":  # else BatchNorm's statistics are those of the last look
         same_end(out, whole)
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB"), "the device is out of memory"),
+        (torch.AcceleratorError("CUDA error: out of memory"), "the device is out of memory"),
+        (RuntimeError("cuBLAS: CUBLAS_STATUS_ALLOC_FAILED when calling"), "the device is out of memory"),
+        (RuntimeError("MPS backend out of memory (MPS allocated: 17 GB"), "the device is out of memory"),
+        (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory"), "the machine is out of memory"),
+        (MemoryError(), "the machine is out of memory"),
+    ],
+)
+def test_every_allocators_failure_is_a_sentence(error, sentence):
+    said, code = explain(error)
+    assert said is not None
+    assert said.startswith(sentence)
+    assert code == 1
+    assert explain(torch.AcceleratorError("CUDA error: an illegal memory access")) == (None, 1)
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_a_bad_first_step_leaves_no_trace(optimizer, monkeypatch):
+    monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", True)
+    config = small(Path("unused"), model="resnet8", skip_nonfinite=1, deterministic=True, optimizer=optimizer, lr=0.01)
+    weights = []
+    for bad in (True, False):
+        t = setup(config.resolved())
+        t.sums = _zero_sums(t)
+        views, targets = next(t.loader.epoch(0))
+        if bad:
+            train_step(t, torch.full_like(views, float("nan")), targets, 1.0)
+        for _ in range(2):
+            train_step(t, views, targets, 1.0)
+        weights.append(t.peers.state_dict())
+    torch.use_deterministic_algorithms(False)
+    for name, value in weights[1].items():
+        assert torch.equal(weights[0][name], value), name
+
+
+def test_a_device_whose_optimisers_ignore_the_flag_keeps_good_weights_too(monkeypatch):
+    step = torch.optim.SGD.step
+
+    def heedless(self, *words):
+        self.found_inf = None
+        return step(self, *words)
+
+    monkeypatch.setattr(torch.optim.SGD, "step", heedless)
+    t = setup(small(Path("unused"), model="resnet8").resolved())
+    assert not t.guard.ignored  # this device heeds it, and the host is spared the look
+    assert _ignores_flag(t.optimizers[0], t.device)
+    t.guard.ignored = True
+    t.sums = _zero_sums(t)
+    batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
+    train_step(t, *batches[0], 1.0)
+    before = {name: value.clone() for name, value in t.peers.named_parameters()}
+    train_step(t, torch.full_like(batches[1][0], float("nan")), batches[1][1], 1.0)
+    train_step(t, *batches[2], 1.0)
+    assert t.guard.look() is not None
+    for name, value in t.peers.named_parameters():
+        assert torch.equal(before[name], value), name
+    monkeypatch.undo()
+    assert not _ignores_flag(t.optimizers[0], t.device)
 
 
 def test_running_statistics_survive_a_bad_first_step_of_a_continuation(tmp_path, capsys, whole, poisoned):

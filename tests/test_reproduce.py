@@ -323,6 +323,28 @@ def test_every_gpu_gets_one_worker(monkeypatch):
     assert seen == ["2", "5", "7"]
 
 
+def test_a_process_that_has_lost_its_gpu_is_replaced(tmp_path, monkeypatch):
+    source = "def network(num_classes):\n    raise RuntimeError('CUDA error: an illegal memory access')\n"
+    (tmp_path / "lost_gpu.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = {"peers": 1, "epochs": 1, "train_per_class": 4, "batch_size": 16, "device": "cpu"}
+    names = ("lost_gpu:network", "resnet8", "resnet8")
+    configs = [Config("independent", name, out=str(tmp_path / str(n)), **options) for n, name in enumerate(names)]
+    from codistill.reproduce.workers import Processes
+
+    pool, served = Processes(1, 9), []
+    try:
+        for config in configs:
+            handle = pool.start(config.resolved())
+            served.append(handle.process.pid)
+            while (answer := pool.answer(handle)) is None:
+                time.sleep(0.05)
+            assert (answer[1] is None) == (config is not configs[0]), answer[1]
+    finally:
+        pool.close()
+    assert served[0] != served[1] == served[2]
+
+
 def test_submitit_trains_on_this_machine(tmp_path):
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     words = ["reproduce", "okddip_table2", "--scale", "smoke", "--method", "Baseline", "--no-baselines"]

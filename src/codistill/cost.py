@@ -43,6 +43,19 @@ def peak_megabytes(device: torch.device) -> float | None:
     return int(peak.split()[1]) / 2**10 if peak else None
 
 
+def _allocated(device: torch.device) -> int:
+    """Return the bytes that tensors hold on a GPU, 0 elsewhere."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
+
+
+def wait_for(device: torch.device) -> None:
+    """Wait until a GPU has done all that it was told."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()
+
+
 def training_flops(peers: Peers, method: Method, outputs_of: Any, views_VBCHW: Tensor, targets_B: Tensor) -> float:
     """Return the FLOPs of one step, a sample: forward of all (mean and trained teachers too) and backward.
 
@@ -76,13 +89,14 @@ def deploying(student: nn.Module, image_CHW: Tensor, autocast: torch.dtype | Non
     with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         with counter:
             student(one_BCHW)
+        others = _allocated(device) - sum(x.nbytes for x in (*student.parameters(), *student.buffers()))
         forget_peak(device)
         alone, among = _milliseconds(student, one_BCHW), _milliseconds(student, many_BCHW) / len(many_BCHW)
     return {
         "flops_an_image": counter.get_total_flops(),
         "ms_an_image": round(alone, 4),
         "ms_an_image_of_64": round(among, 4),
-        "peak_mb": peak_megabytes(device) if device.type == "cuda" else None,
+        "peak_mb": (peak_megabytes(device) or 0.0) - others / 2**20 if device.type == "cuda" else None,
     }
 
 
@@ -92,7 +106,6 @@ def _milliseconds(student: nn.Module, x_BCHW: Tensor) -> float:
     for _ in range(6):
         began = time.perf_counter()
         student(x_BCHW)
-        if x_BCHW.device.type == "cuda":
-            torch.cuda.synchronize(x_BCHW.device)
+        wait_for(x_BCHW.device)
         times.append(time.perf_counter() - began)
     return 1000 * median(times[1:])

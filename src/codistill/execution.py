@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from codistill.config import Config
+from codistill.cost import wait_for
 from codistill.errors import InputError
 from codistill.mean_teacher import MeanTeacher
 from codistill.methods import Method
@@ -62,14 +63,14 @@ def _obstacle(config: Config, peers: Peers, method: Method) -> str | None:
 def _time_in_turn(contenders: list[Peers], views_VBCHW: Tensor) -> list[float]:
     """Return the median seconds of a forward and backward of each, taken in turn after a warm-up."""
     seconds: list[list[float]] = [[] for _ in contenders]
-    with torch.random.fork_rng():
+    device = views_VBCHW.device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
         for turn in range(STEPS + 1):
             for peers, spent in zip(contenders, seconds):
                 peers.train()
                 began = time.perf_counter()
                 peers(views_VBCHW).logits_PBC.sum().backward()
-                if views_VBCHW.is_cuda:
-                    torch.cuda.synchronize()
+                wait_for(device)
                 peers.zero_grad(set_to_none=True)
                 if turn:
                     spent.append(time.perf_counter() - began)

@@ -2,29 +2,29 @@
 
 from __future__ import annotations
 
+_OF_DEVICE = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+_OF_MACHINE = ("not enough memory", "can't allocate memory")
 
-def is_out_of_memory(error: Exception) -> bool:
-    """Say whether the device or the machine had no memory left."""
+
+def out_of_memory(error: Exception) -> str | None:
+    """Return what had no memory left, the device or the machine; None for any other failure."""
     import torch
 
-    if isinstance(error, torch.OutOfMemoryError | MemoryError):
-        return True
-    said = str(error)  # torch's allocator for the CPU has no exception of its own
-    return type(error) is RuntimeError and any(w in said for w in ("not enough memory", "can't allocate memory"))
+    said = str(error) if isinstance(error, RuntimeError) else ""  # not every allocator has an exception of its own
+    if isinstance(error, torch.OutOfMemoryError) or any(words in said for words in _OF_DEVICE):
+        return "the device"
+    return "the machine" if isinstance(error, MemoryError) or any(words in said for words in _OF_MACHINE) else None
 
 
 def explain(error: Exception) -> tuple[str | None, int]:
     """Return (sentence, exit code) for a failure that is known, (None, 1) for one that is a bug of ours."""
-    import torch
-
     from codistill.signals import Stopped
 
     if isinstance(error, Stopped):
         return f"stopped by {error}; the checkpoint is written, continue with {error.mend}", 75
-    if isinstance(error, torch.OutOfMemoryError):
-        return "the device is out of memory; lower --batch-size or --peers, or use --dtype bfloat16", 1
-    if is_out_of_memory(error):
-        return "the machine is out of memory; lower --batch-size or --peers", 1
+    if (what := out_of_memory(error)) is not None:
+        other = ", or use --dtype bfloat16" if what == "the device" else ""
+        return f"{what} is out of memory; lower --batch-size or --peers{other}", 1
     if type(error) is RuntimeError and "deterministic implementation" in str(error):
         return f"--deterministic: {str(error).split(' does not')[0]} has no such kernel on this device; drop it", 2
     if isinstance(error, OSError) and error.strerror:

@@ -29,12 +29,14 @@ def folded_for_evaluation(peers: Peers, example: Tensor, large: bool = False) ->
         large: Whether so much is to be evaluated that fusing kernels too (see `fusing`) pays for the tracing.
     """
     autocast, peers.autocast = peers.autocast, None  # in bfloat16 rounding alone would tell the two apart
+    convolutions = torch.backends.cudnn.conv  # pyrefly: ignore
+    held, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"  # and so would TF32, a GPU's default
     try:
         folded = _checked(peers.eval(), example)
         if large and folded is not peers:
             folded = _fused(folded, example, autocast)
     finally:
-        peers.autocast = autocast
+        peers.autocast, convolutions.fp32_precision = autocast, held
     folded.autocast = autocast
     return folded
 

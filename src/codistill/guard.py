@@ -40,6 +40,7 @@ class FiniteGuard:
         limit: int = 0,
     ) -> None:
         self.mesh, self.limit = mesh, limit
+        self.ignored = device.type not in ("cpu", "cuda") and any(_ignores_flag(o, device) for o in optimizers)
         self.flag = torch.zeros((), dtype=torch.float32, device=device)
         for optimizer in optimizers:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
@@ -74,6 +75,10 @@ class FiniteGuard:
         self.flag.copy_(torch.maximum(self.flag, bad.to(self.flag.dtype)))
         if self.mesh is not None:
             self.mesh.agree(self.flag)
+
+    def lets_pass(self) -> bool:
+        """Say whether the optimiser is to be called: it looks at the flag itself; where it does not, the host must."""
+        return not self.ignored or not bool(self.flag)
 
     def go_on(self, skipped: Tensor | int) -> None:
         """Take over what an earlier part of the run has left: the modules' buffers, the number of steps skipped."""
@@ -122,3 +127,13 @@ class FiniteGuard:
         if self.mesh is not None:
             self.terms = self.mesh.mean(self.terms)
         return self.steps_before + int(self.steps_good.item()), dict(zip(self.names, self.terms.tolist()))
+
+
+def _ignores_flag(optimizer: torch.optim.Optimizer, device: torch.device) -> bool:
+    """Say whether a fused optimiser of this kind steps on this device in spite of the flag (MPS, in torch 2.12)."""
+    tried = nn.Parameter(torch.ones(1, device=device))
+    tried.grad = torch.ones_like(tried)
+    other = type(optimizer)([tried], lr=0.5, fused=True)  # type: ignore[call-arg]
+    other.grad_scale, other.found_inf = None, torch.ones((), device=device)  # type: ignore[attr-defined]
+    other.step()
+    return bool((tried != 1).any())

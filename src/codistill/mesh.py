@@ -64,7 +64,7 @@ def own_device(device: torch.device) -> torch.device:
     """
     if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
         return device
-    there, asked = torch.cuda.device_count(), int(os.environ["LOCAL_WORLD_SIZE"])
+    there, asked = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if asked > there:
         raise InputError(f"--nproc-per-node {asked}: this machine has {there} GPUs; give as many, or --device cpu")
     own = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
@@ -173,6 +173,8 @@ class Mesh:
         """Run a collective; a failure becomes the sentence that names the missing rank."""
         try:
             return what(*args, **kwargs)
+        except torch.OutOfMemoryError:
+            raise
         except RuntimeError as error:
             raise self.heartbeat.diagnose(str(error).splitlines()[0]) from None
 

@@ -85,7 +85,8 @@ def _backward(t: Training, loss: Tensor, optimizer: torch.optim.Optimizer, last:
 def _update(t: Training, optimizer: torch.optim.Optimizer | None, terms: dict[str, Tensor]) -> None:
     t.guard.watch(terms)
     if optimizer is not None:
-        optimizer.step()
+        if t.guard.lets_pass():
+            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
 

@@ -25,7 +25,7 @@ from codistill.config import Config, InputError, MachineError
 from codistill.cost import forget_peak, peak_megabytes
 from codistill.data import ImageSet, Loader
 from codistill.errors import ElsewhereError, UnreadableError
-from codistill.failures import is_out_of_memory
+from codistill.failures import out_of_memory
 from codistill.losses import wide_dtype
 from codistill.mesh import Mesh, after_restart, join_mesh
 from codistill.methods import Method
@@ -302,7 +302,7 @@ def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporte
             fit(t, folder, reporter, tracker)
             figures, drawn = _finish(t)
         except (RuntimeError, MemoryError) as error:
-            if not is_out_of_memory(error):
+            if out_of_memory(error) is None:
                 raise
             raise _no_memory(t, folder, error) from error
         on_first(lambda: write_json(folder.path / "details.json", drawn))
@@ -315,12 +315,11 @@ def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporte
 
 def _no_memory(t: Training, folder: RunFolder, error: Exception) -> MachineError:
     """Return the sentence for a run that ran out of memory; what it has written is whole."""
-    which = "the device" if isinstance(error, torch.OutOfMemoryError) else "the machine"
     fits = t.config.topology == "networks" and t.execution == "loop" and not t.config.checkpoint_activations
     less = "--checkpoint-activations, which takes less and gives the same" if fits else "room"
     return MachineError(
-        f"{which} is out of memory at epoch {t.epoch}, step {t.step}; the checkpoints in {folder.path} are kept: "
-        f"continue with --resume auto and {less}, or train anew with a lower --batch-size or --peers"
+        f"{out_of_memory(error)} is out of memory at epoch {t.epoch}, step {t.step}; the checkpoints in {folder.path} "
+        f"are kept: continue with --resume auto and {less}, or train anew with a lower --batch-size or --peers"
     )
 
 

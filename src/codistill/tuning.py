@@ -79,6 +79,9 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
         else:
             options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
             optimizers.append(torch.optim.SGD(groups, *options, fused=True))
+            # Else a first step that the guard masks would leave memory that nobody wrote for momenta.
+            for parameter in trained if config.momentum else ():
+                optimizers[-1].state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
     return optimizers
 
 

@@ -5,6 +5,7 @@ Shapes: N images, H height, W width, C channels.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
@@ -102,7 +103,7 @@ def _resized(pixels: np.ndarray, size: int | None) -> np.ndarray:
 def class_index(label: Any, where: str) -> int:
     """Return a label as a whole number, or raise InputError."""
     value = label
-    if isinstance(label, Tensor | np.ndarray | np.generic) and np.asarray(label).size == 1:
+    if isinstance(label, Tensor | np.ndarray | np.generic) and math.prod(label.shape) == 1:
         value = label.item()
     if isinstance(value, bool) or not isinstance(value, int):
         raise InputError(

@@ -91,7 +91,9 @@ class Processes:
         """Give the run to a free worker."""
         index = next(i for i, worker in enumerate(self.slots) if worker is None or not worker.busy)
         worker = self.slots[index]
-        if worker is None or not worker.process.is_alive():
+        if worker is not None and worker.spoiled:
+            worker.end()
+        if worker is None or worker.spoiled or not worker.process.is_alive():
             gpu = self.gpus[index % len(self.gpus)] if len(self.gpus) > 1 else None
             worker = self.slots[index] = _Worker(gpu)
         worker.begin(config)
@@ -119,7 +121,7 @@ class _Worker:
         self.process = context.Process(target=_serve, args=(theirs, gpu, os.getpid()))
         self.process.start()
         theirs.close()
-        self.busy = False
+        self.busy = self.spoiled = False
 
     def begin(self, config: Config) -> None:
         self.busy = True
@@ -129,7 +131,9 @@ class _Worker:
         try:
             if self.pipe.poll():
                 self.busy = False
-                return self.pipe.recv()
+                answer: Answer = self.pipe.recv()
+                self.spoiled = "CUDA error" in (answer[1] or "")  # most leave the GPU lost to the process
+                return answer
         except (EOFError, OSError):
             pass
         if self.busy and self.process.is_alive():
