@@ -34,7 +34,7 @@ lint: install-dev
 	$(BIN)/pyrefly check
 
 test: lint
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadscope
 
 bench: install
 	$(BIN)/python benchmarks/hotpath.py

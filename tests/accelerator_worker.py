@@ -139,7 +139,8 @@ def compared(name: str, options: dict, folder: Path) -> dict[str, Any]:
     theirs = here.peers.state_dict()
     assert all(isinstance(x, OnDevice) for x in ours.values())
     return {
-        "allowed": 0.0 if "no float64" not in name else 1e-4,
+        # What is measured may choose otherwise on both, and float32 sums for float64 ones round otherwise.
+        "allowed": 1e-10 if name == "measured" else 1e-4 if "no float64" in name else 0.0,
         "gap": max((ours[name].raw - theirs[name]).abs().max().item() for name in theirs),
         "figures": here.figures["test"] == there.figures["test"]
         and here.figures["student"] == there.figures["student"],
