@@ -18,10 +18,11 @@ from codistill.config import InputError
 from codistill.data import DeviceLoader
 from codistill.failures import explain
 from codistill.guard import _ignores_flag
+from codistill.method_configs import KDCLConfig
 from codistill.run import RunFolder, read_lines
 from codistill.setup import setup
 from codistill.step import train_step
-from codistill.train import Reporter, _zero_sums, train
+from codistill.train import Reporter, _close_epoch, _zero_sums, train
 from helpers import read_json
 from test_checkpoints import small
 from test_train import CountHostReads
@@ -289,6 +290,50 @@ def test_a_bad_first_step_leaves_no_trace(optimizer, monkeypatch):
     torch.use_deterministic_algorithms(False)
     for name, value in weights[1].items():
         assert torch.equal(weights[0][name], value), name
+
+
+@pytest.mark.parametrize("optimizer", ["sgd", "adamw"])
+def test_members_who_stepped_before_another_failed_are_put_back(optimizer):
+    config = small(Path("unused"), model="resnet8", optimizer=optimizer, lr=0.01, skip_nonfinite=1)
+    config.method, config.peers = "dml", 3
+    config.__post_init__()
+    t = setup(config.resolved())
+    t.sums = _zero_sums(t)
+    batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
+    for number in (1, 0):  # the first step, and one with momenta
+        before = {name: value.clone() for name, value in t.peers.state_dict().items()}
+        states = [{k: v.clone() for k, v in held.items()} for o in t.optimizers for held in o.state.values()]
+        head = t.peers.member(1).head.weight
+        hook = head.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
+        train_step(t, *batches[number], 1.0)
+        hook.remove()
+        assert t.guard.passed_over()
+        for name, value in t.peers.state_dict().items():
+            if "running" not in name and "tracked" not in name:  # those go back when the next step is counted
+                assert torch.equal(before[name], value), name
+        after = [held for o in t.optimizers for held in o.state.values()]
+        assert all(torch.equal(one[k], other[k]) for one, other in zip(states, after, strict=True) for k in one)
+        t.guard.limit += 1
+        train_step(t, *batches[2], 1.0)
+        assert not t.guard.passed_over()
+        assert any(not torch.equal(before[name], value) for name, value in t.peers.state_dict().items())
+
+
+def test_what_a_method_solved_for_between_epochs_survives_a_bad_step(tmp_path):
+    config = small(Path("unused"), model="resnet8", skip_nonfinite=1)
+    config.method, config.peers = KDCLConfig(target="general", holdout_fraction=0.2), 2
+    config.__post_init__()
+    t = setup(config.resolved())
+    t.sums, t.step = _zero_sums(t), len(t.loader)
+    for batch in t.loader.epoch(0):
+        train_step(t, *batch, 1.0)
+    assert t.guard.look() is None
+    _close_epoch(t, None)
+    solved = t.method.weights_P.clone()
+    assert not torch.allclose(solved, torch.tensor(0.5, dtype=solved.dtype))
+    views, targets = next(t.loader.epoch(1))
+    train_step(t, torch.full_like(views, float("nan")), targets, 1.0)
+    assert torch.equal(t.method.weights_P, solved)
 
 
 def test_a_device_whose_optimisers_ignore_the_flag_keeps_good_weights_too(monkeypatch):

@@ -1,5 +1,7 @@
 """kd's teacher from everywhere it may come from, and what is said when it cannot be had."""
 
+import json
+
 import pytest
 import torch
 
@@ -9,6 +11,7 @@ from codistill.errors import InputError
 from codistill.method_configs import KDConfig
 from codistill.models import resolve
 from codistill.setup import setup
+from codistill.setup import test_loader as whole_test_set
 from codistill.train import train
 from helpers import read_json
 
@@ -95,3 +98,42 @@ def test_a_tree_of_forks_trains_from_the_command_line(tmp_path):
     tree = ["--branch-at", "layer2", "layer3", "--fan-out", "2", "2"]
     assert main(["train", "cl_ilr", *SMALL, *tree, "--out", str(tmp_path / "run")]) == 0
     assert read_json(tmp_path / "run" / "config.json")["peers"] == 4
+
+
+def right(t) -> float:
+    """Return how many test images the teacher of a run that is set up gets right, in percent."""
+    hits = [(t.teacher(views[0]).argmax(-1) == labels) for views, labels in whole_test_set(t).epoch()]
+    return torch.cat(hits).double().mean().item() * 100
+
+
+def test_a_teacher_sees_images_normalised_as_it_was_trained_with(tmp_path):
+    own = Config("independent", "resnet8", "digits", peers=1, epochs=6, normalise="0.9,0.1", out=str(tmp_path / "run"))
+    top1 = train(own).figures["student"]["top1"]
+    assert top1 > 50
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "student.safetensors")]) == 0
+    for path in (tmp_path / "run", tmp_path / "student.safetensors"):
+        assert right(setup(student(path).resolved())) == pytest.approx(top1, abs=0.2)
+
+
+def test_a_mean_teacher_that_was_deployed_is_what_teaches(tmp_path):
+    own = Config("pcl", "resnet8", "digits", peers=2, epochs=2, deploy="ema", out=str(tmp_path / "run"))
+    train(own)
+    teacher, expected = setup(student(tmp_path / "run").resolved()).teacher, setup_plain(tmp_path / "run")
+    for name, value in expected.state_dict().items():
+        assert torch.equal(value, teacher.state_dict()[name]), name
+    norm = expected.bn1
+    assert norm.track_running_stats
+    before = norm.running_mean.clone()
+    expected.train()(torch.randn(4, 1, 8, 8))
+    assert not torch.equal(before, norm.running_mean)
+
+
+def test_a_teacher_of_other_classes_by_name_is_refused(run, tmp_path):
+    import shutil
+
+    shutil.copytree(run / "run", tmp_path / "run")
+    about = read_json(tmp_path / "run" / "data.json")
+    about["classes"][2:4] = about["classes"][3:1:-1]
+    (tmp_path / "run" / "data.json").write_text(json.dumps(about))
+    with pytest.raises(InputError, match=r'knows other classes, or another order .*"3" in place of "2"'):
+        setup(student(tmp_path / "run").resolved())

@@ -80,6 +80,18 @@ def test_freezing_the_trunk_means_what_is_shared_or_all_but_the_heads():
         build(config("dml", {}, "networks", freeze=("layer9",)))
 
 
+@pytest.mark.parametrize("topology", ["networks", "branches"])
+def test_the_mean_teacher_of_a_frozen_part_stands_still_too(topology):
+    t = build(config("pcl", {}, topology, freeze=("trunk",)))
+    for module in (*t.peers.modules(), *t.frozen):
+        module.eval()  # students as a whole, of the mean teachers what is frozen
+    views, _ = next(t.loader.epoch(0))
+    twins = [twin for twin in t.ema.modules() if not twin.training and any(True for _ in twin.parameters())]
+    assert len(twins) > 10
+    if topology == "networks":  # then the head alone is trained: both say the same on any batch
+        assert torch.allclose(t.ema(views).logits_PBC, t.peers(views).logits_PBC, atol=1e-12)
+
+
 def test_what_is_frozen_is_deployed_but_not_trained():
     trained, deployed = numbers_trained_and_deployed(build(config("dml", {}, "networks", freeze=("trunk",))))
     plain = resolve("resnet8")(10, 1)

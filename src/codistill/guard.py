@@ -8,7 +8,8 @@ those of the last look. With a limit, so many such steps are passed over: the fl
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
@@ -45,6 +46,7 @@ class FiniteGuard:
         for optimizer in optimizers:
             optimizer.grad_scale = None  # type: ignore[attr-defined]
             optimizer.found_inf = self.flag  # type: ignore[attr-defined]
+        self.optimizers = optimizers
         groups = [group for optimizer in optimizers for group in optimizer.param_groups]
         self.parameters = [p for group in groups for p in group["params"]]
         self.buffers = [b for m in modules for b in m.buffers()]
@@ -84,8 +86,31 @@ class FiniteGuard:
         """Take over what an earlier part of the run has left: the modules' buffers, the number of steps skipped."""
         self.told = int(skipped)
         self.skipped.fill_(self.told)
-        if self.buffers:
+        self.take()
+
+    def take(self) -> None:
+        """Take the buffers as they are for those that a bad step goes back to."""
+        if self.buffers:  # a network without BatchNorm has none
             torch._foreach_copy_(self.kept, self.buffers)
+
+    @contextmanager
+    def undoing(self) -> Iterator[None]:
+        """Undo what members have done within, if the flag is up in the end: one may have stepped before another failed.
+
+        Costs a copy of the parameters and of the optimisers' numbers about them.
+        """
+        states = [
+            value for optimizer in self.optimizers for held in optimizer.state.values() for value in held.values()
+        ]
+        changed = [*self.parameters, *states]
+        with torch.no_grad():
+            before = [x.clone() for x in changed]
+        yield
+        with torch.no_grad():
+            bad = (self.flag > 0).to(self.flag.dtype)
+            torch._foreach_mul_(changed, 1.0 - bad)  # all of them are finite: the one that failed was masked
+            torch._foreach_mul_(before, bad)
+            torch._foreach_add_(changed, before)
 
     def count(self) -> None:
         """Count a step, if it was good or may be skipped."""
@@ -99,8 +124,8 @@ class FiniteGuard:
 
     def keep(self) -> None:
         """Take the buffers as the step has left them for those that a skipped one goes back to."""
-        if self.limit and self.buffers:
-            torch._foreach_copy_(self.kept, self.buffers)
+        if self.limit:
+            self.take()
 
     def counted(self, x: Tensor) -> Tensor:
         """Return a figure of the last step as it goes into sums: 0 where the step was bad."""
@@ -117,8 +142,7 @@ class FiniteGuard:
             warnings.warn(f"{skipped} of at most {self.limit} steps skipped: their loss was not finite", stacklevel=2)
         self.told = skipped
         if not self.flag.item():
-            if self.buffers:  # a network without BatchNorm has none
-                torch._foreach_copy_(self.kept, self.buffers)
+            self.take()
             return None
         assert self.terms is not None
         self.skipped.fill_(skipped)  # the step that ends the run is not skipped but done again

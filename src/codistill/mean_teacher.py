@@ -6,6 +6,7 @@ Shapes: V views, P peers, B batch, C classes, H height, W width.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,14 +29,21 @@ class MeanTeacher(nn.Module):
         super().__init__()
         self.peers = copy.deepcopy(peers).requires_grad_(False)
         self.decay = decay
-        for module in self.peers.modules():
-            if isinstance(module, nn.modules.batchnorm._BatchNorm):
-                module.track_running_stats = False  # in training: batch statistics, nothing recorded
+        _track(self.peers, False)  # in training: batch statistics, nothing recorded
 
     @torch.no_grad()
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
         """Return what the averaged peers say; no gradient."""
         return self.peers(views_VBCHW)
+
+    def export_member(self, index: int) -> nn.Module:
+        """Return the average of a member as a plain network, which normalises and records as any other does."""
+        return _track(self.peers.export_member(index), True)
+
+    def counterparts(self, peers: Peers, modules: Iterable[nn.Module]) -> list[nn.Module]:
+        """Return the averages of some `modules` of the peers that were copied."""
+        twins = dict(zip(map(id, peers.modules()), self.peers.modules(), strict=True))
+        return [twins[id(module)] for module in modules]
 
     @torch.no_grad()
     def update(self, peers: Peers, step: int, good: Tensor | None = None) -> None:
@@ -55,3 +63,11 @@ class MeanTeacher(nn.Module):
         shares = torch._foreach_sub(theirs, ours)
         torch._foreach_mul_(shares, good.to(ours[0].dtype) * (1.0 - keep))
         torch._foreach_add_(ours, shares)
+
+
+def _track(network: nn.Module, on: bool) -> nn.Module:
+    """Let its BatchNorms keep running statistics in training, or not."""
+    for module in network.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.track_running_stats = on
+    return network

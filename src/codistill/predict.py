@@ -19,13 +19,11 @@ import torch
 from torch import nn
 
 from codistill.checkpoint import load_state
-from codistill.config import Checkpoint, Config, Device, MethodConfig
+from codistill.config import Checkpoint, Config, Device
 from codistill.data.images import read_pixels
 from codistill.errors import InputError
 from codistill.imports import check_imports, names_of
-from codistill.mean_teacher import MeanTeacher
-from codistill.methods import build_method
-from codistill.peers import build_peers
+from codistill.saved import saved_student
 from codistill.setup import pick_device
 from codistill.untrusted import links_out
 
@@ -68,23 +66,10 @@ def load_predictor(
     config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
     check_imports(names_of(config), path, allow_import)
     about = json.loads((path / "data.json").read_text())
-    assert isinstance(config.method, MethodConfig)
-    peers = build_peers(config, len(about["classes"]), about["channels"], about["image_size"])
-    method = build_method(config.method, peers, config.seed)
     state = load_state(path, checkpoint)
-    if config.deploy == "ema":
-        teacher = MeanTeacher(peers, method.ema_decay)
-        teacher.load_state_dict(state["ema"])
-        network = teacher.peers.export_member(method.deployed)
-    else:
-        peers.load_state_dict(state["peers"])
-        method.load_state_dict(state["method"])
-        if config.deploy == "ensemble":
-            network = method.deploy_ensemble(peers)
-        else:
-            network = peers.export_member(int(config.deploy)) if config.deploy.isdigit() else method.deploy(peers)
+    network = saved_student(config, state, len(about["classes"]), about["channels"], about["image_size"])
     where = pick_device(device)
-    return Predictor(network.eval().to(where), about, where)
+    return Predictor(network.to(where), about, where)
 
 
 def image_files(words: Sequence[str]) -> list[Path]:

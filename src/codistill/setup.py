@@ -192,6 +192,8 @@ def setup(
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
     local = peers.local if isinstance(peers, MeshPeers) else peers
     frozen = freeze(local, config.freeze)
+    if ema is not None:
+        frozen += ema.counterparts(peers, frozen)
     if isinstance(peers, MeshPeers):
         peers.count_trained()
     if ema is not None and isinstance(ema.peers, MeshPeers):
@@ -290,7 +292,7 @@ def deployed_network(t: Training) -> nn.Module:
     refuse_foreign(t.peers, deployed_index(t))
     if t.config.deploy == "ema":
         assert t.ema is not None
-        return t.ema.peers.export_member(t.method.deployed).eval()
+        return t.ema.export_member(t.method.deployed).eval()
     index = deployed_index(t)
     return (t.method.deploy(t.peers) if index == t.method.deployed else t.peers.export_member(index)).eval()
 

@@ -132,17 +132,18 @@ def _alternate(
     outputs, turns, hits = outputs_of(t, views_VBCHW), [], []
     logits_PBC = outputs.logits_PBC.detach().clone()
     said = dataclasses.replace(outputs, logits_PBC=logits_PBC, features=[f.detach() for f in outputs.features])
-    for p in range(t.peers.num_peers):
-        optimizer = _optimizer_of(t, p)
-        if p:
-            assert isinstance(t.peers, NetworkPeers | MeshPeers)
-            t.peers.refresh(said, views_VBCHW, p - 1)
-        terms = t.method(_in_turn(said, outputs, p), targets_B, weight)
-        if optimizer is not None:
-            _backward(t, terms["loss_P"][p], optimizer)
-        _update(t, optimizer, terms)
-        turns.append((terms["loss_P"][p].detach(), terms["distill_P"][p]))
-        hits.append((outputs.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
+    with t.guard.undoing():
+        for p in range(t.peers.num_peers):
+            optimizer = _optimizer_of(t, p)
+            if p:
+                assert isinstance(t.peers, NetworkPeers | MeshPeers)
+                t.peers.refresh(said, views_VBCHW, p - 1)
+            terms = t.method(_in_turn(said, outputs, p), targets_B, weight)
+            if optimizer is not None:
+                _backward(t, terms["loss_P"][p], optimizer)
+            _update(t, optimizer, terms)
+            turns.append((terms["loss_P"][p].detach(), terms["distill_P"][p]))
+            hits.append((outputs.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
     loss_P, distill_P = (torch.stack(values) for values in zip(*turns))
     return {"loss": loss_P.sum(), "distill_P": distill_P}, torch.stack(hits)
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
+from typing import Any
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
 from codistill.checkpoint import load_state
-from codistill.config import Config, MethodConfig
+from codistill.config import Config
 from codistill.data import ImageSet
 from codistill.errors import InputError, suggest
 from codistill.imports import check_imports
 from codistill.method_configs import KDConfig
-from codistill.methods import build_method
 from codistill.models import build, resolve
-from codistill.peers import build_peers
+from codistill.saved import saved_student
 from codistill.untrusted import load_tensors
 
 WAYS = ("a run folder", "an exported .safetensors file", "a .pt or .pth state dict with --method.teacher-model")
@@ -58,15 +59,9 @@ def _from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
         raise InputError(f"--method.teacher {path} is no run folder (it has no config.json)")
     config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
     check_imports(config.model, f"--method.teacher {path}", known=known)
-    assert isinstance(config.method, MethodConfig)
-    peers = build_peers(config, len(data.classes), data.channels, data.image_size)
-    method = build_method(config.method, peers, config.seed)
-    state = load_state(path)
-    peers.load_state_dict(state["peers"])
-    method.load_state_dict(state["method"])
-    if config.deploy == "ensemble":
-        return method.deploy_ensemble(peers)
-    return peers.export_member(int(config.deploy)) if config.deploy.isdigit() else method.deploy(peers)
+    about = json.loads((path / "data.json").read_text()) if (path / "data.json").exists() else {}
+    student = saved_student(config, load_state(path), len(data.classes), data.channels, data.image_size)
+    return _as_it_was_trained(student, about, data, path)
 
 
 def _from_export(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
@@ -83,7 +78,50 @@ def _from_export(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
     check_imports([str(about["model"])], f"--method.teacher {path}", known=known)
     teacher = _network(str(about["model"]), data)
     teacher.load_state_dict(tensors)
-    return teacher
+    return _as_it_was_trained(teacher, about, data, path)
+
+
+def _as_it_was_trained(teacher: nn.Module, about: dict[str, Any], data: ImageSet, path: Path) -> nn.Module:
+    """Return a teacher that takes images normalised as `data` normalises them, whatever it was trained on.
+
+    Args:
+        teacher: The network.
+        about: What is kept beside its weights: `classes`, `mean`, `std`, as far as they are known.
+        data: What it is to judge.
+        path: Where it lies, for the sentence.
+
+    Raises:
+        InputError: it knows other classes, or the same in another order.
+    """
+    classes = tuple(about.get("classes", data.classes))
+    if classes != tuple(data.classes) and len(classes) == len(data.classes):
+        odd = next((ours, theirs) for ours, theirs in zip(data.classes, classes) if ours != theirs)
+        raise InputError(
+            f'--method.teacher {path} knows other classes, or another order ("{odd[1]}" in place of "{odd[0]}"); '
+            "give its weights as a bare state dict, with --method.teacher-model, if they mean the same"
+        )
+    mean, std = about.get("mean") or data.mean, about.get("std") or data.std
+    if len(mean) != data.channels or (tuple(mean), tuple(std)) == (tuple(data.mean), tuple(data.std)):
+        return teacher
+    return nn.Sequential(Renormalised(data.mean, data.std, mean, std), teacher)
+
+
+class Renormalised(nn.Module):
+    """Takes images normalised by one mean and deviation a channel, and normalises them by another."""
+
+    def __init__(
+        self, mean: Sequence[float], std: Sequence[float], other_mean: Sequence[float], other_std: Sequence[float]
+    ):
+        super().__init__()
+        ours, theirs = torch.tensor([mean, std]).double(), torch.tensor([other_mean, other_std]).double()
+        self.scale_C11: Tensor
+        self.shift_C11: Tensor
+        self.register_buffer("scale_C11", (ours[1] / theirs[1]).float().view(-1, 1, 1))
+        self.register_buffer("shift_C11", ((ours[0] - theirs[0]) / theirs[1]).float().view(-1, 1, 1))
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        """Return the same images under the other statistics."""
+        return x_BCHW * self.scale_C11 + self.shift_C11
 
 
 def _from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.Module:

@@ -195,6 +195,7 @@ def _close_epoch(t: Training, curve: Loader | None) -> dict[str, Any]:
         t.mesh.align([t.peers, *([t.ema] if t.ema else [])], t.method)
     if "holdout" in t.method.needs:
         t.method.after_epoch(*holdout_outputs(t))
+        t.guard.take()  # the method's new numbers are good ones
     sums = dict(_sums(t))
     count = max(t.loader.num_samples - int(sums.pop("skipped", 0)), 1)
     line: dict[str, Any] = {

@@ -76,12 +76,17 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
         groups = [group for group in groups if group["params"]]
         if config.optimizer == "adamw":
             optimizers.append(torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True))
+            names = ("exp_avg", "exp_avg_sq")
         else:
             options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
             optimizers.append(torch.optim.SGD(groups, *options, fused=True))
-            # Else a first step that the guard masks would leave memory that nobody wrote for momenta.
-            for parameter in trained if config.momentum else ():
-                optimizers[-1].state[parameter] = {"momentum_buffer": torch.zeros_like(parameter)}
+            names = ("momentum_buffer",) if config.momentum else ()
+        # Zeros from the start: after a first step that the guard masks, SGD would go on with memory that nobody wrote.
+        for parameter in trained:
+            state = {name: torch.zeros_like(parameter) for name in names}
+            if config.optimizer == "adamw":
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            optimizers[-1].state[parameter] = state
     return optimizers
 
 

@@ -39,7 +39,13 @@ TARGETS = {"Naive": "naive", "Linear": "linear", "MinLogit": "minlogit", "Genera
 def _imagenet(method: MethodConfig, networks: list[str], **options: object) -> Config:
     models = tuple(MODELS[name] for name in networks)
     schedule = {"epochs": 200, "milestones": (60, 120, 180), "warmup_epochs": 5.0, "batch_size": 2048, "lr": 0.8}
-    values = {"topology": "networks", "peers": len(models), "image_size": 224, "weight_decay": 1e-4} | schedule
+    values = {
+        "topology": "networks",
+        "peers": len(models),
+        "image_size": 224,
+        "weight_decay": 1e-4,
+        "sync_bn": True,
+    } | schedule
     return Config(method=method, model=models, data=IMAGENET, **(values | options))  # type: ignore[arg-type]
 
 

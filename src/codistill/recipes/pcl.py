@@ -8,6 +8,8 @@ schedule is a guess.
 
 from __future__ import annotations
 
+import dataclasses
+
 from codistill.config import Config
 from codistill.method_configs import (
     CLILRConfig,
@@ -52,7 +54,7 @@ def cifar10(network: str, method: str) -> Config:
 
 def imagenet(network: str, method: str) -> Config:
     """ImageNet error of ResNet-18: PCL 29.58, second-hand; a schedule of 90 epochs, which is a guess."""
-    return on_imagenet(_run(f"torchvision:{network}", method, IMAGENET))
+    return dataclasses.replace(on_imagenet(_run(f"torchvision:{network}", method, IMAGENET)), branch_at=("layer3",))
 
 
 def _places(network: str, method: str) -> tuple[Place, ...]:
@@ -72,6 +74,9 @@ TABLES = {
         ("PCL",),
         _places,
         {"PCL": "Ind-branch"},
-        guesses=("the schedule: 90 epochs, batch 256, rate 0.1 falling at 30 and 60, decay 1e-4", "the fork at layer4"),
+        guesses=(
+            "the schedule: 90 epochs, batch 256, rate 0.1 falling at 30 and 60, decay 1e-4",
+            "the fork at layer3, so that a branch is both last stages, from memory",
+        ),
     ),
 }
