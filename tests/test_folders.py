@@ -8,6 +8,7 @@ from PIL import Image
 
 from codistill.config import InputError
 from codistill.data import ImageSet, load_set
+from codistill.data.folder import load_folder
 from images import random_images
 
 
@@ -255,3 +256,18 @@ def test_missing_and_empty_folders_are_errors(tmp_path):
     write_folder(tmp_path / "single", {"a": 1, "b": 1}, parts=("",))
     with pytest.raises(InputError, match="no test images"):
         load_set(f"folder:{tmp_path / 'single'}")
+
+
+@pytest.mark.parametrize("names", [("train", "validation"), ("training", "test"), ("val", "test")])
+def test_a_part_of_another_name_is_not_taken_for_a_class(names, tmp_path):
+    for part in names:
+        for kind in ("cat", "dog"):
+            (tmp_path / part / kind).mkdir(parents=True)
+            Image.new("RGB", (8, 8)).save(tmp_path / part / kind / "1.png")
+    with pytest.raises(InputError, match=r"holds folders only, so it and .* are no classes but parts"):
+        load_folder(tmp_path)
+    for kind in ("train", "plane"):  # a vehicle, with images of its own
+        (tmp_path / "vehicles" / kind).mkdir(parents=True)
+        for n in range(5):
+            Image.new("RGB", (8, 8)).save(tmp_path / "vehicles" / kind / f"{n}.png")
+    assert load_folder(tmp_path / "vehicles").classes == ("plane", "train")

@@ -65,6 +65,10 @@ def test_evaluate_shows_it_and_predict_uses_the_temperature(tmp_path, capsys):
     assert read_json(run / "data.json")["temperature"] == said["calibration"][1]["temperature"]
     from codistill.predict import load_predictor
 
-    assert load_predictor(run).about["temperature"] == said["calibration"][1]["temperature"]
+    assert load_predictor(run).temperature == said["calibration"][1]["temperature"]
+    assert main(["evaluate", str(run), "--calibrate", "--checkpoint", "best", "--json"]) == 0
+    best = json.loads(capsys.readouterr().out)["calibration"][1]["temperature"]
+    assert load_predictor(run, checkpoint="best").temperature == best
+    assert load_predictor(run).temperature == said["calibration"][1]["temperature"]  # each has its own
     assert main(["evaluate", str(run), "--per-class", "--calibrate"]) == 0
     assert "class by class" in capsys.readouterr().out

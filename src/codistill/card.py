@@ -13,6 +13,7 @@ from typing import Any
 
 from codistill.config import Checkpoint, MethodConfig
 from codistill.errors import on_one_line
+from codistill.json_files import read_json
 from codistill.methods import CLASSES
 from codistill.reproduce.formats import markdown
 from codistill.setup import Training, deployed_name, numbers_trained_and_deployed
@@ -29,15 +30,11 @@ def model_card(
     t: Training, run: Path, exported: Path, difference: float, licence: str, checkpoint: Checkpoint = "last"
 ) -> str:
     """Return the card of a run's student that was exported to a file; test figures are those of the last epoch only."""
-    result = _read(run / "result.json") or {}
+    result = read_json(run / "result.json") or {}
     if checkpoint == "best":
         result = {name: value for name, value in result.items() if name != "student"}
     parts = [_front(t, result, licence), _title(t, exported), _accuracy(t, result, run), _training(t, run, result)]
     return "\n\n".join([*parts, _use(t, exported, difference, licence)]) + "\n"
-
-
-def _read(path: Path) -> dict[str, Any] | None:
-    return json.loads(path.read_text()) if path.exists() else None
 
 
 def _method(t: Training) -> str:
@@ -108,7 +105,7 @@ def _accuracy(t: Training, result: dict[str, Any], run: Path) -> str:
     honest = "what was chosen was chosen on validation images, the test set was read once."
     text += honest if t.config.protocol == "honest" else "no validation part, the last epoch counts."
     text += f"\n\n{markdown(rows)}"
-    grid = _read(run.parent.parent / "table.json")
+    grid = read_json(run.parent.parent / "table.json")
     if grid is None:
         return text + "\nNo baseline was trained beside this run; `codistill compare` trains one of equal cost."
     kept = ("peers", "n", "top-1 %", "vs equal cost", "parameters trained", "deployed", "s a run")
@@ -120,7 +117,7 @@ def _accuracy(t: Training, result: dict[str, Any], run: Path) -> str:
 def _training(t: Training, run: Path, result: dict[str, Any]) -> str:
     c = t.config
     trained, deployed = numbers_trained_and_deployed(t)
-    environment = _read(run / "environment.json") or {}
+    environment = read_json(run / "environment.json") or {}
     start = (
         "the library's pretrained weights"
         if c.pretrained

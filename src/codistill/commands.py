@@ -88,6 +88,7 @@ def _judge(t: Training, loader: Loader, options: EvaluateOptions, run: Path) -> 
     if not (options.per_class or options.confusion or options.calibrate):
         return {}
     from codistill import judging
+    from codistill.json_files import read_json
     from codistill.run import write_json
     from codistill.setup import curve_loader
 
@@ -105,7 +106,8 @@ def _judge(t: Training, loader: Loader, options: EvaluateOptions, run: Path) -> 
         if validation is None:
             raise InputError("--calibrate fits on validation images, and this run kept none (--val-fraction 0)")
         temperature = judging.fit_temperature(*judging.deployed_scores(t, validation))
-        write_json(run / "data.json", t.data.about() | {"temperature": temperature})
+        name = "temperature" if options.checkpoint == "last" else f"temperature_{options.checkpoint}"
+        write_json(run / "data.json", (read_json(run / "data.json") or t.data.about()) | {name: temperature})
         more["calibration"] = [judging.calibration(scores_NC, labels_N, value) for value in (1.0, temperature)]
     return more
 
@@ -280,6 +282,8 @@ def branch_point_rows(options: ListOptions) -> builtins.list[dict[str, str]]:
     from codistill.peers import default_fork
 
     factory = resolve(options.model)
+    if options.image_size is not None and options.image_size < 8:
+        raise InputError(f"--image-size is {options.image_size}; give 8 or more")
     size = options.image_size or (factory.native_size if isinstance(factory, Source) else None)
     size = size or (224 if isinstance(factory, Source) and factory.is_library else 32)
     model = build(factory, num_classes=100, in_channels=3, image_size=options.image_size)

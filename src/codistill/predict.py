@@ -8,7 +8,6 @@ from __future__ import annotations
 import csv
 import dataclasses
 import io
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from codistill.config import Checkpoint, Config, Device
 from codistill.data.images import read_pixels
 from codistill.errors import InputError
 from codistill.imports import check_imports, names_of
+from codistill.json_files import read_json
 from codistill.saved import saved_student
 from codistill.setup import pick_device
 from codistill.untrusted import links_out
@@ -38,6 +38,8 @@ class Predictor:
     about: dict[str, Any]
     """What data.json holds: classes, channels, image_size, fit, mean, std, and perhaps a fitted temperature."""
     device: torch.device
+    temperature: float = 1.0
+    """By which logits are divided: 1, or as `evaluate --calibrate` fitted it to these very weights."""
 
     @torch.inference_mode()
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
@@ -46,7 +48,7 @@ class Predictor:
         std = torch.tensor(self.about["std"], device=self.device).view(-1, 1, 1)
         x = (torch.from_numpy(pixels).to(self.device) / 255 - mean) / std
         dtype = next(self.network.parameters()).dtype
-        scores = self.network(x.to(dtype)).cpu().double() / self.about.get("temperature", 1.0)
+        scores = self.network(x.to(dtype)).cpu().double() / self.temperature
         return scores.softmax(-1).numpy()
 
 
@@ -61,15 +63,16 @@ def load_predictor(
     path = Path(run)
     if not (path / "config.json").exists():
         raise InputError(f"{path} is no run folder (it has no config.json)")
-    if not (path / "data.json").exists():
+    about = read_json(path / "data.json", "classes", "channels", "image_size", "mean", "std")
+    if about is None:
         raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")
     config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
     check_imports(names_of(config), path, allow_import)
-    about = json.loads((path / "data.json").read_text())
     state = load_state(path, checkpoint)
     network = saved_student(config, state, len(about["classes"]), about["channels"], about["image_size"])
     where = pick_device(device)
-    return Predictor(network.to(where), about, where)
+    temperature = about.get("temperature" if checkpoint == "last" else f"temperature_{checkpoint}", 1.0)
+    return Predictor(network.to(where), about, where, temperature)
 
 
 def image_files(words: Sequence[str]) -> list[Path]:

@@ -32,6 +32,7 @@ import torch
 
 from codistill.checkpoint import load_newest, shift, write_checkpoint
 from codistill.config import Config, InputError, MachineError, MethodConfig
+from codistill.json_files import read_json
 
 # What may differ between a run and its continuation without changing its result.
 _FREE = {
@@ -196,8 +197,7 @@ class RunFolder:
 
     def read(self, name: str) -> Any:
         """Return what one of the folder's JSON files holds, None where there is none yet."""
-        path = self.path / name
-        return json.loads(path.read_text()) if path.exists() else None
+        return read_json(self.path / name)
 
     def describe(self, about: dict[str, Any]) -> None:
         """Write what the networks take and name (data.json), once."""
@@ -288,9 +288,12 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
-            lines.append(json.loads(text))
+            line = json.loads(text)
         except ValueError:
             break
+        if not isinstance(line, dict):
+            break
+        lines.append(line)
     return lines
 
 

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import random
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ from codistill.execution import choose_execution, stack
 from codistill.feeding import DTYPES, load_images, make_loader
 from codistill.guard import FiniteGuard
 from codistill.imports import check_imports, names_of
+from codistill.json_files import read_json
 from codistill.losses import wide_dtype
 from codistill.mean_teacher import MeanTeacher
 from codistill.mesh import Mesh
@@ -364,8 +364,7 @@ def load_run(
     check_imports(names_of(config), path, allow_import)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_state(path, checkpoint)
-    about = path / "data.json"
-    held = json.loads(about.read_text()) if about.exists() else None
+    held = read_json(path / "data.json", "mean", "std")
     t = setup(config, execution=state.get("execution"), fresh=False, data=data, held=held)
     t.load_state(state)
     return t
@@ -385,10 +384,9 @@ def load_without_images(
     Raises:
         InputError: there is no such run, or it does not say of what shape its images were.
     """
-    about = Path(path) / "data.json"
-    if not about.exists():
+    held = read_json(Path(path) / "data.json", "name", "image_size", "channels", "classes")
+    if held is None:
         return load_run(path, device=device, checkpoint=checkpoint)
-    held = json.loads(about.read_text())
     size = held["image_size"]
     noise = np.random.default_rng(0).integers(0, 256, (64, size, size, held["channels"]), dtype=np.uint8)
     labels = np.arange(64) % len(held["classes"])

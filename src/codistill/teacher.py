@@ -16,6 +16,7 @@ from codistill.config import Config
 from codistill.data import ImageSet
 from codistill.errors import InputError, suggest
 from codistill.imports import check_imports
+from codistill.json_files import read_json
 from codistill.method_configs import KDConfig
 from codistill.models import build, resolve
 from codistill.saved import saved_student
@@ -59,7 +60,7 @@ def _from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
         raise InputError(f"--method.teacher {path} is no run folder (it has no config.json)")
     config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
     check_imports(config.model, f"--method.teacher {path}", known=known)
-    about = json.loads((path / "data.json").read_text()) if (path / "data.json").exists() else {}
+    about = read_json(path / "data.json") or {}
     student = saved_student(config, load_state(path), len(data.classes), data.channels, data.image_size)
     return _as_it_was_trained(student, about, data, path)
 

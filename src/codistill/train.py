@@ -272,19 +272,34 @@ def train(
         if mesh is None:
             folder = RunFolder(config)
             stack.enter_context(folder.held())
-            state = folder.load()
+            state = _held(folder)
             execution, held = None if state is None else state.get("execution"), folder.read("data.json")
             t = setup(config, teacher, execution, fresh=state is None, data=data, held=held)
             return _train(t, state, folder, reporter)
         stack.enter_context(mesh.watched())
         folder = mesh.on_first(lambda: RunFolder(config))
         mesh.on_first(lambda: stack.enter_context(folder.held()))
-        state = mesh.on_first(folder.load)
+        state = mesh.on_first(lambda: _held(folder))
         held = mesh.on_first(lambda: folder.read("data.json"))
         t = mesh.together(lambda: setup(config, teacher, mesh=mesh, fresh=state is None, data=data, held=held))
         if mesh.rank:
             folder, reporter = SilentFolder(config), Reporter()
         return _train(t, state, folder, reporter)
+
+
+def _held(folder: RunFolder) -> dict[str, Any] | None:
+    """Return the newest good checkpoint, None where there is none yet.
+
+    Raises:
+        InputError: the run is complete, and its last weights are gone.
+    """
+    state = folder.load()
+    if folder.complete and (state is None or state["epoch"] < folder.config.epochs):
+        raise InputError(
+            f"--resume: {folder.path} is complete, but the checkpoint of its last epoch is gone or damaged; put it "
+            "back, or train anew in another --out (its figures are in result.json)"
+        )
+    return state
 
 
 def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporter: Reporter) -> Result:
@@ -293,7 +308,8 @@ def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporte
     complete = on_first(lambda: folder.complete)
     if state is not None:
         t.load_state(state) if t.mesh is None else t.mesh.together(lambda: t.load_state(state))
-    on_first(lambda: (folder.begin(), folder.describe(t.data.about()), folder.keep_lines(t.epoch)))
+    if not complete:
+        on_first(lambda: (folder.begin(), folder.describe(t.data.about()), folder.keep_lines(t.epoch)))
     tracker = Tracker(t.config.tracker if first else "none", t.config)
     notes = describe(t, None if state is None else state["file"])
     reporter.begin(notes, t.config.epochs, len(t.loader), t.epoch)

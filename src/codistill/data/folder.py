@@ -102,6 +102,7 @@ def _parts(path: Path) -> tuple[tuple[str, ...], Part, Part | None, Part]:
         raise InputError(f"--data folder:{path}: there is no such folder")
     there = [part for part in ("train", "val", "test") if (path / part).is_dir()]
     if "train" not in there or len(there) == 1:
+        _refuse_misnamed(path, there)
         if [part.name for part in path.iterdir() if part.is_dir()] == ["train"]:
             raise InputError(f"--data folder:{path} holds a folder train, but none called test (or val) beside it")
         whole, classes = _list(path)
@@ -115,6 +116,18 @@ def _parts(path: Path) -> tuple[tuple[str, ...], Part, Part | None, Part]:
             raise InputError(f"--data folder:{path}: train and {part} differ in their classes ({odd})")
     val = listed["val"][0] if len(there) == 3 else None
     return classes, listed["train"][0], val, listed[there[-1]][0]
+
+
+def _refuse_misnamed(path: Path, parts: Sequence[str]) -> None:
+    """Raise where a part of a set stands beside another whose name is none (train and validation, say)."""
+    others = [other.name for other in path.iterdir() if other.is_dir()]
+    for part in parts:
+        beside = next((other for other in others if other != part), None)
+        if beside is not None and not any(inner.is_file() for inner in (path / part).iterdir()):
+            raise InputError(
+                f"--data folder:{path}: {part} holds folders only, so it and {beside} are no classes but parts; call "
+                "parts train, val and test"
+            )
 
 
 def _list(path: Path) -> tuple[Part, tuple[str, ...]]:

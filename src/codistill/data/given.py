@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset
+from torch.utils.data import Dataset, IterableDataset
 
 from codistill.data.images import as_rgb
 from codistill.errors import InputError
@@ -51,7 +51,7 @@ def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None
 
 def _items(pairs: Any, part: str) -> Iterator[Any]:
     """Iterate over a data set by its length, which not all end by themselves, and over anything else as it is."""
-    if hasattr(pairs, "__getitem__") and hasattr(pairs, "__len__"):
+    if hasattr(pairs, "__getitem__") and hasattr(pairs, "__len__") and not isinstance(pairs, IterableDataset):
         return (pairs[index] for index in range(len(pairs)))
     if isinstance(pairs, Iterable):
         return iter(pairs)

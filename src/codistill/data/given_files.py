@@ -89,7 +89,8 @@ def read_lazily(pairs: Any, part: str, image_size: int | None) -> tuple[DatasetI
     targets = _targets(pairs)
     if targets is not None and len(targets) == len(files):
         labels = [class_index(label, files.path(index)) for index, label in enumerate(targets)]
-        if all(read(index) == labels[index] for index in spread(len(files), TRIED)):
+        firsts = np.unique(labels, return_index=True)[1].tolist()  # one of every class, too
+        if all(read(index) == labels[index] for index in {*spread(len(files), TRIED), *firsts}):
             return files, np.asarray(labels, dtype=np.int64)
     return files, np.asarray([read(index) for index in range(len(files))], dtype=np.int64)
 
@@ -113,4 +114,4 @@ def _targets(pairs: Any) -> Sequence[Any] | None:
     if isinstance(pairs, Subset):
         whole = _targets(pairs.dataset)
         return None if whole is None else [whole[index] for index in pairs.indices]
-    return getattr(pairs, "targets", None)
+    return None if getattr(pairs, "target_transform", None) is not None else getattr(pairs, "targets", None)

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 from codistill.config import Config, InputError
+from codistill.json_files import read_json
 
 Answer = tuple[dict[str, Any] | None, str | None]
 
@@ -20,6 +20,6 @@ def finished(config: Config) -> Answer | None:
 
     try:
         RunFolder(config)  # checked against the config as any continuation is
+        return read_json(path, "test", "student"), None
     except InputError as error:
         return None, str(error)
-    return json.loads(path.read_text()), None

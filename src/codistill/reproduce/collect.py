@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config import Config, InputError
+from codistill.json_files import read_json
 from codistill.reproduce.command import plan_of_folder
 from codistill.reproduce.entries import entries_of
 from codistill.reproduce.formats import Rows
@@ -65,20 +66,11 @@ def read_run(path: Path) -> Run:
     return Run(
         path,
         Config.from_file(path),
-        _json(path / "result.json"),
+        read_json(path / "result.json"),
         read_lines(path / "metrics.jsonl"),
-        _json(path / "details.json") or {},
-        _json(path / "environment.json") or {},
+        read_json(path / "details.json") or {},
+        read_json(path / "environment.json") or {},
     )
-
-
-def _json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text())
-    except OSError:
-        return None
-    except ValueError as error:
-        raise InputError(f"report: {path} is damaged ({error}); delete it, or leave its run out") from None
 
 
 def collect(paths: list[Path]) -> list[Section]:
@@ -88,7 +80,7 @@ def collect(paths: list[Path]) -> list[Section]:
         InputError: a folder is missing or holds no runs.
     """
     sections, single = [], []
-    for path in paths:
+    for path in {path.resolve(): path for path in paths}.values():  # each once, however often it is named
         if not path.is_dir():
             raise InputError(f"report: {path} is no folder; name run folders, or the folder of a grid or of a table")
         if (path / "config.json").exists():
@@ -97,7 +89,7 @@ def collect(paths: list[Path]) -> list[Section]:
         found = [read_run(p.parent) for p in sorted(path.rglob("config.json"))]
         if not found:
             raise InputError(f"report: {path} holds no runs of codistill")
-        held = _json(path / "grid.json")
+        held = read_json(path / "grid.json", "kind")
         if held is not None and held.get("kind") == "reproduce":
             sections.append(_of_table(path, held))
         elif held is not None:
@@ -168,4 +160,4 @@ def _runs(cell: Cell, folder: Path, seeds: int) -> list[Run]:
 
 
 def _failures(path: Path) -> list[str]:
-    return [f"{run}: {why}" for run, why in (_json(path / "failures.json") or {}).items()]
+    return [f"{run}: {why}" for run, why in (read_json(path / "failures.json") or {}).items()]

@@ -11,6 +11,7 @@ from typing import Any
 
 from codistill.config import InputError, MachineError, ReproduceConfig
 from codistill.console import err, out, print_rows, progress_bar
+from codistill.json_files import read_json
 from codistill.recipes.tables import SCALES
 from codistill.reproduce.entries import entries_of
 from codistill.reproduce.formats import Rows, comma_separated, latex, markdown
@@ -108,8 +109,8 @@ def plan_of_folder(folder: Path, held: dict[str, Any]) -> Plan:
 def _check_folder(plan: Plan) -> None:
     """Refuse a folder that holds another table, scale or protocol; write down what this one holds."""
     path, options = plan.folder / "grid.json", dataclasses.asdict(plan.options)
-    if path.exists():
-        held = json.loads(path.read_text())
+    held = read_json(path, "kind")
+    if held is not None:
         if held.get("table") != plan.name:
             raise InputError(f"--out {plan.folder} holds {held.get('table', 'another grid')}; name another folder")
         plain = json.loads(json.dumps(options))

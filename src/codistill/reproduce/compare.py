@@ -65,8 +65,12 @@ def compare(methods: list[str], config: CompareConfig) -> int:
         raise InputError(f"--{'seeds' if config.seeds < 1 else 'workers'} must be at least 1")
     if config.mesh is not None:
         raise InputError("--mesh: compare trains every run in one process, --workers of them at a time; drop --mesh")
+    if config.seed or config.resume:
+        flag = "--seed" if config.seed else "--resume"
+        raise InputError(f"{flag}: compare trains seeds 0 .. --seeds - 1 and goes on by itself; drop it")
     folder = Path(config.out or f"runs/compare-{config.data.replace(':', '-').replace('/', '_')}")
     cells = plan(methods, config)
+    _check_folder(cells, config.seeds, folder)
     began = time.perf_counter()
     describe(cells, config, folder)
     with progress_bar(err) as bar:
@@ -92,6 +96,20 @@ def compare(methods: list[str], config: CompareConfig) -> int:
     if failures:
         raise MachineError("some runs failed: " + "; ".join(failures))
     return 0
+
+
+def _check_folder(cells: list[Cell], seeds: int, folder: Path) -> None:
+    """Refuse a folder that holds other runs under these names, before its table is lost."""
+    from codistill.run import RunFolder
+
+    for cell in cells:
+        for seed in range(seeds):
+            if (cell.place(folder, seed) / "config.json").exists():
+                try:
+                    RunFolder(cell.run_config(folder, seed, cells))
+                except InputError as error:
+                    why = str(error).partition("; ")[0].removeprefix("--resume: ")
+                    raise InputError(f"--out {folder} is another comparison's ({why}); name another folder") from None
 
 
 def describe(cells: list[Cell], config: CompareConfig, folder: Path) -> None:

@@ -11,7 +11,6 @@ its runs' checkpoints stand when the same command is given again.
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 import time
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from codistill.config import Config, InputError
+from codistill.json_files import read_json
 from codistill.method_configs import KDConfig
 from codistill.reproduce.answer import Answer, finished
 from codistill.signals import Stopped, caught_signals
@@ -196,9 +196,9 @@ def read_results(cells: list[Cell], seeds: int, folder: Path) -> None:
     """Fill in the results that the folder already holds, without training."""
     for cell in cells:
         for seed in range(seeds):
-            path = cell.place(folder, seed) / "result.json"
-            if path.exists():
-                cell.results[seed] = json.loads(path.read_text())
+            result = read_json(cell.place(folder, seed) / "result.json", "test", "student")
+            if result is not None:
+                cell.results[seed] = result
 
 
 def _epochs_done(config: Config) -> int:

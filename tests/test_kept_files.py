@@ -1,0 +1,80 @@
+"""The files that runs and grids keep, damaged, gone or of another run: none is lost, a sentence says what is wrong."""
+
+import shutil
+
+import pytest
+
+from codistill.cli import main
+from codistill.errors import InputError
+from codistill.run import read_lines
+from codistill.train import train
+from test_checkpoints import small
+
+ROW = ["--data=digits", "--model=tiny_network:Tiny", "--train-per-class=6", "--batch-size=16", "--peers=2"]
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("kept") / "run"
+    train(small(out))
+    return out
+
+
+def ended(capsys, words, code=2) -> str:
+    capsys.readouterr()
+    assert main(words) == code
+    said = capsys.readouterr().err
+    assert "Traceback" not in said
+    return said
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "{"])
+@pytest.mark.parametrize("words", ["evaluate RUN", "predict RUN photo.png", "export RUN --out RUN/s.safetensors"])
+def test_damaged_descriptions_of_images_are_named(content, words, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    (tmp_path / "run" / "data.json").write_text(content)
+    (tmp_path / "photo.png").write_bytes(b"")
+    words = words.replace("RUN", str(tmp_path / "run")).replace("photo.png", str(tmp_path / "photo.png"))
+    assert "data.json is damaged" in ended(capsys, [*words.split(), "--allow-import"])
+
+
+@pytest.mark.parametrize("gone", [True, False])
+def test_a_complete_run_without_its_last_weights_is_left_alone(gone, run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    for path in (tmp_path / "run").glob("last*.pt"):
+        if gone:
+            path.unlink()
+        elif path.name == "last.pt":
+            path.write_bytes(path.read_bytes()[:-100])
+    before = read_lines(tmp_path / "run" / "metrics.jsonl")
+    assert len(before) == 3
+    with pytest.raises(InputError, match="is complete, but the checkpoint of its last epoch is gone or damaged"):
+        train(small(tmp_path / "run", resume="auto"))
+    assert read_lines(tmp_path / "run" / "metrics.jsonl") == before
+    assert (tmp_path / "run" / "result.json").exists()
+
+
+def test_another_comparison_in_the_same_folder_is_refused_before_anything_is_lost(tmp_path, capsys):
+    compare = ["compare", "independent", *ROW, "--seeds", "1", "--out", str(tmp_path / "grid")]
+    assert main([*compare, "--epochs", "1"]) == 0
+    held = {path: path.read_bytes() for path in (tmp_path / "grid").glob("*.*")}
+    assert "is another comparison's" in ended(capsys, [*compare, "--epochs", "2"])
+    assert held == {path: path.read_bytes() for path in (tmp_path / "grid").glob("*.*")}
+    for flag, value in (("--seed", "7"), ("--resume", "auto")):
+        said = ended(capsys, [*compare, "--epochs", "1", flag, value])
+        assert f"{flag}: compare trains seeds 0 .. --seeds - 1" in said
+    result = next((tmp_path / "grid").rglob("result.json"))
+    good = result.read_text()
+    result.write_text("{")
+    assert "result.json is damaged" in ended(capsys, [*compare, "--epochs", "1"], 1)
+    assert "result.json is damaged" in ended(capsys, ["report", str(tmp_path / "grid")])
+    result.write_text(good)
+    (tmp_path / "grid" / "grid.json").write_text("[]")
+    assert "grid.json is damaged" in ended(capsys, ["report", str(tmp_path / "grid")])
+
+
+def test_a_run_named_twice_counts_once(run, tmp_path, capsys):
+    from codistill.reproduce.collect import collect
+
+    (section,) = collect([run, run.parent / "." / "run", run])
+    assert [len(group.runs) for group in section.groups] == [1]
