@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from codistill.cli import main
+from codistill.config import Config
 from codistill.errors import InputError
 from codistill.run import read_lines
 from codistill.train import train
@@ -78,3 +79,16 @@ def test_a_run_named_twice_counts_once(run, tmp_path, capsys):
 
     (section,) = collect([run, run.parent / "." / "run", run])
     assert [len(group.runs) for group in section.groups] == [1]
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [({"model": ()}, "--model names no network"), ({"out": "runs/a\0b"}, "--out holds a character of number 0")],
+)
+def test_a_config_that_names_nothing_or_no_file_is_refused(values, sentence):
+    with pytest.raises(InputError, match=sentence):
+        Config(**values).resolved()
+
+
+def test_sizes_too_small_to_list_branch_points_are_refused(capsys):
+    assert "--image-size is -5; give 8 or more" in ended(capsys, ["list", "branch-points", "--image-size", "-5"])

@@ -189,6 +189,10 @@ class Config:
         full = dataclasses.replace(self, method=dataclasses.replace(self.method))  # type: ignore[type-var]
         method = full.method
         assert isinstance(method, MethodConfig)
+        if not full.model:
+            raise InputError("--model names no network; give one, as in --model resnet32")
+        if "\0" in (full.out or ""):
+            raise InputError("--out holds a character of number 0, which no folder's name can; give another")
         check_numbers(full)
         topology = full.topology or method.topologies[0]
         full.topology = topology  # type: ignore[assignment]
