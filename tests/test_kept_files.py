@@ -5,10 +5,13 @@ import shutil
 import pytest
 
 from codistill.cli import main
-from codistill.config import Config
+from codistill.config import Config, ReproduceConfig
 from codistill.errors import InputError
+from codistill.reproduce.command import _check_folder, plan_of_folder
+from codistill.reproduce.plan import make_plan
 from codistill.run import read_lines
 from codistill.train import train
+from helpers import read_json
 from test_checkpoints import small
 
 ROW = ["--data=digits", "--model=tiny_network:Tiny", "--train-per-class=6", "--batch-size=16", "--peers=2"]
@@ -92,3 +95,11 @@ def test_a_config_that_names_nothing_or_no_file_is_refused(values, sentence):
 
 def test_sizes_too_small_to_list_branch_points_are_refused(capsys):
     assert "--image-size is -5; give 8 or more" in ended(capsys, ["list", "branch-points", "--image-size", "-5"])
+
+
+def test_a_smoke_table_remembers_the_network_that_it_picked(tmp_path):
+    for network in ([], ["vgg16"]):
+        options = ReproduceConfig(scale="smoke", out=str(tmp_path / "grid"), network=network)
+        _check_folder(make_plan("okddip_table2", options))
+    held = read_json(tmp_path / "grid" / "grid.json")
+    assert {cell.network for cell in plan_of_folder(tmp_path / "grid", held).cells} == {"densenet40_12", "vgg16"}
