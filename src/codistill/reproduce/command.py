@@ -110,7 +110,7 @@ def _check_folder(plan: Plan) -> None:
     """Refuse a folder that holds another table, scale or protocol; write down what this one holds."""
     path, options = plan.folder / "grid.json", dataclasses.asdict(plan.options)
     if options["scale"] == "smoke":  # which takes one network where none is named, so that none does not mean all
-        options["network"] = options["network"] or list(dict.fromkeys(cell.network for cell in plan.cells))
+        options["network"] = options["network"] or tuple(dict.fromkeys(cell.network for cell in plan.cells))
     held = read_json(path, "kind")
     if held is not None:
         if held.get("table") != plan.name:
