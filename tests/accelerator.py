@@ -155,10 +155,10 @@ def _copy_from(source, target, non_blocking=False):
 
 
 # Numbers from Python (a list as index, torch.tensor(..., device=...)) reach a device below the mode.
-_library = torch.library.Library("aten", "IMPL")
-_library.impl("empty_strided", _empty_strided, "PrivateUse1")
-_library.impl("empty.memory_format", _empty, "PrivateUse1")
-_library.impl("_copy_from", _copy_from, "PrivateUse1")
+_kernels = torch.library.Library("aten", "IMPL")
+_kernels.impl("empty_strided", _empty_strided, "PrivateUse1")
+_kernels.impl("empty.memory_format", _empty, "PrivateUse1")
+_kernels.impl("_copy_from", _copy_from, "PrivateUse1")
 # Modules move by new parameters, as one of another class cannot take an old one's place.
 torch.__future__.set_overwrite_module_params_on_conversion(True)
 torch.inference_mode = torch.no_grad  # inference tensors cannot be wrapped

@@ -60,6 +60,24 @@ def test_members_who_stepped_before_another_failed_are_put_back(optimizer):
         assert any(not torch.equal(before[name], value) for name, value in t.peers.state_dict().items())
 
 
+def test_a_member_who_stepped_to_infinity_is_put_back_when_another_fails_of_it():
+    config = small(Path("unused"), model="resnet8")
+    config.method, config.peers = "dml", 2
+    config.__post_init__()
+    t = setup(config.resolved())
+    t.sums = _zero_sums(t)
+    before = {name: value.clone() for name, value in t.peers.named_parameters()}
+    t.optimizers[0].param_groups[0]["lr"] = 1e38
+    head, seen = t.peers.member(0).head.weight, []
+    head.register_hook(lambda gradient: torch.full_like(gradient, 1e6))
+    t.optimizers[0].register_step_post_hook(lambda *_: seen.append(bool(head.isinf().any())))
+    train_step(t, *next(t.loader.epoch(0)), 1.0)
+    assert seen == [True]
+    assert t.guard.look() is not None
+    for name, value in t.peers.named_parameters():
+        assert torch.equal(before[name], value), name
+
+
 def test_what_a_method_solved_for_between_epochs_survives_a_bad_step(tmp_path):
     config = small(Path("unused"), model="resnet8", skip_nonfinite=1)
     config.method, config.peers = KDCLConfig(target="general", holdout_fraction=0.2), 2

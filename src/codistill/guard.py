@@ -107,10 +107,9 @@ class FiniteGuard:
             before = [x.clone() for x in changed]
         yield
         with torch.no_grad():
-            bad = (self.flag > 0).to(self.flag.dtype)
-            torch._foreach_mul_(changed, 1.0 - bad)  # all of them are finite: the one that failed was masked
-            torch._foreach_mul_(before, bad)
-            torch._foreach_add_(changed, before)
+            bad = self.flag > 0
+            for x, was in zip(changed, before):  # chosen, not blended: a member may have stepped to infinity
+                x.copy_(torch.where(bad, was, x))
 
     def count(self) -> None:
         """Count a step, if it was good or may be skipped."""
