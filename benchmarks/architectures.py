@@ -22,13 +22,15 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from codistill.config import METHODS, Config, InputError
-from codistill.errors import MachineError
-from codistill.peers import BranchPeers, NetworkPeers
-from codistill.setup import setup
-from codistill.sharing import Entry
-from codistill.step import train_step
-from codistill.train import _zero_sums
+from codistill.config.config import Config
+from codistill.config.methods import METHODS
+from codistill.peers.branches import BranchPeers
+from codistill.peers.networks import NetworkPeers
+from codistill.peers.shared_trunk import Entry
+from codistill.training.build import setup
+from codistill.training.loop import _zero_sums
+from codistill.training.step import train_step
+from codistill.utils.errors import InputError, MachineError
 
 CLASSES = 5
 SMALL_SWIN = "depths=(1,1,1,1),embed_dim=24,num_heads=(1,2,4,8)"

@@ -29,7 +29,7 @@ from torchvision.transforms import v2
 
 from codistill.data import FileLoader, load_set
 from codistill.data.loader import Augmentation
-from codistill.data.normalising import IMAGENET
+from codistill.data.normalization import IMAGENET
 
 CLASSES = 4
 

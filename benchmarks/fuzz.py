@@ -27,11 +27,13 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-import codistill.commands
-from codistill.cli import main
-from codistill.cli_options import COMMANDS
-from codistill.config import METHODS, Config, InputError, ReproduceConfig
-from codistill.setup import setup
+import codistill.cli.commands
+from codistill.cli.main import main
+from codistill.cli.options import COMMANDS
+from codistill.config.config import Config, ReproduceConfig
+from codistill.config.methods import METHODS
+from codistill.training.build import setup
+from codistill.utils.errors import InputError
 
 SEEN: Counter[str] = Counter()
 """How cases ended."""
@@ -189,10 +191,10 @@ def try_file(content: bytes, place: Path, suffix: str) -> None:
 def try_command_line(words: list[str]) -> None:
     """Run a command line, with `train` ending at the set-up and grids before their first run."""
     said = io.StringIO()
-    kept = {name: getattr(codistill.commands, name) for name in ("train", "compare", "reproduce", "demo")}
-    codistill.commands.train = lambda parsed: (set_up(parsed.options), 0)[1]
+    kept = {name: getattr(codistill.cli.commands, name) for name in ("train", "compare", "reproduce", "demo")}
+    codistill.cli.commands.train = lambda parsed: (set_up(parsed.options), 0)[1]
     for name in ("compare", "reproduce", "demo"):
-        setattr(codistill.commands, name, lambda parsed: 0)
+        setattr(codistill.cli.commands, name, lambda parsed: 0)
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = main(words)
@@ -200,7 +202,7 @@ def try_command_line(words: list[str]) -> None:
         code = int(end.code or 0)
     finally:
         for name, command in kept.items():
-            setattr(codistill.commands, name, command)
+            setattr(codistill.cli.commands, name, command)
     SEEN[f"exit code {code}"] += 1
     assert code in (0, 1, 2), code
     assert "Traceback" not in said.getvalue()

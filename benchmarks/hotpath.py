@@ -21,17 +21,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 sys.path.insert(0, str(Path(__file__).parent))
 
-from codistill.config import METHODS, Config
+from codistill.config.config import Config
+from codistill.config.methods import METHODS, method_config
 from codistill.losses import cross_entropy
-from codistill.mean_teacher import MeanTeacher
-from codistill.method_configs import method_config
 from codistill.methods import build_method
-from codistill.peers import BranchPeers, NetworkPeers, PeerOutputs
-from codistill.reproduce.formats import markdown
-from codistill.setup import setup
-from codistill.stacked import StackedPeers
-from codistill.step import train_step
-from codistill.train import _zero_sums
+from codistill.peers.base import PeerOutputs
+from codistill.peers.branches import BranchPeers
+from codistill.peers.ema import MeanTeacher
+from codistill.peers.networks import NetworkPeers
+from codistill.peers.stacked import StackedPeers
+from codistill.training.build import setup
+from codistill.training.loop import _zero_sums
+from codistill.training.step import train_step
+from codistill.utils.tables import markdown
 from programs import Elsewhere, Ours, Step, Theirs, independent, prepare, spent
 
 COUNTS = {"augment": 391, "step": 391, "evaluate": 79}
@@ -221,11 +223,11 @@ def peak_memory(name: str, topology: str, checkpoint: bool = False) -> float:
     code = f"""
 import torch
 torch.set_num_threads(1)
-from codistill.config import Config
-from codistill.cost import forget_peak, peak_megabytes
-from codistill.setup import setup
-from codistill.step import train_step
-from codistill.train import _zero_sums
+from codistill.config.config import Config
+from codistill.utils.device import forget_peak, peak_megabytes
+from codistill.training.build import setup
+from codistill.training.step import train_step
+from codistill.training.loop import _zero_sums
 size = {{"topology": {topology!r}, "peers": 4, "batch_size": 128, "checkpoint_activations": {checkpoint}}}
 t = setup(Config({name!r}, "resnet32", "digits", **size).resolved())
 t.sums = _zero_sums(t)

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from codistill.checkpoint import checkpoints, load_checkpoint
-from codistill.run import read_lines
+from codistill.runs.checkpoint import checkpoints, load_checkpoint
+from codistill.utils.files import read_lines
 
 
 def unreadable(folder: Path) -> list[str]:

@@ -32,16 +32,16 @@ from typing import Any
 
 import torch
 
-import codistill.checkpoint
-import codistill.commands  # so that children import nothing
-import codistill.run
-import codistill.train
-from codistill.config import CompareConfig, Config
-from codistill.method_configs import method_config
-from codistill.metrics import PeerMetrics
+import codistill.cli.commands
+import codistill.runs.checkpoint
+import codistill.runs.run_folder
+import codistill.training.loop
+from codistill.config.config import CompareConfig, Config
+from codistill.config.methods import method_config
+from codistill.evaluation.metrics import PeerMetrics
 from codistill.reproduce import grid, workers
-from codistill.run import RunFolder
-from codistill.train import train
+from codistill.runs.run_folder import RunFolder
+from codistill.training.loop import train
 from kept_whole import behind, difference, differing, unreadable
 
 EVERY = 2  # steps between checkpoints
@@ -106,8 +106,8 @@ def arm(board: Board, place: str | None, count: int) -> None:
         if name == place and board[name] == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
-    step, replace, fsync = codistill.train.train_step, os.replace, os.fsync
-    write, log, update = codistill.checkpoint._Hashed.write, RunFolder.log, PeerMetrics.update
+    step, replace, fsync = codistill.training.loop.train_step, os.replace, os.fsync
+    write, log, update = codistill.runs.checkpoint._Hashed.write, RunFolder.log, PeerMetrics.update
 
     def counted_step(t: Any, *args: Any) -> Any:
         at("step")
@@ -135,8 +135,8 @@ def arm(board: Board, place: str | None, count: int) -> None:
         at("evaluation")
         update(self, *args)
 
-    codistill.train.train_step = counted_step
-    codistill.checkpoint._Hashed.write = half_written
+    codistill.training.loop.train_step = counted_step
+    codistill.runs.checkpoint._Hashed.write = half_written
     RunFolder.log, PeerMetrics.update = half_a_line, evaluated
     os.replace = lambda *args: (at("rename"), replace(*args), at("rename"))  # type: ignore[assignment]
     os.fsync = lambda handle: (fsync(handle), at("flush"))  # type: ignore[assignment]
@@ -262,7 +262,7 @@ class Inline:
 
 def compare_grid(out: Path) -> None:
     """Run the grid of `codistill compare pcl` in this process."""
-    from codistill.reproduce.compare import compare
+    from codistill.cli.compare import compare
 
     workers.Processes = Inline  # type: ignore[misc, assignment]
     options = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 2, "peers": 2}

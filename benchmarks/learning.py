@@ -10,12 +10,13 @@ import argparse
 import sys
 from pathlib import Path
 
-from codistill.config import CompareConfig, Config
-from codistill.method_configs import KDConfig, method_config
-from codistill.reproduce.compare import LEGEND, plan
-from codistill.reproduce.formats import markdown
+from codistill.cli.compare import LEGEND
+from codistill.config.config import CompareConfig, Config
+from codistill.config.methods import KDConfig, method_config
+from codistill.reproduce.comparison import plan
 from codistill.reproduce.grid import Cell, run_grid
-from codistill.reproduce.table import table_rows
+from codistill.reproduce.statistics import table_rows
+from codistill.utils.tables import markdown
 
 SHARED = {"model": "resnet8", "data": "digits", "train_per_class": 10, "epochs": 100, "batch_size": 25, "lr": 0.05}
 METHODS = ["dml", "cl_ilr", "one", "okddip", "pcl", "kdcl"]

@@ -23,12 +23,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from codistill.config import Config
-from codistill.mesh import join_mesh, leave
-from codistill.method_configs import method_config
-from codistill.setup import setup
-from codistill.step import train_step
-from codistill.train import _zero_sums
+from codistill.config.config import Config
+from codistill.config.methods import method_config
+from codistill.distributed.launch import join_mesh, leave
+from codistill.training.build import setup
+from codistill.training.loop import _zero_sums
+from codistill.training.step import train_step
 
 KINDS = {
     "one process": None,

@@ -15,8 +15,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
 import oracles
 from codistill.methods import CLILR, DML, KD, KDCL, ONE, PCL, Independent, OKDDip
-from codistill.peers import PeerOutputs
-from codistill.reproduce.formats import markdown
+from codistill.peers.base import PeerOutputs
+from codistill.utils.tables import markdown
 from helpers import golden, random_peers
 
 

@@ -20,15 +20,16 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 
 import published_shape as published
-from codistill.allocator import keep_freed_memory
-from codistill.config import Config
+from codistill.config.config import Config
+from codistill.config.methods import IndependentConfig, MethodConfig, OKDDipConfig
 from codistill.data import ImageSet
-from codistill.folding import folded_for_evaluation
-from codistill.method_configs import IndependentConfig, MethodConfig, OKDDipConfig
-from codistill.metrics import PeerMetrics
-from codistill.setup import setup, test_loader
-from codistill.step import train_step
-from codistill.train import _zero_sums
+from codistill.evaluation.fold_batchnorm import folded_for_evaluation
+from codistill.evaluation.metrics import PeerMetrics
+from codistill.training.build import setup
+from codistill.training.loaders import test_loader
+from codistill.training.loop import _zero_sums
+from codistill.training.step import train_step
+from codistill.utils.cpu_memory import keep_freed_memory
 
 Step = Callable[[], object]
 WEIGHT = 0.37  # of distillation, on the ramp

@@ -23,9 +23,10 @@ from typing import Any
 
 import torch
 
-from codistill.config import Config
-from codistill.signals import Stopped
-from codistill.train import Reporter, train
+from codistill.config.config import Config
+from codistill.training.loop import train
+from codistill.training.reporter import Reporter
+from codistill.utils.signals import Stopped
 
 
 def resident() -> float:

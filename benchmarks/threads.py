@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 
 from codistill.losses import cross_entropy
-from codistill.peers import NetworkPeers
+from codistill.peers.networks import NetworkPeers
 
 
 def main() -> int:

@@ -1,6 +1,6 @@
 """What is trained on the CPU and on a simulated device, side by side: options of `Config`, by name."""
 
-from codistill.method_configs import DMLConfig, KDCLConfig, KDConfig, OKDDipConfig
+from codistill.config.methods import DMLConfig, KDCLConfig, KDConfig, OKDDipConfig
 
 NAMED = ("independent", "dml", "cl_ilr", "okddip", "pcl", "kdcl")
 BRANCHES = ("independent", "cl_ilr", "one", "okddip", "pcl", "kdcl")

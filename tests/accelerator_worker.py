@@ -14,21 +14,21 @@ import torch
 from PIL import Image
 
 import accelerator  # noqa: F401 (before codistill)
-import codistill.predict
-import codistill.setup
-import codistill.train
 from accelerator import DEVICE, OnDevice, Simulated
 from accelerator_cases import CASES
-from codistill.config import Config
+from codistill.config.config import Config
+from codistill.config.methods import KDConfig
 from codistill.data import ImageSet, Loader
-from codistill.losses import NO_FLOAT64
-from codistill.method_configs import KDConfig
+from codistill.deploy import predict
+from codistill.evaluation import evaluate
 from codistill.methods import Method
 from codistill.models import resolve
-from codistill.peers import Peers
-from codistill.setup import Training
+from codistill.peers.base import Peers
+from codistill.training import build, loop
+from codistill.training.run import Training
+from codistill.utils.device import NO_FLOAT64
 
-PICK_DEVICE = codistill.setup.pick_device
+PICK_DEVICE = build.pick_device
 
 
 class KilledError(Exception):
@@ -54,7 +54,7 @@ def image_folder(folder: Path) -> str:
     return f"folder:{folder}"
 
 
-def run(options: dict, out: Path) -> codistill.train.Result:
+def run(options: dict, out: Path) -> loop.Result:
     """Train from Python, as a user would."""
     own = {"model": ("resnet8",), "peers": 3, "epochs": 2, "batch_size": 16, "val_fraction": 0.2, "dtype": "float64"}
     config = Config(**own | {"out": str(out)} | options)
@@ -62,7 +62,7 @@ def run(options: dict, out: Path) -> codistill.train.Result:
     if from_files:
         config.data = image_folder(out.parent / "images")
     teacher = resolve("resnet8")(5, 1) if isinstance(config.method, KDConfig) else None
-    return codistill.train.train(config, teacher=teacher, data=None if from_files else images())
+    return loop.train(config, teacher=teacher, data=None if from_files else images())
 
 
 class Watched:
@@ -75,7 +75,7 @@ class Watched:
         self.evaluations: list[tuple[int, int]] = []
         """Batches and waits."""
         self.last = (-1, 0)
-        self.train_step, self.collect = codistill.train.train_step, codistill.train.collect
+        self.train_step, self.collect = loop.train_step, loop.collect
 
     def step(self, t: Training, *rest: Any) -> Any:
         """Do a step of training."""
@@ -97,19 +97,24 @@ class Watched:
         return metrics
 
 
-def run_there(options: dict, out: Path, resumed: bool, float64: bool) -> tuple[codistill.train.Result, Watched]:
+def run_there(options: dict, out: Path, resumed: bool, float64: bool) -> tuple[loop.Result, Watched]:
     """Train on the simulated device; where it is to be `resumed`, in two parts."""
     watched = None
     with Simulated(float64) as mode:
         for part in [4, None] if resumed else [None]:
             watched = Watched(mode, part)
-            codistill.train.train_step, codistill.train.collect = watched.step, watched.evaluate
+            loop.train_step, loop.collect = watched.step, watched.evaluate
+            evaluate.collect = watched.evaluate
             try:
                 result = run(options | ({"resume": "auto"} if resumed else {}), out)
             except KilledError:
                 pass
             finally:
-                codistill.train.train_step, codistill.train.collect = watched.train_step, watched.collect
+                loop.train_step, loop.collect = (
+                    watched.train_step,
+                    watched.collect,
+                )
+                evaluate.collect = watched.collect
     return result, watched
 
 
@@ -121,21 +126,21 @@ def compared(name: str, options: dict, folder: Path) -> dict[str, Any]:
     torch.manual_seed(5)
     if "no float64" in name:
         NO_FLOAT64.add(DEVICE.type)
-    for module in (codistill.train, codistill.setup, codistill.predict):
+    for module in (loop, build, predict):
         module.pick_device = lambda _name: DEVICE
     try:
         there, watched = run_there(options, folder / "there", "resumed" in name, "no float64" not in name)
         with Simulated("no float64" not in name):
             ours = there.peers.state_dict()
             if "no float64" in name:  # what a CPU has kept in float64 can be judged there all the same
-                codistill.setup.load_run(folder / "cpu", data=images())
-            predictor = codistill.predict.load_predictor(folder / "there")
+                build.load_run(folder / "cpu", data=images())
+            predictor = predict.load_predictor(folder / "there")
             guesses = predictor.probabilities(images().x_test[:8].transpose(0, 3, 1, 2))
     finally:
-        for module in (codistill.train, codistill.setup, codistill.predict):
+        for module in (loop, build, predict):
             module.pick_device = PICK_DEVICE
         NO_FLOAT64.discard(DEVICE.type)
-    expected = codistill.predict.load_predictor(folder / "cpu").probabilities(images().x_test[:8].transpose(0, 3, 1, 2))
+    expected = predict.load_predictor(folder / "cpu").probabilities(images().x_test[:8].transpose(0, 3, 1, 2))
     theirs = here.peers.state_dict()
     assert all(isinstance(x, OnDevice) for x in ours.values())
     return {

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.setup import setup
+from codistill.training.build import setup
 from mesh_worker import STEPS, config, finish, run_steps, teacher
 
 

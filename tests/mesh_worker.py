@@ -12,14 +12,16 @@ from pathlib import Path
 
 import torch
 
-from codistill.checkpoint import rng_state
-from codistill.config import Config
-from codistill.mesh import join_mesh, leave
-from codistill.method_configs import method_config
-from codistill.peers import NetworkPeers
-from codistill.setup import numbers_trained_and_deployed, setup, test_loader
-from codistill.step import train_step
-from codistill.train import _close_epoch, _zero_sums, measure
+from codistill.config.config import Config
+from codistill.config.methods import method_config
+from codistill.distributed.launch import join_mesh, leave
+from codistill.peers.networks import NetworkPeers
+from codistill.runs.checkpoint import rng_state
+from codistill.training.build import setup
+from codistill.training.loaders import test_loader
+from codistill.training.loop import _close_epoch, _zero_sums, measure
+from codistill.training.step import train_step
+from codistill.training.student import numbers_trained_and_deployed
 
 STEPS = 20
 CASES = {

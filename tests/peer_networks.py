@@ -5,7 +5,9 @@ import torch.nn.functional as F
 from torch import nn
 
 from codistill.models import resolve
-from codistill.peers import BranchPeers, NetworkPeers, member_seed
+from codistill.peers.branches import BranchPeers
+from codistill.peers.members import member_seed
+from codistill.peers.networks import NetworkPeers
 
 CLASSES, SIZE = 5, 8
 TREE = {"branch_at": ("layer2", "layer3"), "fan_out": (2, 2)}

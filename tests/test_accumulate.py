@@ -3,11 +3,12 @@
 import pytest
 from torch import nn
 
-from codistill.config import Config, InputError
-from codistill.method_configs import method_config
-from codistill.setup import setup
-from codistill.step import train_step
-from codistill.train import _zero_sums
+from codistill.config.config import Config
+from codistill.config.methods import method_config
+from codistill.training.build import setup
+from codistill.training.loop import _zero_sums
+from codistill.training.step import train_step
+from codistill.utils.errors import InputError
 from helpers import close
 from mesh_reference import ChunkNorm
 

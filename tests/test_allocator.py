@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from codistill.config import Config
-from codistill.train import train
+from codistill.config.config import Config
+from codistill.training.loop import train
 
 linux = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the allocator of glibc is meant")
 
 PROBE = """
 import resource, sys, torch
-from codistill.allocator import keep_freed_memory, release_kept_memory
+from codistill.utils.cpu_memory import keep_freed_memory, release_kept_memory
 if sys.argv[1] == "keep" and not keep_freed_memory():
     sys.exit("refused")
 def blocks():  # more than glibc's largest threshold, each in its turn

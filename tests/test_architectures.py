@@ -4,11 +4,13 @@ import pytest
 import torch
 
 from architectures import ARCHITECTURES, ROTATION, prove, two_steps
-from codistill.branch_points import branch_points, default_branch_point
-from codistill.config import METHODS, InputError
-from codistill.heads import example_for, split_head
+from codistill.config.methods import METHODS
 from codistill.models import resolve
-from codistill.peers import BranchPeers, NetworkPeers
+from codistill.peers.branch_points import branch_points, default_branch_point
+from codistill.peers.branches import BranchPeers
+from codistill.peers.networks import NetworkPeers
+from codistill.peers.split_head import example_for, split_head
+from codistill.utils.errors import InputError
 
 CASES = [(name, size) for _, name, size in ARCHITECTURES]
 

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from codistill.data import DeviceLoader
-from codistill.data.loader import Augmentation, augment
+from codistill.data.device_loader import augment
+from codistill.data.loader import Augmentation
 from images import pixel_loader, random_images, slow_crop, slow_square, whole_epoch
 
 # ----------------------------------------------------------------------------------------------------------------------

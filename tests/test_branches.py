@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.config import InputError
-from codistill.sharing import Entry, Shared
+from codistill.peers.shared_trunk import Entry, Shared
+from codistill.utils.errors import InputError
 from peer_networks import (
     CLASSES,
     TREE,

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from codistill.checkpoint import SCHEMA, DamagedError, checkpoints, load_checkpoint, write_checkpoint
-from codistill.cli import main
-from codistill.config import Config, InputError
-from codistill.run import read_lines
-from codistill.setup import load_run
-from codistill.train import Reporter, train
+from codistill.cli.main import main
+from codistill.config.config import Config
+from codistill.runs.checkpoint import SCHEMA, DamagedError, checkpoints, load_checkpoint, write_checkpoint
+from codistill.training.build import load_run
+from codistill.training.loop import train
+from codistill.training.reporter import Reporter
+from codistill.utils.errors import InputError
+from codistill.utils.files import read_lines
 from helpers import read_json
 from test_train import StopAt
 
@@ -184,7 +186,7 @@ def test_a_stored_checkpoint_of_schema_1_is_read_and_continued(tmp_path):
 
 def test_a_newer_schema_is_refused_in_a_sentence(copy, monkeypatch, capsys):
     state = load_checkpoint(copy / "last.pt")
-    monkeypatch.setattr("codistill.checkpoint.SCHEMA", SCHEMA + 1)
+    monkeypatch.setattr("codistill.runs.checkpoint.SCHEMA", SCHEMA + 1)
     with open(copy / "last.pt", "wb") as stream:
         write_checkpoint({k: v for k, v in state.items() if k != "schema"}, stream)
     monkeypatch.undo()

@@ -8,7 +8,7 @@ import time
 import numpy as np
 import pytest
 
-from codistill.cli import main
+from codistill.cli.main import main
 from helpers import read_json
 
 SMALL = ["--model", "resnet8", "--train-per-class", "6", "--batch-size", "16", "--epochs", "2"]
@@ -71,7 +71,7 @@ torch.save((model(student.normalise(pixels, about)), about["classes"]), "answer.
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", check=True)
     import torch
 
-    from codistill.setup import load_run
+    from codistill.training.build import load_run
 
     answer, classes = torch.load(tmp_path / "out" / "answer.pt")
     t = load_run(tmp_path / "run")

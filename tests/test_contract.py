@@ -7,14 +7,17 @@ import warnings
 import pytest
 import torch
 
-from codistill.checkpoint import restore_rng, rng_state
-from codistill.config import METHODS, Config, InputError
-from codistill.mean_teacher import MeanTeacher
-from codistill.method_configs import method_config
-from codistill.peers import NetworkPeers, PeerOutputs
-from codistill.setup import deployed_network, setup
-from codistill.step import train_step
-from codistill.train import _zero_sums, train
+from codistill.config.config import Config
+from codistill.config.methods import METHODS, method_config
+from codistill.peers.base import PeerOutputs
+from codistill.peers.ema import MeanTeacher
+from codistill.peers.networks import NetworkPeers
+from codistill.runs.checkpoint import restore_rng, rng_state
+from codistill.training.build import setup
+from codistill.training.loop import _zero_sums, train
+from codistill.training.step import train_step
+from codistill.training.student import deployed_network
+from codistill.utils.errors import InputError
 from helpers import close
 
 OPTIONS = {
@@ -140,8 +143,8 @@ def test_state_goes_round_and_modes_are_kept(name, options, topology):
     student = deployed_network(first)
     assert not student.training
     first.peers.train()
-    from codistill.setup import test_loader
-    from codistill.train import measure
+    from codistill.training.loaders import test_loader
+    from codistill.training.loop import measure
 
     measure(first, test_loader(first))
     assert all(m.training for m in first.peers.modules())
@@ -286,7 +289,7 @@ def test_what_is_deployed_is_what_is_measured(deploy, name, tmp_path):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         result = train(config(name, {}, "branches", deploy=deploy, epochs=1, out=str(tmp_path / "run")))
-    from codistill.setup import test_loader
+    from codistill.training.loaders import test_loader
 
     labels = torch.from_numpy(result.training.data.y_test)
     loader = test_loader(result.training)

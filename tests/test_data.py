@@ -9,8 +9,9 @@ import pytest
 import torch
 import torchvision
 
-from codistill.config import Config, InputError
+from codistill.config.config import Config
 from codistill.data import ImageSet, load_set, make_splits
+from codistill.utils.errors import InputError
 from images import image_set, random_images, shuffled_labels, write_npz
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -129,7 +130,7 @@ def test_train_per_class_takes_that_many_of_every_class_and_leaves_validation_al
 
 
 def test_all_seeds_train_on_the_same_few_images_and_are_judged_on_the_same():
-    from codistill.setup import setup
+    from codistill.training.build import setup
 
     def splits_of(seed):
         config = Config(

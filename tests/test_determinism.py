@@ -6,15 +6,14 @@ import sys
 
 import pytest
 
-import codistill.train  # noqa: F401  # the module stands in sys.modules
-from codistill.cli import main
+from codistill.cli.main import main
 
 CODE = """
 import torch, hashlib, json
-from codistill.config import Config
-from codistill.setup import setup
-from codistill.step import train_step
-from codistill.train import _zero_sums
+from codistill.config.config import Config
+from codistill.training.build import setup
+from codistill.training.step import train_step
+from codistill.training.loop import _zero_sums
 
 for threads in (1, 2, 2):
     torch.set_num_threads(threads)
@@ -48,7 +47,7 @@ def test_an_operation_without_a_deterministic_kernel_is_a_sentence(monkeypatch, 
     def refuse(*_):
         raise RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but ...")
 
-    monkeypatch.setattr(sys.modules["codistill.train"], "train_step", refuse)
+    monkeypatch.setattr(sys.modules["codistill.training.loop"], "train_step", refuse)
     words = ["--model", "resnet8", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert main(["train", "okddip", "--deterministic", *words]) == 2
     assert "--deterministic: adaptive_avg_pool2d_backward_cuda has no such kernel" in capsys.readouterr().err

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codistill.cli_options import COMMANDS, parse
+from codistill.cli.options import COMMANDS, parse
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -33,8 +33,8 @@ def test_commands_in_the_documents_parse(line, tmp_path, monkeypatch):
     assert words[0] in COMMANDS
     monkeypatch.chdir(tmp_path)
     if "--config" in words:
-        from codistill.config import Config
-        from codistill.run import write_json
+        from codistill.config.config import Config
+        from codistill.utils.files import write_json
 
         place = Path(words[words.index("--config") + 1])
         write_json(place if place.suffix else place / "config.json", Config().resolved().to_dict())
@@ -44,16 +44,17 @@ def test_commands_in_the_documents_parse(line, tmp_path, monkeypatch):
 def test_the_doctests_run():
     import doctest
 
-    from codistill import losses, peers
+    from codistill import losses
+    from codistill.peers import branches, networks
 
-    for module in (losses, peers):
+    for module in (losses, branches, networks):
         result = doctest.testmod(module, optionflags=doctest.ELLIPSIS, extraglobs={"torch": __import__("torch")})
         assert result.attempted
         assert not result.failed
 
 
 def test_the_six_commands_of_okddips_repository_run(tmp_path, monkeypatch):
-    from codistill.cli import main
+    from codistill.cli.main import main
 
     monkeypatch.chdir(tmp_path)
     page = (ROOT / "docs" / "okddip-commands.md").read_text()

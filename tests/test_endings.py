@@ -12,15 +12,17 @@ import numpy as np
 import pytest
 import torch
 
-from codistill.checkpoint import checkpoints, load_checkpoint
-from codistill.cli import main
-from codistill.config import InputError
+from codistill.cli.main import main
 from codistill.data import DeviceLoader
-from codistill.failures import explain
-from codistill.run import RunFolder, read_lines
-from codistill.setup import setup
-from codistill.step import train_step
-from codistill.train import Reporter, _zero_sums, train
+from codistill.runs.checkpoint import checkpoints, load_checkpoint
+from codistill.runs.run_folder import RunFolder
+from codistill.training.build import setup
+from codistill.training.loop import _zero_sums, train
+from codistill.training.reporter import Reporter
+from codistill.training.step import train_step
+from codistill.utils.errors import InputError
+from codistill.utils.failures import explain
+from codistill.utils.files import read_lines
 from helpers import read_json
 from test_checkpoints import small
 from tiny_network import Tiny
@@ -166,8 +168,8 @@ def test_a_full_disk_while_metrics_are_written(tmp_path, capsys, whole, monkeypa
         (out / "metrics.jsonl").unlink()
         (out / "metrics.jsonl").symlink_to("/dev/full")
 
-    monkeypatch.setattr("codistill.console.RichReporter.begin", begin)
-    monkeypatch.setattr("codistill.console.RichReporter.step", lambda *_: None)
+    monkeypatch.setattr("codistill.cli.console.RichReporter.begin", begin)
+    monkeypatch.setattr("codistill.cli.console.RichReporter.step", lambda *_: None)
     assert "metrics.jsonl: No space left on device" in ended(capsys, 1, [*WORDS, "--out", str(out)])
     monkeypatch.undo()
     (out / "metrics.jsonl").unlink()

@@ -5,12 +5,13 @@ import dataclasses
 import pytest
 import torch
 
-from codistill.config import Config
-from codistill.errors import InputError
-from codistill.execution import choose_execution
-from codistill.setup import deployed_network, load_run, setup
-from codistill.step import train_step
-from codistill.train import _zero_sums, train
+from codistill.config.config import Config
+from codistill.training.build import load_run, setup
+from codistill.training.execution import choose_execution
+from codistill.training.loop import _zero_sums, train
+from codistill.training.step import train_step
+from codistill.training.student import deployed_network
+from codistill.utils.errors import InputError
 from helpers import close
 
 CASES = [
@@ -97,12 +98,12 @@ def test_the_choice_is_kept_and_used_again(tmp_path, monkeypatch):
     first = train(config(execution="stacked", out=str(tmp_path / "run"), epochs=1))
     assert first.figures["execution"] == "stacked"
     measured = config(execution="measure", out=str(tmp_path / "measured"), epochs=2)
-    monkeypatch.setattr("codistill.setup.choose_execution", lambda *_: "stacked")
+    monkeypatch.setattr("codistill.training.build.choose_execution", lambda *_: "stacked")
     from test_train import StopAt
 
     with pytest.raises(KeyboardInterrupt):
         train(dataclasses.replace(measured, log_every_steps=1), StopAt(1, 2))
-    monkeypatch.setattr("codistill.setup.choose_execution", lambda *_: pytest.fail("it was chosen already"))
+    monkeypatch.setattr("codistill.training.build.choose_execution", lambda *_: pytest.fail("it was chosen already"))
     again = train(dataclasses.replace(measured, log_every_steps=1, resume="auto"))
     assert again.figures["execution"] == "stacked"
     assert load_run(tmp_path / "measured").execution == "stacked"

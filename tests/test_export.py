@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 
-from codistill.card import escape
-from codistill.cli import main
-from codistill.setup import load_run
+from codistill.cli.main import main
+from codistill.deploy.model_card import escape
+from codistill.training.build import load_run
 from helpers import read_json
 
 ODD = ["a|b", "<script>", "naïve `x`", 'say "hi": yes', "[link](x)"]

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from codistill.cli import main
+from codistill.cli.main import main
 from helpers import read_json
 from test_mesh import free_port, torchrun
 
@@ -143,7 +143,7 @@ def test_a_loss_that_is_not_finite_ends_all_ranks_with_good_weights(tmp_path):
 
 OUT_OF_MEMORY = """
 import os, sys, torch
-import codistill.train as loop
+import codistill.training.loop as loop
 real, steps = loop.train_step, []
 def step(*args):
     steps.append(1)
@@ -151,7 +151,7 @@ def step(*args):
         raise torch.OutOfMemoryError("CUDA out of memory")
     return real(*args)
 loop.train_step = step
-from codistill.cli import main
+from codistill.cli.main import main
 sys.exit(main(sys.argv[1:]))
 """
 

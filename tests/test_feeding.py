@@ -7,17 +7,18 @@ import numpy as np
 import pytest
 import torch
 
-from codistill import feeding
-from codistill.cli import main
-from codistill.config import Config, InputError
+from codistill.cli.main import main
+from codistill.config.config import Config
 from codistill.data import DeviceLoader, load_set
-from codistill.data.balance import balanced_order
+from codistill.data.class_balance import balanced_order
 from codistill.data.loader import Augmentation
-from codistill.data.normalising import IMAGENET, normalised
-from codistill.models.sources import pretrained_statistics
-from codistill.predict import load_predictor
-from codistill.setup import load_run
-from codistill.setup import setup as build
+from codistill.data.normalization import IMAGENET, normalised
+from codistill.deploy.predict import load_predictor
+from codistill.models.external import pretrained_statistics
+from codistill.training import loaders as feeding
+from codistill.training.build import load_run
+from codistill.training.build import setup as build
+from codistill.utils.errors import InputError
 from test_files import write_images
 
 

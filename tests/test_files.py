@@ -7,15 +7,16 @@ import pytest
 import torch
 from PIL import Image
 
-from codistill.cli import main
-from codistill.config import Config, InputError
+from codistill.cli.main import main
+from codistill.config.config import Config
 from codistill.data import FileLoader, load_set, make_splits
-from codistill.data import files as files_module
-from codistill.data import folder as folder_module
-from codistill.data.files import ImageFiles
-from codistill.data.images import fit_square, read_pixels
+from codistill.data import image_files as files_module
+from codistill.data import image_folder as folder_module
+from codistill.data.decode import fit_square, read_pixels
+from codistill.data.image_files import ImageFiles
 from codistill.data.loader import Augmentation
-from codistill.setup import setup
+from codistill.training.build import setup
+from codistill.utils.errors import InputError
 
 VARIED = Augmentation(flip=True, resized_crop=True)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from codistill.config import InputError
 from codistill.data import ImageSet, load_set
-from codistill.data.folder import load_folder
+from codistill.data.image_folder import load_folder
+from codistill.utils.errors import InputError
 from images import random_images
 
 

@@ -4,8 +4,9 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.folding import folded_for_evaluation
-from codistill.peers import BranchPeers, NetworkPeers
+from codistill.evaluation.fold_batchnorm import folded_for_evaluation
+from codistill.peers.branches import BranchPeers
+from codistill.peers.networks import NetworkPeers
 from helpers import close
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.config import InputError
+from codistill.utils.errors import InputError
 from peer_networks import (
     CLASSES,
     SmallNet,

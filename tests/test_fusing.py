@@ -5,12 +5,13 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill import folding
 from codistill.data import DeviceLoader
-from codistill.folding import folded_for_evaluation
-from codistill.fusing import FusedConv, fuse
-from codistill.mesh_peers import folded_members
-from codistill.peers import BranchPeers, NetworkPeers
+from codistill.evaluation import fold_batchnorm as folding
+from codistill.evaluation.evaluate import folded_members
+from codistill.evaluation.fold_batchnorm import folded_for_evaluation
+from codistill.evaluation.fused_conv import FusedConv, fuse
+from codistill.peers.branches import BranchPeers
+from codistill.peers.networks import NetworkPeers
 
 
 def trained(kind, model, **options):

@@ -9,10 +9,11 @@ from PIL import Image
 from torch.utils.data import Dataset
 
 import codistill as cd
-from codistill.cli import main
-from codistill.config import Config, InputError
+from codistill.cli.main import main
+from codistill.config.config import Config
 from codistill.data import ImageSet
-from codistill.train import train
+from codistill.training.loop import train
+from codistill.utils.errors import InputError
 from test_feeding import train_on
 from test_files import write_images
 

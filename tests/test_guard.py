@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from codistill.guard import _ignores_flag
-from codistill.method_configs import KDCLConfig
-from codistill.setup import setup
-from codistill.step import train_step
-from codistill.train import _close_epoch, _zero_sums
+from codistill.config.methods import KDCLConfig
+from codistill.training.build import setup
+from codistill.training.loop import _close_epoch, _zero_sums
+from codistill.training.nonfinite_guard import _ignores_flag
+from codistill.training.step import train_step
 from test_checkpoints import small
 from test_train import CountHostReads
 

@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from codistill.cli import main
-from codistill.config import ReproduceConfig
-from codistill.recipes.tables import IMAGENET
+from codistill.cli.main import main
+from codistill.config.config import ReproduceConfig
 from codistill.reproduce.plan import make_plan
-from codistill.train import train
+from codistill.reproduce.recipes.table_recipe import IMAGENET
+from codistill.training.loop import train
 from helpers import read_json
 
 SMALL = {"image_size": 32, "batch_size": 6, "epochs": 1, "milestones": (), "lr": 0.01, "warmup_epochs": 0.0}

@@ -11,13 +11,13 @@ import pytest
 import torch
 from PIL import Image
 
-from codistill.cli import main
-from codistill.config import Config
-from codistill.imports import check_imports, command_line, runs_code
-from codistill.method_configs import KDConfig
+from codistill.cli.main import main
+from codistill.config.config import Config
+from codistill.config.methods import KDConfig
 from codistill.reproduce.workers import Processes, Submitit
-from codistill.run import write_json
-from codistill.train import train
+from codistill.training.loop import train
+from codistill.utils.allow_import import check_imports, command_line, runs_code
+from codistill.utils.files import write_json
 from helpers import read_json
 from test_checkpoints import small
 from test_security import one_sentence

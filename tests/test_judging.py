@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
-from codistill.cli import main
-from codistill.judging import calibration, class_rows, confusion_matrix, fit_temperature, nll
+from codistill.cli.main import main
+from codistill.evaluation.calibration import calibration, class_rows, confusion_matrix, fit_temperature, nll
 from helpers import read_json
 
 
@@ -63,7 +63,7 @@ def test_evaluate_shows_it_and_predict_uses_the_temperature(tmp_path, capsys):
     assert said["calibration"][0]["ece"] == pytest.approx(said["members"]["ece"][0], abs=1e-6)
     assert said["calibration"][0]["nll"] == pytest.approx(said["members"]["nll"][0], abs=1e-5)
     assert read_json(run / "data.json")["temperature"] == said["calibration"][1]["temperature"]
-    from codistill.predict import load_predictor
+    from codistill.deploy.predict import load_predictor
 
     assert load_predictor(run).temperature == said["calibration"][1]["temperature"]
     assert main(["evaluate", str(run), "--calibrate", "--checkpoint", "best", "--json"]) == 0

@@ -4,13 +4,13 @@ import shutil
 
 import pytest
 
-from codistill.cli import main
-from codistill.config import Config, ReproduceConfig
-from codistill.errors import InputError
-from codistill.reproduce.command import _check_folder, plan_of_folder
+from codistill.cli.main import main
+from codistill.config.config import Config, ReproduceConfig
 from codistill.reproduce.plan import make_plan
-from codistill.run import read_lines
-from codistill.train import train
+from codistill.reproduce.table_folder import _check_folder, plan_of_folder
+from codistill.training.loop import train
+from codistill.utils.errors import InputError
+from codistill.utils.files import read_lines
 from helpers import read_json
 from test_checkpoints import small
 
@@ -78,7 +78,7 @@ def test_another_comparison_in_the_same_folder_is_refused_before_anything_is_los
 
 
 def test_a_run_named_twice_counts_once(run, tmp_path, capsys):
-    from codistill.reproduce.collect import collect
+    from codistill.reproduce.report.collect import collect
 
     (section,) = collect([run, run.parent / "." / "run", run])
     assert [len(group.runs) for group in section.groups] == [1]

@@ -16,14 +16,16 @@ from pathlib import Path
 import pytest
 import torch
 
-from codistill.cli import main
-from codistill.config import Config, InputError
-from codistill.config_checks import mesh_shape
-from codistill.mesh import backend_for, join_mesh
-from codistill.mesh_peers import imbalance
-from codistill.peers import NetworkPeers
-from codistill.setup import setup
-from codistill.train import lr_at
+from codistill.cli.main import main
+from codistill.config.checks import mesh_shape
+from codistill.config.config import Config
+from codistill.distributed.launch import join_mesh
+from codistill.distributed.mesh import backend_for
+from codistill.distributed.peers import imbalance
+from codistill.peers.networks import NetworkPeers
+from codistill.training.build import setup
+from codistill.training.optim import lr_at
+from codistill.utils.errors import InputError
 from mesh_reference import largest_difference, one_process
 from mesh_worker import CASES, config, num_peers, run_steps
 

@@ -7,12 +7,12 @@ import torch
 from scipy import optimize
 
 import oracles
-from codistill.errors import InputError
+from codistill.config.methods import METHODS, ONEConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, soften
-from codistill.method_configs import METHODS, ONEConfig
 from codistill.methods import CLILR, DML, KD, KDCL, ONE, PCL, Independent, PeerInfo
-from codistill.peers import PeerOutputs
-from codistill.simplex import best_mixture, frank_wolfe_gap, quadratic_on_simplex
+from codistill.methods.simplex import best_mixture, frank_wolfe_gap, quadratic_on_simplex
+from codistill.peers.base import PeerOutputs
+from codistill.utils.errors import InputError
 from helpers import close, golden, random_peers
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from codistill.metrics import PeerMetrics
+from codistill.evaluation.metrics import PeerMetrics
 
 BINS = 15
 

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from codistill.models import MODELS, source_of
-from codistill.peers import BranchPeers
-from codistill.sharing import Shared
+from codistill.peers.branches import BranchPeers
+from codistill.peers.shared_trunk import Shared
 
 # Parameters at 100 and at 10 classes, and million multiply-adds for an image of 3 x 32 x 32 at 100 classes.
 SIZES = {

@@ -5,8 +5,8 @@ import io
 import numpy as np
 import pytest
 
-from codistill.config import InputError
 from codistill.data import load_set
+from codistill.utils.errors import InputError
 from images import Malicious, arrays, random_images, write_npz
 
 

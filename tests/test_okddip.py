@@ -6,10 +6,10 @@ import pytest
 import torch
 
 import oracles
-from codistill.errors import InputError
-from codistill.method_configs import OKDDipConfig
+from codistill.config.methods import OKDDipConfig
 from codistill.methods import OKDDip, PeerInfo
-from codistill.peers import PeerOutputs
+from codistill.peers.base import PeerOutputs
+from codistill.utils.errors import InputError
 from helpers import close, golden, random_peers
 
 

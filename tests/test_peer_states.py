@@ -5,8 +5,8 @@ import copy
 import pytest
 import torch
 
-from codistill.peers import BranchPeers
-from codistill.sharing import Entry, Shared
+from codistill.peers.branches import BranchPeers
+from codistill.peers.shared_trunk import Entry, Shared
 from peer_networks import (
     CLASSES,
     SIZE,

@@ -7,9 +7,12 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.config import InputError
 from codistill.models import resolve
-from codistill.peers import BranchPeers, NetworkPeers, PeerOutputs, member_seed
+from codistill.peers.base import PeerOutputs
+from codistill.peers.branches import BranchPeers
+from codistill.peers.members import member_seed
+from codistill.peers.networks import NetworkPeers
+from codistill.utils.errors import InputError
 from peer_networks import (
     CLASSES,
     SIZE,

@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from codistill.cli import main
-from codistill.data.images import open_upright, read_pixels
-from codistill.errors import InputError
+from codistill.cli.main import main
+from codistill.data.decode import open_upright, read_pixels
+from codistill.utils.errors import InputError
 from test_export import write_folder
 
 

@@ -8,12 +8,12 @@ import sys
 
 import pytest
 
-from codistill.cli import main
-from codistill.config import Config
-from codistill.reproduce.collect import collect
-from codistill.reproduce.report import tone_of
-from codistill.run import write_json
-from codistill.train import train
+from codistill.cli.main import main
+from codistill.config.config import Config
+from codistill.reproduce.report.collect import collect
+from codistill.reproduce.report.page import tone_of
+from codistill.training.loop import train
+from codistill.utils.files import write_json
 from test_reproduce import fake_plan
 
 EVIL = "<img src=x onerror=alert(1)> & <b>%{y}"

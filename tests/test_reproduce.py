@@ -12,19 +12,20 @@ from pathlib import Path
 
 import pytest
 
-from codistill.cli import main
-from codistill.cli_options import parse
-from codistill.config import Config, InputError, ReproduceConfig
-from codistill.method_configs import OKDDipConfig
-from codistill.recipes import TABLES
-from codistill.recipes.tables import scaled
-from codistill.reproduce.entries import entries_of
-from codistill.reproduce.formats import comma_separated, latex, markdown
+from codistill.cli.main import main
+from codistill.cli.options import parse
+from codistill.config.config import Config, ReproduceConfig
+from codistill.config.methods import OKDDipConfig
+from codistill.reproduce.command_line import command_line
 from codistill.reproduce.grid import Cell, run_grid
 from codistill.reproduce.plan import make_plan
-from codistill.reproduce.published import published_tables
-from codistill.reproduce.render import rows_of
-from codistill.reproduce.shell import command_line
+from codistill.reproduce.published_tables import published_tables
+from codistill.reproduce.recipes import TABLES
+from codistill.reproduce.recipes.table_recipe import scaled
+from codistill.reproduce.table_entries import entries_of
+from codistill.reproduce.table_rows import rows_of
+from codistill.utils.errors import InputError
+from codistill.utils.tables import comma_separated, latex, markdown
 from helpers import read_json
 
 TINY = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 2}
@@ -77,7 +78,7 @@ def test_every_recipe_resolves_at_every_scale(scale):
 
 
 def test_every_kind_of_cell_of_the_imagenet_tables_can_be_set_up_at_smoke_scale():
-    from codistill.setup import setup
+    from codistill.training.build import setup
 
     seen = set()
     for name, network, method in every_cell():
@@ -233,7 +234,7 @@ def test_tables_escape_everything():
 
 
 def test_a_run_that_fails_or_dies_leaves_the_others_alone_and_its_students_wait_in_vain(tmp_path):
-    from codistill.method_configs import KDConfig
+    from codistill.config.methods import KDConfig
     from codistill.reproduce.workers import Processes
 
     class Killing(Processes):

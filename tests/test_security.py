@@ -16,14 +16,14 @@ import pytest
 import torch
 from PIL import Image
 
-from codistill.card import escape
-from codistill.cli import main
-from codistill.config import Config
+from codistill.cli.main import main
+from codistill.config.config import Config
 from codistill.data import load_set
-from codistill.errors import InputError
-from codistill.run import write_json
-from codistill.train import train
-from codistill.untrusted import load_tensors
+from codistill.deploy.model_card import escape
+from codistill.training.loop import train
+from codistill.utils.errors import InputError
+from codistill.utils.files import write_json
+from codistill.utils.safe_load import load_tensors
 from helpers import read_json
 from images import Malicious, arrays, write_npz
 

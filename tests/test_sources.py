@@ -5,12 +5,14 @@ import sys
 import pytest
 import torch
 
-from codistill.cli import main
-from codistill.config import Config, InputError, slug
+from codistill.cli.main import main
+from codistill.config.config import Config, slug
 from codistill.models import resolve
-from codistill.models.sources import parse_source, pretrained_statistics
-from codistill.peers import BranchPeers, NetworkPeers
-from codistill.setup import setup
+from codistill.models.external import parse_source, pretrained_statistics
+from codistill.peers.branches import BranchPeers
+from codistill.peers.networks import NetworkPeers
+from codistill.training.build import setup
+from codistill.utils.errors import InputError
 
 OWN = """
 from torch import nn

@@ -5,14 +5,14 @@ import json
 import pytest
 import torch
 
-from codistill.cli import main
-from codistill.config import Config
-from codistill.errors import InputError
-from codistill.method_configs import KDConfig
+from codistill.cli.main import main
+from codistill.config.config import Config
+from codistill.config.methods import KDConfig
 from codistill.models import resolve
-from codistill.setup import setup
-from codistill.setup import test_loader as whole_test_set
-from codistill.train import train
+from codistill.training.build import setup
+from codistill.training.loaders import test_loader as whole_test_set
+from codistill.training.loop import train
+from codistill.utils.errors import InputError
 from helpers import read_json
 
 SMALL = ["--model", "resnet8", "--train-per-class", "6", "--batch-size", "16", "--epochs", "2"]
@@ -33,7 +33,8 @@ def run(tmp_path_factory):
 
 
 def setup_plain(path):
-    from codistill.setup import deployed_network, load_run
+    from codistill.training.build import load_run
+    from codistill.training.student import deployed_network
 
     return deployed_network(load_run(path))
 

@@ -8,16 +8,19 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from codistill.config import Config, InputError, MachineError
+from codistill.config.config import Config
 from codistill.data import DeviceLoader, load_set, make_splits
 from codistill.data.loader import Augmentation
 from codistill.models import resolve
-from codistill.peers import member_seed
-from codistill.run import RunFolder
-from codistill.setup import setup
-from codistill.signals import Stopped
-from codistill.step import train_step
-from codistill.train import Reporter, lr_at, train
+from codistill.peers.members import member_seed
+from codistill.runs.run_folder import RunFolder
+from codistill.training.build import setup
+from codistill.training.loop import train
+from codistill.training.optim import lr_at
+from codistill.training.reporter import Reporter
+from codistill.training.step import train_step
+from codistill.utils.errors import InputError, MachineError
+from codistill.utils.signals import Stopped
 from helpers import read_json
 
 
@@ -302,8 +305,8 @@ def test_trackers_of_wandbs_shape_hear_every_epoch(kind, tmp_path, monkeypatch):
 
 
 def test_a_methods_own_weights_and_its_details_are_written_down(tmp_path):
-    from codistill.method_configs import KDCLConfig
-    from codistill.run import read_lines
+    from codistill.config.methods import KDCLConfig
+    from codistill.utils.files import read_lines
 
     attention = train(tiny(out=str(tmp_path / "okddip"), epochs=2))
     lines = read_lines(attention.folder / "metrics.jsonl")

@@ -6,13 +6,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from codistill.config import METHODS, Config, InputError
-from codistill.method_configs import method_config
-from codistill.mixing import cut_square, mix_batch
+from codistill.config.config import Config
+from codistill.config.methods import METHODS, method_config
+from codistill.data.mixup import cut_square, mix_batch
 from codistill.models import resolve
-from codistill.setup import numbers_trained_and_deployed, setup
-from codistill.step import train_step
-from codistill.train import _zero_sums, train
+from codistill.training.build import setup
+from codistill.training.loop import _zero_sums, train
+from codistill.training.step import train_step
+from codistill.training.student import numbers_trained_and_deployed
+from codistill.utils.errors import InputError
 from test_contract import config, teacher_for
 
 
@@ -105,7 +107,7 @@ def test_heads_take_their_own_rate():
     for t in (plain, fast):
         before = [t.peers.member(0).head.weight.clone(), t.peers.member(0).body.conv1.weight.clone()]
         for optimizer in t.optimizers:
-            from codistill.tuning import set_rate
+            from codistill.training.optim import set_rate
 
             set_rate(optimizer, 0.01)
         train_step(t, *next(t.loader.epoch(0)), 1.0)

@@ -4,33 +4,36 @@ Names are imported when they are first used, so that `codistill --help` never wa
 """
 
 import importlib
-from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
 _HOMES = {
-    "BranchPeers": "codistill.peers",
-    "NetworkPeers": "codistill.peers",
-    "PeerOutputs": "codistill.peers",
-    "Config": "codistill.config",
+    "BranchPeers": "codistill.peers.branches",
+    "NetworkPeers": "codistill.peers.networks",
+    "PeerOutputs": "codistill.peers.base",
+    "Config": "codistill.config.config",
     "ImageSet": "codistill.data",
-    "InputError": "codistill.config",
-    "MachineError": "codistill.config",
-    "train": "codistill.train",
-    "load_run": "codistill.setup",
+    "InputError": "codistill.utils.errors",
+    "MachineError": "codistill.utils.errors",
+    "train": "codistill.training.loop",
+    "load_run": "codistill.training.build",
     "losses": "codistill",
     "methods": "codistill",
-    "metrics": "codistill",
+    "metrics": "codistill.evaluation",
 }
 
 if TYPE_CHECKING:
-    from codistill import losses, methods, metrics
-    from codistill.config import Config, InputError, MachineError
+    from codistill import losses, methods
+    from codistill.config.config import Config
     from codistill.data import ImageSet
-    from codistill.peers import BranchPeers, NetworkPeers, PeerOutputs
-    from codistill.setup import load_run
-    from codistill.train import train
+    from codistill.evaluation import metrics
+    from codistill.peers.base import PeerOutputs
+    from codistill.peers.branches import BranchPeers
+    from codistill.peers.networks import NetworkPeers
+    from codistill.training.build import load_run
+    from codistill.training.loop import train
+    from codistill.utils.errors import InputError, MachineError
 
 __all__ = [
     "BranchPeers",
@@ -48,22 +51,14 @@ __all__ = [
 ]
 
 
-class FunctionModule(ModuleType):
-    """A module that is called as its function of the same name: whoever imports it first, `codistill.train` trains."""
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Call the function."""
-        return getattr(self, self.__name__.rpartition(".")[2])(*args, **kwargs)
-
-
 def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'codistill' has no attribute {name!r}")
     home = _HOMES[name]
-    if home == "codistill":
-        return importlib.import_module(f"codistill.{name}")
+    if home in ("codistill", "codistill.evaluation"):
+        return importlib.import_module(f"{home}.{name}")
     value = getattr(importlib.import_module(home), name)
-    globals()[name] = value  # the function `train` stands before the module of the same name
+    globals()[name] = value
     return value
 
 

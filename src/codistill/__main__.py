@@ -2,7 +2,7 @@
 
 import sys
 
-from codistill.cli import main
+from codistill.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main())

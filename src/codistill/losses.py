@@ -12,14 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-NO_FLOAT64 = {"mps"}
-"""Kinds of devices that have no float64."""
-
-
-def wide_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the dtype that sums are kept in: float64, or float32 on a device that has none (Apple's GPUs)."""
-    return torch.float32 if torch.device(device).type in NO_FLOAT64 else torch.float64
-
 
 def sigmoid_ramp(epoch: float, length: float) -> float:
     """Return the ramp-up weight exp(-5 (1 - min(e, L)/L)^2) of Laine & Aila (2017), used by ONE, OKDDip and PCL.
@@ -173,5 +165,4 @@ __all__ = [
     "sigmoid_ramp",
     "soft_cross_entropy",
     "soften",
-    "wide_dtype",
 ]

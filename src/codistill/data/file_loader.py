@@ -21,9 +21,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 from torchvision.transforms import v2
 
-from codistill.data.files import ImageFiles
+from codistill.data.image_files import ImageFiles
 from codistill.data.loader import Augmentation, Loader
-from codistill.errors import InputError, MachineError, UnreadableError
+from codistill.utils.errors import InputError, MachineError, UnreadableError
 
 Place = tuple[int, int, int]
 """Epoch, place in it, and number of the sample that stands there."""

@@ -13,11 +13,11 @@ from typing import Any
 import numpy as np
 from torch.utils.data import Dataset
 
-from codistill.data.balance import balanced_part
-from codistill.data.files import ImageFiles
-from codistill.data.given import class_names, read_pairs
-from codistill.data.given_files import fields_of, read_lazily
-from codistill.errors import InputError
+from codistill.data.class_balance import balanced_part
+from codistill.data.from_python import class_names, read_pairs
+from codistill.data.image_files import ImageFiles
+from codistill.data.lazy_dataset import fields_of, read_lazily
+from codistill.utils.errors import InputError
 
 Pixels = np.ndarray | ImageFiles
 GIVEN = "python"

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from codistill.config import InputError
-from codistill.data.balance import balanced_part
+from codistill.data.class_balance import balanced_part
 from codistill.data.image_set import ImageSet
+from codistill.utils.errors import InputError
 
 SPLIT_SEED = 20_200  # one for all runs, so that every seed and method trains and is judged on the same images
 

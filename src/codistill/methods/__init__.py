@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codistill.method_configs import MethodConfig
+from codistill.config.methods import MethodConfig
 from codistill.methods.base import Method, PeerInfo, Terms
 from codistill.methods.cl_ilr import CLILR
 from codistill.methods.dml import DML
@@ -12,7 +12,7 @@ from codistill.methods.kdcl import KDCL
 from codistill.methods.okddip import OKDDip
 from codistill.methods.one import ONE
 from codistill.methods.pcl import PCL
-from codistill.peers import Peers
+from codistill.peers.base import Peers
 
 CLASSES: dict[str, type[Method]] = {
     "independent": Independent,

@@ -18,10 +18,10 @@ from typing import Any, ClassVar, Literal, Self
 import torch
 from torch import Tensor, nn
 
-from codistill.errors import InputError
+from codistill.config.methods import MethodConfig
 from codistill.losses import sigmoid_ramp
-from codistill.method_configs import MethodConfig
-from codistill.peers import PeerOutputs, Peers
+from codistill.peers.base import PeerOutputs, Peers
+from codistill.utils.errors import InputError
 
 Terms = dict[str, Tensor]
 

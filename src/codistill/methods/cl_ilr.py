@@ -16,7 +16,7 @@ from torch import Tensor
 
 from codistill.losses import cross_entropy, kl_from_log_probs, leave_one_out_mean, soft_cross_entropy, soften
 from codistill.methods.base import Method, Terms, join
-from codistill.peers import PeerOutputs
+from codistill.peers.base import PeerOutputs
 
 
 class CLILR(Method):

@@ -18,10 +18,10 @@ from typing import Self
 import torch
 from torch import Tensor
 
+from codistill.config.methods import DMLConfig, MethodConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, leave_one_out_mean, soften
-from codistill.method_configs import DMLConfig, MethodConfig
 from codistill.methods.base import Method, PeerInfo, Terms, join
-from codistill.peers import PeerOutputs
+from codistill.peers.base import PeerOutputs
 
 
 class DML(Method):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from codistill.losses import cross_entropy
 from codistill.methods.base import Method, Terms, join
-from codistill.peers import PeerOutputs
+from codistill.peers.base import PeerOutputs
 
 
 class Independent(Method):

@@ -12,10 +12,10 @@ from typing import Self
 
 from torch import Tensor
 
+from codistill.config.methods import KDConfig, MethodConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, soften
-from codistill.method_configs import KDConfig, MethodConfig
 from codistill.methods.base import Method, PeerInfo, Terms, join
-from codistill.peers import PeerOutputs
+from codistill.peers.base import PeerOutputs
 
 GUARD = 1e-7
 

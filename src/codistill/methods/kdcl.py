@@ -22,12 +22,13 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from codistill.errors import InputError
-from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mix_logits, soften, wide_dtype
-from codistill.method_configs import KDCLConfig, MethodConfig
+from codistill.config.methods import KDCLConfig, MethodConfig
+from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mix_logits, soften
 from codistill.methods.base import Method, PeerInfo, Terms, join
-from codistill.peers import PeerOutputs
-from codistill.simplex import best_mixture, quadratic_on_simplex
+from codistill.methods.simplex import best_mixture, quadratic_on_simplex
+from codistill.peers.base import PeerOutputs
+from codistill.utils.device import wide_dtype
+from codistill.utils.errors import InputError
 
 
 class KDCL(Method):

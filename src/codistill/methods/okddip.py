@@ -21,7 +21,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from codistill.errors import InputError
+from codistill.config.methods import MethodConfig, OKDDipConfig
 from codistill.losses import (
     attention_log_weights,
     cross_entropy,
@@ -31,9 +31,9 @@ from codistill.losses import (
     mix_logits,
     soften,
 )
-from codistill.method_configs import MethodConfig, OKDDipConfig
 from codistill.methods.base import Method, PeerInfo, Terms, join
-from codistill.peers import PeerOutputs
+from codistill.peers.base import PeerOutputs
+from codistill.utils.errors import InputError
 
 GUARD = 1e-7  # the authors' code adds it to every target probability
 

@@ -18,11 +18,11 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codistill.errors import InputError
+from codistill.config.methods import MethodConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, soften
-from codistill.method_configs import MethodConfig
 from codistill.methods.base import Method, PeerInfo, Terms, join
-from codistill.peers import PeerOutputs
+from codistill.peers.base import PeerOutputs
+from codistill.utils.errors import InputError
 
 
 class ONE(Method):

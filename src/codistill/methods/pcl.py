@@ -22,10 +22,10 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from codistill.config.methods import MethodConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, soften
-from codistill.method_configs import MethodConfig
 from codistill.methods.base import Method, PeerInfo, Terms, join
-from codistill.peers import PeerOutputs
+from codistill.peers.base import PeerOutputs
 
 
 class PCL(Method):

@@ -9,9 +9,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from codistill.config import InputError, suggest
 from codistill.models import densenet, resnet, vgg
-from codistill.models.sources import KINDS, Source, fill, imported_callable, parse_source, read_weights
+from codistill.models.external import KINDS, Source, fill, imported_callable, parse_source, read_weights
+from codistill.utils.errors import InputError, suggest
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": resnet.resnet8,

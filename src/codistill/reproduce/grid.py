@@ -18,11 +18,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from codistill.config import Config, InputError
-from codistill.json_files import read_json
-from codistill.method_configs import KDConfig
-from codistill.reproduce.answer import Answer, finished
-from codistill.signals import Stopped, caught_signals
+from codistill.config.config import Config
+from codistill.config.methods import KDConfig
+from codistill.reproduce.run_result import Answer, finished
+from codistill.utils.errors import InputError
+from codistill.utils.files import read_json
+from codistill.utils.signals import Stopped, caught_signals
 
 
 class GridStopped(Stopped):
@@ -185,7 +186,7 @@ def _keep_failures(cells: list[Cell], folder: Path) -> None:
     path = folder / "failures.json"
     failures = {str(cell.place(folder, s)): why for cell in cells for s, why in cell.failures.items()}
     if failures:
-        from codistill.run import write_json
+        from codistill.utils.files import write_json
 
         write_json(path, failures)
     else:

@@ -16,9 +16,10 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import IO, Any
 
-from codistill.config import Config, InputError, MachineError
-from codistill.imports import Asked, asked, taken_over
-from codistill.reproduce.answer import Answer, finished
+from codistill.config.config import Config
+from codistill.reproduce.run_result import Answer, finished
+from codistill.utils.allow_import import Asked, asked, taken_over
+from codistill.utils.errors import InputError, MachineError
 
 
 def train_job(config: Config, asked_for: Asked | None = None) -> Answer:
@@ -28,8 +29,8 @@ def train_job(config: Config, asked_for: Asked | None = None) -> Answer:
         config: The run.
         asked_for: What code the command that hands it over was asked to run; default what this process was.
     """
-    from codistill.failures import explain
-    from codistill.signals import Stopped
+    from codistill.utils.failures import explain
+    from codistill.utils.signals import Stopped
 
     assert config.out is not None
     try:
@@ -37,7 +38,7 @@ def train_job(config: Config, asked_for: Asked | None = None) -> Answer:
             answer = finished(config)  # another process may have trained it while this one waited
             if answer is not None:
                 return answer
-            from codistill.train import train
+            from codistill.training.loop import train
 
             return train(config).figures, None
     except (InputError, MachineError, Stopped) as error:

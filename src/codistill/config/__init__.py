@@ -1,0 +1,1 @@
+"""Every setting, on the standard library alone."""

@@ -1,0 +1,60 @@
+"""Another set's test images for a run that was trained on its own: put before it as its own were, classes matched."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from codistill.data.datasets import load_set
+from codistill.data.image_folder import read_whole
+from codistill.data.image_set import Pixels
+from codistill.utils.errors import InputError
+
+
+def load_other(name: str, data_dir: str | None, about: dict[str, Any]) -> tuple[Pixels, np.ndarray, str]:
+    """Return another set's test images (all of a folder without parts), their labels as the run counts, and a note.
+
+    Args:
+        name: The other set, as `--data` takes it.
+        data_dir: Where it lies.
+        about: What the run's data.json holds.
+
+    Raises:
+        InputError: the set cannot be read, or has classes or a size that the run does not know.
+    """
+    size, channels = about["image_size"], about["channels"]
+    kind, _, path = name.partition(":")
+    if kind == "folder" and path:
+        files, labels, classes = read_whole(Path(path))
+        images: Pixels = replace(files, size=size, channels=channels, crop=about.get("fit") == "crop")
+    else:
+        other = load_set(name, data_dir).with_channels(channels)
+        images, labels, classes = other.x_test, other.y_test, other.classes
+    if images.shape[1:] != (size, size, channels):
+        shape = " x ".join(map(str, images.shape[1:]))
+        raise InputError(f"--data {name}: its images are {shape}, and the run takes {size} x {size} x {channels}")
+    numbers, note = matched(name, classes, tuple(about["classes"]))
+    return images, numbers[labels], note
+
+
+def matched(name: str, classes: tuple[str, ...], known: tuple[str, ...]) -> tuple[np.ndarray, str]:
+    """Return the run's number of each class, and what is worth telling.
+
+    Raises:
+        InputError: the run does not know a class.
+    """
+    note = "" if len(classes) == len(known) else f"{len(classes)} of the run's {len(known)} classes occur"
+    unknown = [c for c in classes if c not in known]
+    if not unknown:
+        return np.array([known.index(c) for c in classes], dtype=np.int64), note
+    numbered = all(c == str(n) for n, c in enumerate(classes)) or all(c == str(n) for n, c in enumerate(known))
+    if numbered and len(classes) <= len(known) and not name.startswith("folder:"):  # arrays know numbers only
+        return np.arange(len(classes), dtype=np.int64), f"{note}{'; ' * bool(note)}classes are matched by their numbers"
+    more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
+    raise InputError(
+        f"--data {name}: the run does not know {', '.join(unknown[:3])}{more}; name the folders as its classes are "
+        f"named ({', '.join(known[:5])}{', ...' * (len(known) > 5)})"
+    )

@@ -1,0 +1,1 @@
+"""The one student: files that need no codistill, predictions, its model card."""

@@ -1,0 +1,1 @@
+"""A mesh of processes, data x peer."""

@@ -1,0 +1,1 @@
+"""Measuring: metrics, calibration, cost, faster evaluation."""

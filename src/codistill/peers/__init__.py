@@ -1,0 +1,1 @@
+"""Several members that see the same images: whole networks, or branches on one trunk."""

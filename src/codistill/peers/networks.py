@@ -1,0 +1,84 @@
+"""Whole networks as peers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from codistill.peers.base import PeerOutputs, Peers
+from codistill.peers.members import Spec, _members, _num_classes
+from codistill.peers.modes import running_statistics_kept
+from codistill.utils.errors import InputError
+
+
+class NetworkPeers(Peers):
+    """Whole networks as peers; they may differ in size and kind.
+
+    Args:
+        spec: A name (see `models.resolve`), a callable that builds one network, or a list of names, callables or
+            modules, one a peer.
+            Modules are taken as they are and changed: their heads are cut off (`export_member` puts them back).
+            A callable is given `num_classes`, `in_channels` and `image_size` if its signature takes them.
+        num_peers: Number of members, the leader included; default the length of the list.
+        num_classes: Number of classes; default what the networks end in.
+        seed: Member p is initialised from a seed made of (seed, p).
+        in_channels: Channels of the images.
+        image_size: Height and width used once, to check the networks.
+        first: Number of the first member, where these are a part of more peers (see `mesh.py`).
+
+    Raises:
+        InputError: one built instance is given for several peers, or the heads do not agree.
+
+    >>> peers = NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8)
+    >>> peers(torch.zeros(4, 3, 8, 8)).logits_PBC.shape
+    torch.Size([2, 4, 10])
+    """
+
+    def __init__(
+        self,
+        spec: Spec | Sequence[Spec],
+        num_peers: int | None = None,
+        num_classes: int | None = None,
+        *,
+        seed: int = 0,
+        in_channels: int = 3,
+        image_size: int = 32,
+        first: int = 0,
+    ) -> None:
+        super().__init__()
+        specs: list[Spec] = [spec] if isinstance(spec, str | nn.Module) or callable(spec) else list(spec)
+        num_peers = len(specs) if num_peers is None else num_peers
+        if len(specs) == 1 and num_peers > 1:
+            if isinstance(specs[0], nn.Module):
+                raise InputError("one built model cannot be several peers; give a name, a callable or a list of models")
+            specs *= num_peers
+        if len(specs) != num_peers:
+            raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one a peer")
+        members = _members(specs, seed, num_classes, in_channels, image_size, first)
+        self.members = nn.ModuleList(members)
+        self._check([_num_classes(m) for m in members], num_classes)
+
+    def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
+        """Run every member on its view (or all on the only one); V is 1 or the number of peers."""
+        views = self._views(views_VBCHW)
+        own_views = views.shape[0] > 1
+        if self.runner is not None and self.training:
+            return self.runner(views)
+        with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
+            pairs = [member(views[p if own_views else 0]) for p, member in enumerate(self.members)]
+        return self._stack(pairs, None)
+
+    @torch.no_grad()
+    def refresh(self, said: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:
+        """Run one member again, with nothing recorded, and put what it says now in the place of what it said."""
+        views, member = self._views(views_VBCHW), self.member(index)
+        with (
+            torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None),
+            running_statistics_kept(member),
+        ):
+            features_BD, logits_BC = member(views[index if views.shape[0] > 1 else 0])
+        said.logits_PBC[index] = logits_BC
+        if said.features:
+            said.features[index] = features_BD

@@ -1,0 +1,34 @@
+"""A config as the one shell line that trains it."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+from typing import Any
+
+from codistill.config.config import Config
+from codistill.config.methods import MethodConfig
+
+
+def command_line(config: Config) -> str:
+    """Return `codistill train ...` with every option that is not the default; parsed, it is the same config."""
+    assert isinstance(config.method, MethodConfig)
+    words = ["codistill", "train", config.method.name]
+    words += _flags(config, Config(method=type(config.method)()), "--", skip="method")
+    words += _flags(config.method, type(config.method)(), "--method.")
+    return " ".join(word if word.startswith("--") else shlex.quote(word) for word in words)
+
+
+def _flags(values: Any, defaults: Any, prefix: str, skip: str = "") -> list[str]:
+    words: list[str] = []
+    for field in dataclasses.fields(values):
+        value, flag = getattr(values, field.name), field.name.replace("_", "-")
+        if field.name == skip or value == getattr(defaults, field.name) or value is None:
+            continue
+        if isinstance(value, bool):
+            words.append(f"{prefix}{'' if value else 'no-'}{flag}")
+        elif isinstance(value, tuple):
+            words += [f"{prefix}{flag}", *map(str, value)] if value else []
+        else:
+            words += [f"{prefix}{flag}", f"{value}"]
+    return words

@@ -1,0 +1,23 @@
+"""The demo: few labels a class, small networks, enough epochs to fit them; minutes on two CPU cores."""
+
+from codistill.config.config import CompareConfig
+from codistill.utils.errors import InputError, suggest
+
+SHARED = {"model": ("resnet8",), "peers": 4, "topology": "both", "seeds": 3, "workers": 2, "val_fraction": 0.1}
+SETS = {
+    "digits": {"train_per_class": 10, "epochs": 100, "batch_size": 25, "lr": 0.05},
+    "fashion-mnist": {"train_per_class": 50, "epochs": 40, "batch_size": 64, "lr": 0.05},
+    "cifar100": {"train_per_class": 10, "epochs": 30, "batch_size": 64, "lr": 0.05},
+}
+METHODS = ["independent", "okddip"]
+
+
+def demo(data: str = "digits") -> CompareConfig:
+    """Return the demo's comparison on a set.
+
+    Raises:
+        InputError: the demo has no recipe for that set.
+    """
+    if data not in SETS:
+        raise InputError(f'--data: the demo has no recipe for "{data}"{suggest(data, SETS)}')
+    return CompareConfig(method="independent", data=data, **SHARED, **SETS[data])  # type: ignore[arg-type]

@@ -1,0 +1,71 @@
+"""Passes a run's metrics on to a viewer: TensorBoard, or what has the shape of wandb (wandb itself, trackio)."""
+
+from __future__ import annotations
+
+import importlib
+import os
+from codistill.config.config import Config
+from codistill.utils.errors import InputError
+from pathlib import Path
+from typing import Any
+
+def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Return (path, number) pairs of nested figures."""
+    pairs = []
+    for name, value in values.items():
+        if isinstance(value, dict):
+            pairs += flatten(value, f"{prefix}{name}/")
+        elif isinstance(value, list):
+            pairs += flatten({str(i): v for i, v in enumerate(value)}, f"{prefix}{name}/")
+        elif isinstance(value, int | float):
+            pairs.append((prefix + name, float(value)))
+    return pairs
+
+
+class Tracker:
+    """Hears every epoch's line; `none` does nothing.
+
+    Args:
+        kind: The viewer.
+        config: The resolved config; names the run folder.
+
+    Raises:
+        InputError: the viewer is not installed.
+    """
+
+    def __init__(self, kind: str, config: Config) -> None:
+        self.writer: Any = None
+        """TensorBoard's writer."""
+        self.module: Any = None
+        """A module with wandb's `log` and `finish`."""
+        folder = Path(str(config.out))
+        if kind == "none":
+            return
+        name = "torch.utils.tensorboard" if kind == "tensorboard" else kind
+        try:
+            module = importlib.import_module(name)
+        except ImportError:
+            raise InputError(f"--tracker {kind} needs: pip install 'codistill[{kind}]'") from None
+        if kind == "tensorboard":
+            self.writer = module.SummaryWriter(str(folder / "tensorboard"))
+            return
+        self.module = module
+        about: dict[str, Any] = {"project": "codistill", "name": str(folder), "config": config.to_dict()}
+        if kind == "wandb":  # it would ask for an account
+            about |= {"dir": str(folder), "mode": os.environ.get("WANDB_MODE", "offline")}
+        module.init(**about)
+
+    def log(self, line: dict[str, Any]) -> None:
+        """Write every number of `line`, at its epoch."""
+        if self.writer is not None:
+            for name, value in flatten(line):
+                self.writer.add_scalar(name, value, line["epoch"])
+        if self.module is not None:
+            self.module.log(dict(flatten(line)), step=line["epoch"])
+
+    def close(self) -> None:
+        """Flush what is pending."""
+        if self.writer is not None:
+            self.writer.close()
+        if self.module is not None:
+            self.module.finish()

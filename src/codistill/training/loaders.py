@@ -1,0 +1,117 @@
+"""What a run is fed with, from its config: its set as the networks take it, the splits, and loaders."""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import numpy as np
+import torch
+
+from codistill.config.config import Config
+from codistill.config.methods import MethodConfig
+from codistill.data import DeviceLoader, FileLoader, ImageSet, Loader, Splits, load_set, make_splits
+from codistill.data.datasets import check_set
+from codistill.data.image_files import ImageFiles
+from codistill.data.loader import Augmentation
+from codistill.data.normalization import normalised
+from codistill.models.external import pretrained_statistics, takes_colour_alone
+from codistill.training.run import Training
+from codistill.utils.device import DTYPES
+from codistill.utils.errors import InputError
+
+
+def load_images(config: Config, data: ImageSet | None, held: dict[str, Any] | None) -> tuple[ImageSet, Splits]:
+    """Load the set as the networks take it, and split it."""
+    assert isinstance(config.method, MethodConfig)
+    if data is None:
+        data = load_set(config.data, config.data_dir, config.image_size, config.data_pipeline, config.skip_corrupt)
+    elif not data.stand_in:
+        check_set(data)
+    if not data.stand_in:
+        data = data.with_channels(channels_taken(config, data.channels))
+        if held is not None and held.get("checksum", data.checksum()) != data.checksum():
+            raise InputError(
+                f"--data {config.data} is not what it was when the run began: other files, labels or numbers, so its "
+                "splits would mix; put it back as it was, or start a run of another name"
+            )
+    asked = config.pretrained and config.normalise is None and held is None  # a library, or a hub, need not be there
+    data = normalised(data, config.normalise, pretrained_statistics(config.model) if asked else {}, held)
+    if data.stand_in:
+        nothing = np.arange(0)
+        return data, Splits(np.arange(len(data.y_train)), nothing, nothing)
+    holdout_fraction = getattr(config.method, "holdout_fraction", 0.0) if config.method.needs_holdout() else 0.0
+    splits = make_splits(data, config.val_fraction, holdout_fraction, config.train_per_class)
+    if config.batch_size > len(splits.train):
+        raise InputError(
+            f"--batch-size {config.batch_size} is more than the {len(splits.train)} training images; give a smaller one"
+        )
+    return data, splits
+
+
+def channels_taken(config: Config, channels: int) -> int:
+    """Return the channels that the networks take: as asked for, 3 where one knows no other, or the data set's."""
+    if config.channels is not None:
+        return config.channels
+    return 3 if any(takes_colour_alone(name, config.pretrained) for name in config.model) else channels
+
+
+def make_loader(
+    config: Config,
+    data: ImageSet,
+    part: tuple[Any, Any],
+    device: torch.device,
+    augmentation: Augmentation | None = None,
+    views: int = 1,
+) -> Loader:
+    """Return batches of `part`, normalised by the statistics of `data`; in order, where nothing is augmented."""
+    options: dict[str, Any] = {
+        "batch_size": config.batch_size if augmentation else max(config.batch_size, 256),
+        "augmentation": augmentation,
+        "views": views,
+        "seed": config.seed,
+        "balanced": config.balanced_sampling and augmentation is not None,
+        "device": device,
+        "dtype": DTYPES[config.dtype],
+        "channels_last": config.channels_last,
+    }
+    images, labels = part
+    if not isinstance(images, ImageFiles):
+        return DeviceLoader(images, labels, data.mean, data.std, **options)
+    workers = decoding_processes(config)
+    return FileLoader(images, labels, data.mean, data.std, workers=workers, skip_corrupt=config.skip_corrupt, **options)
+
+
+def decoding_processes(config: Config) -> int:
+    """Return how many processes decode image files: as asked for, or this process's share of the CPUs, 8 at most."""
+    if config.data_workers is not None:
+        return config.data_workers
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+
+
+def curve_loader(t: Training) -> Loader | None:
+    """Return the set that is looked at during training: validation, or the test set under the papers' protocol."""
+    if t.config.protocol == "paper":
+        return test_loader(t)
+    if not len(t.splits.val):
+        return None
+    return part_loader(t, t.splits.val)
+
+
+def test_loader(t: Training) -> Loader:
+    """Return the test set."""
+    return _sharded(t, t.data.x_test, t.data.y_test)
+
+
+def part_loader(t: Training, part: Any) -> Loader:
+    """Return a part of the training set (indices), in order and as it is."""
+    return _sharded(t, t.data.x_train[part], t.data.y_train[part])
+
+
+def _sharded(t: Training, images: Any, labels: Any) -> Loader:
+    """Return a loader that keeps the order; on a mesh, of this rank's part of the samples, every one on one rank."""
+    if t.mesh is not None:
+        first, last = t.mesh.shard(len(labels))[t.mesh.data_index :][:2]
+        images, labels = images[first:last], labels[first:last]
+    return make_loader(t.config, t.data, (images, labels), t.device)

@@ -1,0 +1,97 @@
+"""What an optimiser steps on, and how far: frozen parts, the schedule, the heads' own rate, SGD or AdamW."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
+from codistill.config.config import Config
+from codistill.peers.base import Peers
+from codistill.peers.branches import BranchPeers
+from codistill.peers.shared_trunk import Shared
+from codistill.utils.errors import InputError, suggest
+
+
+def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
+    """Return the learning rate of a step of an epoch (both counted from 0): warm-up, then steps or half a cosine."""
+    full = config.lr if config.lr_base_batch is None else config.lr * config.batch_size / config.lr_base_batch
+    done = epoch + step / steps
+    if done < config.warmup_epochs:
+        return full * (done + 1 / steps) / (config.warmup_epochs + 1 / steps)
+    if config.schedule == "cosine":
+        return full * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    return full * 0.1 ** sum(epoch >= m for m in config.milestones or ())
+
+
+def freeze(peers: Peers, paths: Iterable[str]) -> list[nn.Module]:
+    """Stop the training of the named modules in every member and return them.
+
+    Args:
+        peers: Built peers.
+        paths: Modules of the plain network; `trunk` stands for what branches share, or for all but the heads.
+
+    Raises:
+        InputError: a member has no such module, or nothing is left to train.
+    """
+    frozen: list[nn.Module] = []
+    for path in paths:
+        for p in range(peers.num_peers):
+            body = peers.member(p).body
+            named = {name.replace(".inner", ""): module for name, module in body.named_modules() if name}
+            if path == "trunk" and isinstance(peers, BranchPeers):
+                frozen += [module for module in body.modules() if isinstance(module, Shared)]
+            elif path == "trunk":
+                frozen.append(body)
+            elif path in named:
+                frozen.append(named[path])
+            else:
+                raise InputError(
+                    f'--freeze "{path}" is no module of the network{suggest(path, ["trunk", *named][:200])}'
+                )
+    for module in frozen:
+        module.requires_grad_(False)
+    if frozen and not any(p.requires_grad for p in peers.parameters()):
+        raise InputError("--freeze leaves nothing to train; leave the heads out")
+    return frozen
+
+
+def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating: bool) -> list[torch.optim.Optimizer]:
+    """Return one optimiser over everything, or one a member where the method alternates."""
+    if alternating:
+        shares = [[*member.parameters()] for member in peers.members]
+    else:
+        shares = [[*peers.trained_parameters(), *method.parameters()]]
+    optimizers: list[torch.optim.Optimizer] = []
+    for share in shares:
+        trained = [p for p in share if p.requires_grad]
+        groups = [{"params": trained}]
+        if config.head_lr != 1.0:
+            heads = {id(q) for p in range(peers.num_peers) for q in peers.member(p).head.parameters()}
+            groups = [
+                {"params": [p for p in trained if id(p) not in heads], "lr_scale": 1.0},
+                {"params": [p for p in trained if id(p) in heads], "lr_scale": config.head_lr},
+            ]
+        groups = [group for group in groups if group["params"]]
+        if config.optimizer == "adamw":
+            optimizers.append(torch.optim.AdamW(groups, config.lr, weight_decay=config.weight_decay, fused=True))
+            names = ("exp_avg", "exp_avg_sq")
+        else:
+            options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
+            optimizers.append(torch.optim.SGD(groups, *options, fused=True))
+            names = ("momentum_buffer",) if config.momentum else ()
+        # Zeros from the start: after a first step that the guard masks, SGD would go on with memory that nobody wrote.
+        for parameter in trained:
+            state = {name: torch.zeros_like(parameter) for name in names}
+            if config.optimizer == "adamw":
+                state["step"] = torch.zeros((), dtype=torch.float32, device=parameter.device)
+            optimizers[-1].state[parameter] = state
+    return optimizers
+
+
+def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+    """Give every group its rate: the schedule's, times its own factor."""
+    for group in optimizer.param_groups:
+        group["lr"] = rate * group.get("lr_scale", 1.0)

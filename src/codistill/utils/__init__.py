@@ -1,0 +1,1 @@
+"""What stands on nothing of codistill: errors, files, devices, signals, trust."""
