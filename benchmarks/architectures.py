@@ -28,7 +28,7 @@ from codistill.peers.branches import BranchPeers
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.shared_trunk import Entry
 from codistill.training.build import setup
-from codistill.training.loop import _zero_sums
+from codistill.training.loop import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError, MachineError
 
@@ -161,7 +161,7 @@ def two_steps(name: str, size: int, method: str, topology: str, folder: Path) ->
     if method == "kd":
         teacher = NetworkPeers("resnet8", 1, CLASSES, image_size=size).export_member(0)
     t = setup(config.resolved(), teacher)
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     t.peers.train()
     batches = t.loader.epoch(0)
     losses = [train_step(t, *next(batches), 1.0)["loss"].item() for _ in range(2)]

@@ -31,7 +31,7 @@ from codistill.peers.ema import MeanTeacher
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.stacked import StackedPeers
 from codistill.training.build import setup
-from codistill.training.loop import _zero_sums
+from codistill.training.loop import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.tables import markdown
 from programs import Elsewhere, Ours, Step, Theirs, independent, prepare, spent
@@ -212,7 +212,7 @@ def reads_of_a_run() -> int:
     """Return the host reads of a whole training step as the loop does it, guard and sums included."""
     t = setup(Config("okddip", "resnet8", "digits", batch_size=32).resolved())
     with Counter() as counter:
-        t.sums = _zero_sums(t)
+        t.sums = zero_sums(t)
         t.peers.train()
         train_step(t, *next(t.loader.epoch(0)), 1.0)
     return counter.reads

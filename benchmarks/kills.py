@@ -248,11 +248,11 @@ class Inline:
         """Say that a run may begin."""
         return True
 
-    def start(self, config: Config) -> grid.Answer:
+    def start(self, config: Config) -> grid.RunOutcome:
         """Train it."""
         return workers.train_job(config)
 
-    def answer(self, handle: grid.Answer) -> grid.Answer:
+    def answer(self, handle: grid.RunOutcome) -> grid.RunOutcome:
         """Return what came out."""
         return handle
 

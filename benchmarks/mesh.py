@@ -25,9 +25,9 @@ import torch.distributed as dist
 
 from codistill.config.config import Config
 from codistill.config.methods import method_config
-from codistill.distributed.launch import join_mesh, leave
+from codistill.distributed.launch import init_mesh, leave
 from codistill.training.build import setup
-from codistill.training.loop import _zero_sums
+from codistill.training.loop import zero_sums
 from codistill.training.step import train_step
 
 KINDS = {
@@ -87,9 +87,9 @@ def work(kind: str, options: argparse.Namespace) -> None:
         method=method_config(options.method), model=options.model, data=options.data, peers=4, val_fraction=0.0,
         batch_size=options.batch, topology="networks", mesh=KINDS[kind], device="cpu",
     ).resolved()  # fmt: skip
-    mesh = join_mesh(config, torch.device("cpu"))
+    mesh = init_mesh(config, torch.device("cpu"))
     t = setup(config, mesh=mesh)
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     wrapped = torch.nn.parallel.DistributedDataParallel(Whole(t)) if kind == "DDP" else None
     seconds: list[float] = []
     sent = lo = 0

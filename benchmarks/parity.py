@@ -69,7 +69,7 @@ def oracle_rows(scale: float) -> dict[tuple[str, str], float]:
     rows["pcl", "paper"] = compare(loss, naive, [z, *h, *method.parameters()])
     for target in ("naive", "minlogit", "linear", "general"):
         method = KDCL(4, target).double()
-        method.after_epoch(torch.randn(4, 30, 6).double(), torch.randint(6, (30,)))
+        method.update_on_holdout(torch.randn(4, 30, 6).double(), torch.randint(6, (30,)))
         terms = method(out, y)
         mixture = method.weights_P if target == "general" else terms.get("weights_BP")
         naive = oracles.kdcl(z, y, target=target, temperature=2.0, weight=1.0, mixture=mixture)

@@ -25,7 +25,7 @@ from codistill.methods import Method
 from codistill.models import resolve
 from codistill.peers.base import Peers
 from codistill.training import build, loop
-from codistill.training.run import Training
+from codistill.training.run import Run
 from codistill.utils.device import NO_FLOAT64
 
 PICK_DEVICE = build.pick_device
@@ -77,7 +77,7 @@ class Watched:
         self.last = (-1, 0)
         self.train_step, self.collect = loop.train_step, loop.collect
 
-    def step(self, t: Training, *rest: Any) -> Any:
+    def step(self, t: Run, *rest: Any) -> Any:
         """Do a step of training."""
         if len(self.steps) == self.interrupted_at:
             raise KilledError

@@ -14,12 +14,12 @@ import torch
 
 from codistill.config.config import Config
 from codistill.config.methods import method_config
-from codistill.distributed.launch import join_mesh, leave
+from codistill.distributed.launch import init_mesh, leave
 from codistill.peers.networks import NetworkPeers
 from codistill.runs.checkpoint import rng_state
 from codistill.training.build import setup
 from codistill.training.loaders import test_loader
-from codistill.training.loop import _close_epoch, _zero_sums, measure
+from codistill.training.loop import _close_epoch, measure, zero_sums
 from codistill.training.step import train_step
 from codistill.training.student import numbers_trained_and_deployed
 
@@ -106,7 +106,7 @@ def run_steps(t, until: int):
         module.eval()
     while t.epoch * len(t.loader) + t.step < until:
         if t.step == 0:
-            t.sums = _zero_sums(t)
+            t.sums = zero_sums(t)
         for views, targets in t.loader.epoch(t.epoch, t.step):
             train_step(t, views, targets, 0.7)
             t.step += 1
@@ -131,14 +131,14 @@ def walk(number: int, case: str, sync: bool, meshes: list[str], folder: Path) ->
     place = folder / f"{number}.state"
     for leg, mesh_text in enumerate(meshes):
         c = config(case, mesh=mesh_text, sync_bn=sync, peers=num_peers(case, meshes))
-        mesh = join_mesh(c, torch.device("cpu"))
+        mesh = init_mesh(c, torch.device("cpu"))
         assert mesh is not None
         t = setup(c, teacher(case), mesh=mesh)
         if leg:
             t.load_state(torch.load(place, weights_only=True))
         lines += run_steps(t, STEPS * (leg + 1) // len(meshes))
         state = t.state()
-        mesh.on_first(lambda state=state: torch.save({**state, "rng": rng_state()}, place))
+        mesh.run_on_main_rank(lambda state=state: torch.save({**state, "rng": rng_state()}, place))
     sent = dict(mesh.sent)
     found = finish(t, lines) | {"sent": sent}
     if mesh.rank == 0:

@@ -6,7 +6,7 @@ from torch import nn
 from codistill.config.config import Config
 from codistill.config.methods import method_config
 from codistill.training.build import setup
-from codistill.training.loop import _zero_sums
+from codistill.training.loop import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError
 from helpers import close
@@ -21,7 +21,7 @@ def build(name, topology, accumulate=1, **options):
         setattr(method, key, options.pop(key))
     values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 20, "epochs": 2, "peers": 3}
     t = setup(Config(method, topology=topology, accumulate=accumulate, dtype="float64", **values | options).resolved())
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     t.peers.train()
     return t
 

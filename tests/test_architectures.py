@@ -9,7 +9,7 @@ from codistill.models import resolve
 from codistill.peers.branch_points import branch_points, default_branch_point
 from codistill.peers.branches import BranchPeers
 from codistill.peers.networks import NetworkPeers
-from codistill.peers.split_head import example_for, split_head
+from codistill.peers.split_head import dummy_input, split_head
 from codistill.utils.errors import InputError
 
 CASES = [(name, size) for _, name, size in ARCHITECTURES]
@@ -48,8 +48,8 @@ def test_the_rotation_meets_every_method_and_twenty_architectures():
 )
 def test_the_default_place_is_the_last_stage_or_three_quarters_of_the_depth(name, size, place):
     model = resolve(name)(num_classes=5, in_channels=3, image_size=size)
-    member = split_head(model, example_for(model, 3, size))
-    points = branch_points(member.body, member.head_path, example_for(model, 3, size))
+    member = split_head(model, dummy_input(model, 3, size))
+    points = branch_points(member.body, member.head_path, dummy_input(model, 3, size))
     assert default_branch_point(points) == place
     paths = [point.path for point in points]
     assert len(paths) == len(set(paths))

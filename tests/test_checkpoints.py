@@ -13,7 +13,7 @@ import torch
 
 from codistill.cli.main import main
 from codistill.config.config import Config
-from codistill.runs.checkpoint import SCHEMA, DamagedError, checkpoints, load_checkpoint, write_checkpoint
+from codistill.runs.checkpoint import SCHEMA, CorruptCheckpointError, checkpoints, load_checkpoint, write_checkpoint
 from codistill.training.build import load_run
 from codistill.training.loop import train
 from codistill.training.reporter import Reporter
@@ -65,7 +65,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(whole, tmp_path):
     for place in places:
         path.write_bytes(good)
         flip(path, place, rng.randrange(8))
-        with pytest.raises(DamagedError):
+        with pytest.raises(CorruptCheckpointError):
             load_checkpoint(path)
         try:
             torch.load(path, weights_only=True)
@@ -75,7 +75,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(whole, tmp_path):
     assert unnoticed_by_torch > 50  # torch itself reads past the sums that zip keeps
     for length in (0, 1, 63, 64, 100, len(good) // 2, len(good) - 64, len(good) - 1):
         path.write_bytes(good[:length])
-        with pytest.raises(DamagedError):
+        with pytest.raises(CorruptCheckpointError):
             load_checkpoint(path)
     path.write_bytes(good)
     assert load_checkpoint(path)["epoch"] == 3
@@ -180,7 +180,7 @@ def test_a_stored_checkpoint_of_schema_1_is_read_and_continued(tmp_path):
     assert load_checkpoint(out / "last.pt")["schema"] == SCHEMA
     path = stored(tmp_path / "other") / "last.pt"
     flip(path, path.read_bytes().index(b"archive/data/33") + 1000)
-    with pytest.raises(DamagedError, match="archive/data/33 in it does not fit its checksum"):
+    with pytest.raises(CorruptCheckpointError, match="archive/data/33 in it does not fit its checksum"):
         load_checkpoint(path)
 
 
@@ -202,7 +202,7 @@ def test_resume_says_from_what_and_a_checksum_that_is_cut_off_is_missed(tmp_path
         train(config, StopAt(1, 2))
     state = load_checkpoint(tmp_path / "run" / "last.pt")
     torch.save(dict(state), tmp_path / "run" / "last.pt")  # schema 2 without its checksum
-    with pytest.raises(DamagedError, match="its checksum is missing"):
+    with pytest.raises(CorruptCheckpointError, match="its checksum is missing"):
         load_checkpoint(tmp_path / "run" / "last.pt")
     notes = Notes()
     with pytest.warns(UserWarning, match="checksum is missing"):

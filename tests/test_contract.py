@@ -14,7 +14,7 @@ from codistill.peers.ema import MeanTeacher
 from codistill.peers.networks import NetworkPeers
 from codistill.runs.checkpoint import restore_rng, rng_state
 from codistill.training.build import setup
-from codistill.training.loop import _zero_sums, train
+from codistill.training.loop import train, zero_sums
 from codistill.training.step import train_step
 from codistill.training.student import deployed_network
 from codistill.utils.errors import InputError
@@ -59,7 +59,7 @@ def teacher_for(name):
 
 def build(name, options, topology, **more):
     t = setup(config(name, options, topology, **more).resolved(), teacher_for(name))
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     t.peers.train()
     t.method.train()
     return t

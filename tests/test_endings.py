@@ -17,7 +17,7 @@ from codistill.data import DeviceLoader
 from codistill.runs.checkpoint import checkpoints, load_checkpoint
 from codistill.runs.run_folder import RunFolder
 from codistill.training.build import setup
-from codistill.training.loop import _zero_sums, train
+from codistill.training.loop import train, zero_sums
 from codistill.training.reporter import Reporter
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError
@@ -357,7 +357,7 @@ def test_mean_teachers_stand_still_from_the_first_bad_step_on():
     config.method, config.peers = "pcl", 2
     config.__post_init__()
     t = setup(config.resolved())
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     train_step(t, *batches[0], 1.0)
     t.step += 1

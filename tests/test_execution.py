@@ -8,7 +8,7 @@ import torch
 from codistill.config.config import Config
 from codistill.training.build import load_run, setup
 from codistill.training.execution import choose_execution
-from codistill.training.loop import _zero_sums, train
+from codistill.training.loop import train, zero_sums
 from codistill.training.step import train_step
 from codistill.training.student import deployed_network
 from codistill.utils.errors import InputError
@@ -31,7 +31,7 @@ def config(name="okddip", topology="networks", **options) -> Config:
 
 def build(*args, **options):
     t = setup(config(*args, **options).resolved())
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     t.peers.train()
     return t
 

@@ -7,7 +7,7 @@ import torch
 
 from codistill.config.methods import KDCLConfig
 from codistill.training.build import setup
-from codistill.training.loop import _close_epoch, _zero_sums
+from codistill.training.loop import _close_epoch, zero_sums
 from codistill.training.nonfinite_guard import _ignores_flag
 from codistill.training.step import train_step
 from test_checkpoints import small
@@ -21,7 +21,7 @@ def test_a_bad_first_step_leaves_no_trace(optimizer, monkeypatch):
     weights = []
     for bad in (True, False):
         t = setup(config.resolved())
-        t.sums = _zero_sums(t)
+        t.sums = zero_sums(t)
         views, targets = next(t.loader.epoch(0))
         if bad:
             train_step(t, torch.full_like(views, float("nan")), targets, 1.0)
@@ -39,7 +39,7 @@ def test_members_who_stepped_before_another_failed_are_put_back(optimizer):
     config.method, config.peers = "dml", 3
     config.__post_init__()
     t = setup(config.resolved())
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     for number in (1, 0):  # the first step, and one with momenta
         before = {name: value.clone() for name, value in t.peers.state_dict().items()}
@@ -65,7 +65,7 @@ def test_a_member_who_stepped_to_infinity_is_put_back_when_another_fails_of_it()
     config.method, config.peers = "dml", 2
     config.__post_init__()
     t = setup(config.resolved())
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     before = {name: value.clone() for name, value in t.peers.named_parameters()}
     t.optimizers[0].param_groups[0]["lr"] = 1e38
     head, seen = t.peers.member(0).head.weight, []
@@ -83,7 +83,7 @@ def test_what_a_method_solved_for_between_epochs_survives_a_bad_step(tmp_path):
     config.method, config.peers = KDCLConfig(target="general", holdout_fraction=0.2), 2
     config.__post_init__()
     t = setup(config.resolved())
-    t.sums, t.step = _zero_sums(t), len(t.loader)
+    t.sums, t.step = zero_sums(t), len(t.loader)
     for batch in t.loader.epoch(0):
         train_step(t, *batch, 1.0)
     assert t.guard.look() is None
@@ -107,7 +107,7 @@ def test_a_device_whose_optimisers_ignore_the_flag_keeps_good_weights_too(monkey
     assert not t.guard.ignored  # this device heeds it, and the host is spared the look
     assert _ignores_flag(t.optimizers[0], t.device)
     t.guard.ignored = True
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     train_step(t, *batches[0], 1.0)
     before = {name: value.clone() for name, value in t.peers.named_parameters()}
@@ -126,7 +126,7 @@ def test_a_skipped_step_leaves_everything_as_it_was(method):
     config.method, config.peers = method, 3
     config.__post_init__()
     t = setup(config.resolved())
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     train_step(t, *batches[0], 1.0)
     modules = [m for m in (t.peers, t.method, t.ema) if m is not None]

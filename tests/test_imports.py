@@ -16,7 +16,7 @@ from codistill.config.config import Config
 from codistill.config.methods import KDConfig
 from codistill.reproduce.workers import Processes, Submitit
 from codistill.training.loop import train
-from codistill.utils.allow_import import check_imports, command_line, runs_code
+from codistill.utils.allow_import import check_imports, command_line, is_user_code
 from codistill.utils.files import write_json
 from helpers import read_json
 from test_checkpoints import small
@@ -119,8 +119,10 @@ def test_workers_run_the_code_that_their_command_was_asked_to_run(kind, run, spy
 
 
 def test_which_names_are_code():
-    assert [n for n in ("resnet8", "timm:a", "torchvision:a,x=1", "hf:a", "os:system") if runs_code(n)] == ["os:system"]
-    assert runs_code("hf:a,trust_remote_code=True")
-    assert runs_code("timm:resnet18,checkpoint_path=x.pth")
-    assert runs_code("timm:resnet18,pretrained_cfg={'file': 'x.pth'}")
+    assert [n for n in ("resnet8", "timm:a", "torchvision:a,x=1", "hf:a", "os:system") if is_user_code(n)] == [
+        "os:system"
+    ]
+    assert is_user_code("hf:a,trust_remote_code=True")
+    assert is_user_code("timm:resnet18,checkpoint_path=x.pth")
+    assert is_user_code("timm:resnet18,pretrained_cfg={'file': 'x.pth'}")
     check_imports(["a.b:c"], "x", known=["a.b:c"])

@@ -19,12 +19,12 @@ import torch
 from codistill.cli.main import main
 from codistill.config.checks import mesh_shape
 from codistill.config.config import Config
-from codistill.distributed.launch import join_mesh
+from codistill.distributed.launch import init_mesh
 from codistill.distributed.mesh import backend_for
 from codistill.distributed.peers import imbalance
 from codistill.peers.networks import NetworkPeers
 from codistill.training.build import setup
-from codistill.training.optim import lr_at
+from codistill.training.optim import learning_rate_at
 from codistill.utils.errors import InputError
 from mesh_reference import largest_difference, one_process
 from mesh_worker import CASES, config, num_peers, run_steps
@@ -164,9 +164,9 @@ def test_processes_without_a_mesh_or_with_another_number_are_refused(monkeypatch
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(InputError, match="torchrun started 4 processes; say what they share with --mesh"):
-        join_mesh(Config().resolved(), torch.device("cpu"))
+        init_mesh(Config().resolved(), torch.device("cpu"))
     with pytest.raises(InputError, match="takes 2 processes, and there are 4; give a mesh of 4, or"):
-        join_mesh(Config(mesh="peer=2").resolved(), torch.device("cpu"))
+        init_mesh(Config(mesh="peer=2").resolved(), torch.device("cpu"))
 
 
 def test_a_missing_backend_is_named(monkeypatch):
@@ -181,7 +181,7 @@ def test_a_missing_backend_is_named(monkeypatch):
 
 
 def test_one_process_needs_no_mesh_and_compare_takes_none(tmp_path, capsys):
-    assert join_mesh(Config(mesh="data=1,peer=1").resolved(), torch.device("cpu")) is None
+    assert init_mesh(Config(mesh="data=1,peer=1").resolved(), torch.device("cpu")) is None
     assert main(["compare", "okddip", "--mesh", "peer=2", "--out", str(tmp_path / "grid")]) == 2
     assert "drop --mesh" in capsys.readouterr().err
 
@@ -231,10 +231,10 @@ def test_recomputed_activations_need_less_memory():
 
 
 def test_the_rate_scales_with_the_batch():
-    assert lr_at(Config(lr=0.1, batch_size=1024, lr_base_batch=256), 0) == pytest.approx(0.4)
+    assert learning_rate_at(Config(lr=0.1, batch_size=1024, lr_base_batch=256), 0) == pytest.approx(0.4)
     warm = Config(lr=0.1, batch_size=1024, lr_base_batch=256, warmup_epochs=5, epochs=90).resolved()
-    assert lr_at(warm, 0, 0, 10) < 0.01
-    assert lr_at(warm, 5) == pytest.approx(0.4)
+    assert learning_rate_at(warm, 0, 0, 10) < 0.01
+    assert learning_rate_at(warm, 5) == pytest.approx(0.4)
 
 
 @pytest.mark.parametrize("words", ["--topology branches", "--execution stacked"])
@@ -257,7 +257,7 @@ class Peers2(torch.nn.Module):
     class Mesh:
         num_peer, factor = 2, 3
 
-        def everybodys(self, value):
+        def all_gather_object(self, value):
             assert value > 0
             return [value, value * self.factor]
 

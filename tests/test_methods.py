@@ -16,7 +16,7 @@ from codistill.utils.errors import InputError
 from helpers import close, golden, random_peers
 
 
-def agree(loss, naive, inputs, tolerance=1e-10):
+def all_reduce_flag(loss, naive, inputs, tolerance=1e-10):
     """Compare values, and gradients with respect to every input."""
     close(loss, naive, tolerance)
     ours = torch.autograd.grad(loss, inputs, allow_unused=True, retain_graph=True)
@@ -35,7 +35,7 @@ scales = pytest.mark.parametrize("scale", [1.0, 100.0])
 def test_independent_is_the_sum_of_cross_entropies():
     z, h, y = random_peers()
     terms = Independent(4)(PeerOutputs(z, h), y)
-    agree(terms["loss"], sum(oracles.ce(z[p], y) for p in range(4)), [z])
+    all_reduce_flag(terms["loss"], sum(oracles.ce(z[p], y) for p in range(4)), [z])
     assert terms["distill_P"].abs().sum() == 0
 
 
@@ -46,7 +46,7 @@ def test_kd_equals_the_loop_and_takes_the_sources_defaults(scale, variant, tempe
     teacher = z.detach()[1].roll(1, 0).requires_grad_()
     terms = KD(2, variant)(PeerOutputs(z, h, teacher_logits_BC=teacher), y)
     naive = oracles.kd(z, teacher, y, variant=variant, temperature=temperature, alpha=alpha)
-    agree(terms["loss"], naive, [z])
+    all_reduce_flag(terms["loss"], naive, [z])
     assert torch.autograd.grad(terms["loss"], teacher, allow_unused=True)[0] is None
 
 
@@ -58,7 +58,7 @@ def test_dml_equals_the_loop(scale, variant, target, temperature):
     z, h, y = random_peers(num_peers=3, batch=3, classes=5, scale=scale)
     terms = DML(3, variant, target, temperature)(PeerOutputs(z, h), y)
     used = temperature or {"okddip_code": 3.0}.get(variant, 1.0)
-    agree(terms["loss"], oracles.dml(z, y, variant=variant, target=target, temperature=used, weight=1.0), [z])
+    all_reduce_flag(terms["loss"], oracles.dml(z, y, variant=variant, target=target, temperature=used, weight=1.0), [z])
 
 
 def test_dml_updates_as_its_sources_do():
@@ -72,7 +72,7 @@ def test_cl_ilr_equals_the_loop(scale, variant, temperature):
     z, h, y = random_peers(batch=3, classes=5, scale=scale)
     terms = CLILR(4, variant, beta=0.3 if variant == "paper" else 0.5)(PeerOutputs(z, h), y, weight=0.37)
     naive = oracles.cl_ilr(z, y, variant=variant, temperature=temperature, beta=0.3, weight=0.37)
-    agree(terms["loss"], naive, [z])
+    all_reduce_flag(terms["loss"], naive, [z])
 
 
 @scales
@@ -88,7 +88,7 @@ def test_one_equals_the_loop_through_the_gate(scale, variant):
     norm = method.gate_norm
     gate = oracles.one_gate(trunk, method.gate.weight, method.gate.bias, norm.weight, norm.bias)
     naive = oracles.one(z, gate, y, variant=variant, temperature=3.0, weight=0.37)
-    agree(terms["loss"], naive, [z, trunk, *method.parameters()])
+    all_reduce_flag(terms["loss"], naive, [z, trunk, *method.parameters()])
     close(terms["gate_BP"].sum(-1), torch.ones(5, dtype=torch.float64))
 
 
@@ -109,7 +109,7 @@ def test_pcl_equals_the_loop_with_peers_of_different_widths(scale):
     terms = method(PeerOutputs(z, h, ema_logits_PBC=ema), y, weight=0.37)
     weight, bias = method.classifier.weight, method.classifier.bias
     naive = oracles.pcl(z, h, ema, weight, bias, y, temperature=3.0, weight=0.37)
-    agree(terms["loss"], naive, [z, *h, weight, bias, ema])
+    all_reduce_flag(terms["loss"], naive, [z, *h, weight, bias, ema])
 
 
 @scales
@@ -117,7 +117,7 @@ def test_pcl_equals_the_loop_with_peers_of_different_widths(scale):
 def test_kdcl_naive_and_minlogit_equal_the_loop(scale, target):
     z, h, y = random_peers(num_peers=3, scale=scale)
     terms = KDCL(3, target)(PeerOutputs(z, h), y)
-    agree(terms["loss"], oracles.kdcl(z, y, target=target, temperature=2.0, weight=1.0), [z])
+    all_reduce_flag(terms["loss"], oracles.kdcl(z, y, target=target, temperature=2.0, weight=1.0), [z])
 
 
 @scales
@@ -125,7 +125,7 @@ def test_kdcl_naive_and_minlogit_equal_the_loop(scale, target):
 def test_kdcl_linear_equals_the_loop_with_its_own_weights(scale, granularity):
     z, h, y = random_peers(num_peers=3, scale=scale)
     terms = KDCL(3, "linear", granularity=granularity)(PeerOutputs(z, h), y)
-    agree(
+    all_reduce_flag(
         terms["loss"],
         oracles.kdcl(z, y, target="linear", temperature=2.0, weight=1.0, mixture=terms["weights_BP"]),
         [z],
@@ -137,11 +137,11 @@ def test_kdcl_linear_equals_the_loop_with_its_own_weights(scale, granularity):
 def test_kdcl_general_equals_the_loop(scale, mix):
     z, h, y = random_peers(num_peers=3, scale=scale)
     method = KDCL(3, "general", mix=mix).double()
-    method.after_epoch(torch.randn(3, 40, 7).double(), torch.randint(7, (40,)))
+    method.update_on_holdout(torch.randn(3, 40, 7).double(), torch.randint(7, (40,)))
     weights = method.weights_P
     assert weights.std() > 1e-3
     terms = method(PeerOutputs(z, h), y)
-    agree(
+    all_reduce_flag(
         terms["loss"], oracles.kdcl(z, y, target="general", temperature=2.0, weight=1.0, mixture=weights, mix=mix), [z]
     )
 
@@ -274,7 +274,7 @@ def test_generals_weights_solve_the_quadratic_program():
 def test_generals_covariance_is_that_of_the_errors():
     method = KDCL(2, "general").double()
     logits, labels = torch.randn(2, 30, 4, dtype=torch.float64), torch.randint(4, (30,))
-    method.after_epoch(logits, labels)
+    method.update_on_holdout(logits, labels)
     error = torch.zeros(2, 30, 4, dtype=torch.float64)
     for i, n in itertools.product(range(2), range(30)):
         probs = [float(torch.exp(v)) for v in oracles.log_softmax(logits[i, n])]

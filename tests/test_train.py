@@ -16,7 +16,7 @@ from codistill.peers.members import member_seed
 from codistill.runs.run_folder import RunFolder
 from codistill.training.build import setup
 from codistill.training.loop import train
-from codistill.training.optim import lr_at
+from codistill.training.optim import learning_rate_at
 from codistill.training.reporter import Reporter
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError, MachineError
@@ -44,12 +44,12 @@ def test_the_rate_falls_when_the_papers_say():
     config = Config(epochs=300).resolved()
     expected = {0: 0.1, 149: 0.1, 150: 0.01, 224: 0.01, 225: 0.001, 299: 0.001}
     for epoch, rate in expected.items():
-        assert lr_at(config, epoch) == pytest.approx(rate)
+        assert learning_rate_at(config, epoch) == pytest.approx(rate)
     assert Config(epochs=30).resolved().milestones == (15, 22)
     cosine = Config(epochs=10, schedule="cosine").resolved()
-    assert [round(lr_at(cosine, e), 4) for e in (0, 5)] == [0.1, 0.05]
+    assert [round(learning_rate_at(cosine, e), 4) for e in (0, 5)] == [0.1, 0.05]
     warm = Config(epochs=10, warmup_epochs=1).resolved()
-    rates = [lr_at(warm, 0, s, 4) for s in range(4)] + [lr_at(warm, 1, 0, 4)]
+    rates = [learning_rate_at(warm, 0, s, 4) for s in range(4)] + [learning_rate_at(warm, 1, 0, 4)]
     assert rates == sorted(rates)
     assert rates[0] > 0
     assert rates[-1] == pytest.approx(0.1)

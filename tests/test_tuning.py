@@ -11,7 +11,7 @@ from codistill.config.methods import METHODS, method_config
 from codistill.data.mixup import cut_square, mix_batch
 from codistill.models import resolve
 from codistill.training.build import setup
-from codistill.training.loop import _zero_sums, train
+from codistill.training.loop import train, zero_sums
 from codistill.training.step import train_step
 from codistill.training.student import numbers_trained_and_deployed
 from codistill.utils.errors import InputError
@@ -20,7 +20,7 @@ from test_contract import config, teacher_for
 
 def build(c, teacher=None):
     t = setup(c.resolved(), teacher)
-    t.sums = _zero_sums(t)
+    t.sums = zero_sums(t)
     t.peers.train()
     t.method.train()
     return t
@@ -107,9 +107,9 @@ def test_heads_take_their_own_rate():
     for t in (plain, fast):
         before = [t.peers.member(0).head.weight.clone(), t.peers.member(0).body.conv1.weight.clone()]
         for optimizer in t.optimizers:
-            from codistill.training.optim import set_rate
+            from codistill.training.optim import set_learning_rate
 
-            set_rate(optimizer, 0.01)
+            set_learning_rate(optimizer, 0.01)
         train_step(t, *next(t.loader.epoch(0)), 1.0)
         after = [t.peers.member(0).head.weight, t.peers.member(0).body.conv1.weight]
         moves.append([(b - a).norm().item() for a, b in zip(before, after)])

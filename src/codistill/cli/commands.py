@@ -16,7 +16,7 @@ from codistill.utils.errors import InputError, suggest
 
 if TYPE_CHECKING:
     from codistill.data import Loader
-    from codistill.training.run import Training
+    from codistill.training.run import Run
 
 
 def train(parsed: Parsed) -> int:
@@ -58,35 +58,35 @@ def evaluate(parsed: Parsed) -> int:
 
     options: EvaluateOptions = parsed.options
     if options.data is not None and not options.calibrate:  # the run's own images need not be there
-        t = load_without_images(parsed.words[0], options.device, checkpoint=options.checkpoint)
+        run = load_without_images(parsed.words[0], options.device, checkpoint=options.checkpoint)
     else:
-        t = load_run(parsed.words[0], options.data_dir, options.device, options.checkpoint)
-    if t.device.type == "cpu":
+        run = load_run(parsed.words[0], options.data_dir, options.device, options.checkpoint)
+    if run.device.type == "cpu":
         keep_freed_memory()
     if options.data is not None:
-        images, labels, note = load_other(options.data, options.data_dir, t.data.about())
+        images, labels, note = load_other(options.data, options.data_dir, run.data.about())
         if note:
             err.print(f"{options.data}: {note}", style="dim", markup=False)
-        loader = make_loader(t.config, t.data, (images, labels), t.device)
+        loader = make_loader(run.config, run.data, (images, labels), run.device)
     elif options.split == "val":
-        if not len(t.splits.val):
+        if not len(run.splits.val):
             raise InputError("--split val: this run kept no validation part (--val-fraction 0 or --protocol paper)")
-        loader = curve_loader(t)
+        loader = curve_loader(run)
     else:
-        loader = test_loader(t)
+        loader = test_loader(run)
     assert loader is not None
-    measured = measure(t, loader)
-    more = _judge(t, loader, options, Path(parsed.words[0]))
+    measured = measure(run, loader)
+    more = _judge(run, loader, options, Path(parsed.words[0]))
     if options.json:
-        print(json.dumps(measured | {"deployed": deployed_name(t)} | more))
+        print(json.dumps(measured | {"deployed": deployed_name(run)} | more))
     else:
-        title = f"{options.data or f'{t.config.data} {options.split}'}, {loader.num_samples:,} images"
-        out.print(members_table(measured["members"], deployed_name(t), title, measured["ema"]))
-        _print_judged(more, deployed_name(t))
+        title = f"{options.data or f'{run.config.data} {options.split}'}, {loader.num_samples:,} images"
+        out.print(members_table(measured["members"], deployed_name(run), title, measured["ema"]))
+        _print_judged(more, deployed_name(run))
     return 0
 
 
-def _judge(t: Training, loader: Loader, options: EvaluateOptions, run: Path) -> dict[str, Any]:
+def _judge(run: Run, loader: Loader, options: EvaluateOptions, folder: Path) -> dict[str, Any]:
     """Return what --per-class, --confusion and --calibrate ask for, and write what they keep."""
     if not (options.per_class or options.confusion or options.calibrate):
         return {}
@@ -95,22 +95,22 @@ def _judge(t: Training, loader: Loader, options: EvaluateOptions, run: Path) -> 
     from codistill.training.student import deployed_scores
     from codistill.utils.files import read_json, write_json
 
-    scores_NC, labels_N = deployed_scores(t, loader)
+    scores_NC, labels_N = deployed_scores(run, loader)
     more: dict[str, Any] = {}
     if options.per_class or options.confusion:
-        counts_CC = judging.confusion_matrix(scores_NC.argmax(-1), labels_N, len(t.data.classes))
+        counts_CC = judging.confusion_matrix(scores_NC.argmax(-1), labels_N, len(run.data.classes))
         if options.per_class:
-            more["classes"] = judging.class_rows(counts_CC, t.data.classes)
+            more["classes"] = judging.class_rows(counts_CC, run.data.classes)
         if options.confusion:
-            judging.write_confusion(Path(options.confusion), counts_CC, t.data.classes)
+            judging.write_confusion(Path(options.confusion), counts_CC, run.data.classes)
             more["confusion"] = options.confusion
     if options.calibrate:
-        validation = curve_loader(t) if len(t.splits.val) else None
+        validation = curve_loader(run) if len(run.splits.val) else None
         if validation is None:
             raise InputError("--calibrate fits on validation images, and this run kept none (--val-fraction 0)")
-        temperature = judging.fit_temperature(*deployed_scores(t, validation))
+        temperature = judging.fit_temperature(*deployed_scores(run, validation))
         name = "temperature" if options.checkpoint == "last" else f"temperature_{options.checkpoint}"
-        write_json(run / "data.json", (read_json(run / "data.json") or t.data.about()) | {name: temperature})
+        write_json(folder / "data.json", (read_json(folder / "data.json") or run.data.about()) | {name: temperature})
         more["calibration"] = [judging.calibration(scores_NC, labels_N, value) for value in (1.0, temperature)]
     return more
 
@@ -200,21 +200,21 @@ def export(parsed: Parsed) -> int:
     from codistill.utils.files import write_atomically
 
     options: ExportOptions = parsed.options
-    run = Path(parsed.words[0])
-    path = Path(options.out) if options.out else run / f"student{SUFFIXES[options.format]}"
+    folder = Path(parsed.words[0])
+    path = Path(options.out) if options.out else folder / f"student{SUFFIXES[options.format]}"
     try:
-        t = load_run(run, options.data_dir, "cpu", options.checkpoint)
+        run = load_run(folder, options.data_dir, "cpu", options.checkpoint)
     except InputError as error:  # perhaps its images alone are missing, and noise does to compare outputs
-        t = load_without_images(run, "cpu", why=str(error), checkpoint=options.checkpoint)
+        run = load_without_images(folder, "cpu", why=str(error), checkpoint=options.checkpoint)
         err.print(f"the file is checked on noise, for the run's own images are not there ({error})", markup=False)
-    difference = export_student(t, path, options.format)
+    difference = export_student(run, path, options.format)
     card = path.with_suffix(".md")
-    text = model_card(t, run, path, difference, options.license, options.checkpoint)
+    text = model_card(run, folder, path, difference, options.license, options.checkpoint)
     write_atomically(card, lambda stream: stream.write(text.encode()))
     beside = [card.name] + ["student.py"] * path.with_name("student.py").exists()
     out.print(f"wrote {path}, and {' and '.join(beside)} beside it")
     out.print(
-        f"largest difference of its outputs, in its own runtime, from the trained {deployed(t)}'s: {difference:.3g}"
+        f"largest difference of its outputs, in its own runtime, from the trained {deployed(run)}'s: {difference:.3g}"
     )
     return 0
 
@@ -228,13 +228,13 @@ def list(parsed: Parsed) -> int:
                 "method": name,
                 "what it is": " ".join((c.__doc__ or "").split()),
                 "topologies": ", ".join(c.topologies),
-                "peers": f"{c.default_peers} ({c.least_peers} at least)",
+                "peers": f"{c.default_peers} ({c.min_peers} at least)",
             }
             for name, c in METHODS.items()
         ]
     elif what == "models":
         from codistill.models import MODELS
-        from codistill.models.external import ELSEWHERE
+        from codistill.models.external import EXTERNAL_MODELS
         from codistill.training.student import count_parameters
 
         rows = [
@@ -246,7 +246,8 @@ def list(parsed: Parsed) -> int:
             for n, f in MODELS.items()
         ]
         rows += [
-            {"model": say, "parameters at 100 classes": "-", "what it is": about} for say, about in ELSEWHERE.items()
+            {"model": say, "parameters at 100 classes": "-", "what it is": about}
+            for say, about in EXTERNAL_MODELS.items()
         ]
     elif what == "data":
         from codistill.data.datasets import SETS
@@ -281,7 +282,7 @@ def branch_point_rows(options: ListOptions) -> builtins.list[dict[str, str]]:
     from codistill.models import build, resolve
     from codistill.models.external import Source
     from codistill.peers.branch_points import branch_points, default_fork
-    from codistill.peers.split_head import example_for, split_head
+    from codistill.peers.split_head import dummy_input, split_head
 
     factory = resolve(options.model)
     if options.image_size is not None and options.image_size < 8:
@@ -289,7 +290,7 @@ def branch_point_rows(options: ListOptions) -> builtins.list[dict[str, str]]:
     size = options.image_size or (factory.native_size if isinstance(factory, Source) else None)
     size = size or (224 if isinstance(factory, Source) and factory.is_library else 32)
     model = build(factory, num_classes=100, in_channels=3, image_size=options.image_size)
-    example = example_for(model, 3, size)
+    example = dummy_input(model, 3, size)
     member = split_head(model, example)
     points = branch_points(member.body, member.head_path, example)
     try:

@@ -49,10 +49,10 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         return _say("interrupted", 130)
     except Exception as error:
-        from codistill.utils.errors import ElsewhereError
+        from codistill.utils.errors import OtherRankFailedError
         from codistill.utils.failures import explain
 
-        if isinstance(error, ElsewhereError):
+        if isinstance(error, OtherRankFailedError):
             return error.code
         sentence, code = explain(error)
         if sentence is None:

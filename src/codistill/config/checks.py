@@ -85,9 +85,9 @@ def check_peers(c: Config, method: MethodConfig) -> None:
     assert c.peers is not None
     if c.topology not in method.topologies:
         raise InputError(f"{method.name} needs a trunk, so it works on branches only; drop --topology {c.topology}")
-    if c.peers < method.least_peers:
+    if c.peers < method.min_peers:
         what = " (auxiliary peers and the leader)" if method.name == "okddip" else ""
-        raise InputError(f"--peers is {c.peers}; {method.name} needs at least {method.least_peers}{what}")
+        raise InputError(f"--peers is {c.peers}; {method.name} needs at least {method.min_peers}{what}")
     numbers = [str(p) for p in range(c.peers)]
     if c.deploy not in ("member", "ensemble", "ema", *numbers):
         raise InputError(f"--deploy {c.deploy}: give member, ensemble, ema, or a number from 0 to {c.peers - 1}")

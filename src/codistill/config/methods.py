@@ -17,7 +17,7 @@ class MethodConfig:
 
     name: ClassVar[str]
     default_peers: ClassVar[int]
-    least_peers: ClassVar[int]
+    min_peers: ClassVar[int]
     topologies: ClassVar[tuple[str, ...]] = ("networks", "branches")
     """What the method admits; the first is its default."""
 
@@ -36,7 +36,7 @@ class IndependentConfig(MethodConfig):
 
     name: ClassVar[str] = "independent"
     default_peers: ClassVar[int] = 4
-    least_peers: ClassVar[int] = 1
+    min_peers: ClassVar[int] = 1
 
     rescale: bool = False
     """Divide the gradient that enters the shared trunk by the number of branches (CL's rescaling)."""
@@ -48,7 +48,7 @@ class KDConfig(MethodConfig):
 
     name: ClassVar[str] = "kd"
     default_peers: ClassVar[int] = 1
-    least_peers: ClassVar[int] = 1
+    min_peers: ClassVar[int] = 1
 
     teacher: str | None = None
     """The teacher: a run folder, an exported .safetensors, or a state dict (.pt, .pth) of --method.teacher-model."""
@@ -68,7 +68,7 @@ class DMLConfig(MethodConfig):
 
     name: ClassVar[str] = "dml"
     default_peers: ClassVar[int] = 2
-    least_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
 
     variant: Literal["paper", "authors", "okddip_code"] = "paper"
     """paper: mean over the others, T = 1; authors: sum over them; okddip_code: T = 3, joint, targets not detached."""
@@ -90,7 +90,7 @@ class CLILRConfig(MethodConfig):
 
     name: ClassVar[str] = "cl_ilr"
     default_peers: ClassVar[int] = 4
-    least_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
     topologies: ClassVar[tuple[str, ...]] = ("branches", "networks")
 
     variant: Literal["paper", "okddip_code"] = "paper"
@@ -117,7 +117,7 @@ class ONEConfig(MethodConfig):
 
     name: ClassVar[str] = "one"
     default_peers: ClassVar[int] = 3
-    least_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
     topologies: ClassVar[tuple[str, ...]] = ("branches",)
 
     variant: Literal["paper", "authors", "okddip_code"] = "paper"
@@ -140,7 +140,7 @@ class OKDDipConfig(MethodConfig):
 
     name: ClassVar[str] = "okddip"
     default_peers: ClassVar[int] = 4
-    least_peers: ClassVar[int] = 3
+    min_peers: ClassVar[int] = 3
 
     variant: Literal["paper", "okddip_code"] = "paper"
     """`paper` mixes softened probabilities, as the equation has it; `okddip_code` mixes logits, as the code does."""
@@ -166,7 +166,7 @@ class PCLConfig(MethodConfig):
 
     name: ClassVar[str] = "pcl"
     default_peers: ClassVar[int] = 3
-    least_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
     topologies: ClassVar[tuple[str, ...]] = ("branches", "networks")
 
     temperature: float = 3.0
@@ -187,7 +187,7 @@ class KDCLConfig(MethodConfig):
 
     name: ClassVar[str] = "kdcl"
     default_peers: ClassVar[int] = 2
-    least_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
 
     target: Literal["naive", "linear", "minlogit", "general"] = "minlogit"
     """How the teacher is made: the best network, the best mixture, the least logits, or weights from a holdout."""

@@ -25,7 +25,7 @@ from codistill.data.image_files import ImageFiles
 from codistill.data.loader import Augmentation, Loader
 from codistill.utils.errors import InputError, MachineError, UnreadableError
 
-Place = tuple[int, int, int]
+CellRef = tuple[int, int, int]
 """Epoch, place in it, and number of the sample that stands there."""
 TRIED = 8
 """Images that are decoded for a batch to try things on, and repeated to its size."""
@@ -53,7 +53,7 @@ class Decoder(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, places: list[Place]) -> tuple[Tensor, dict[str, str]]:
+    def __getitems__(self, places: list[CellRef]) -> tuple[Tensor, dict[str, str]]:
         """Return `V x B x H x W x C`, uint8, and the files that were replaced (or that end the run), with the reason.
 
         Errors are values here: what a worker raises arrives as a traceback.
@@ -97,9 +97,9 @@ class _Batches(Sampler):
     """The places of each batch's own part, as the loader's main process plans them."""
 
     def __init__(self) -> None:
-        self.planned: Iterable[list[Place]] = ()
+        self.planned: Iterable[list[CellRef]] = ()
 
-    def __iter__(self) -> Iterator[list[Place]]:
+    def __iter__(self) -> Iterator[list[CellRef]]:
         return iter(self.planned)
 
 
@@ -226,7 +226,7 @@ class FileLoader(Loader):
         cut_y, cut_x = (torch.stack(centres).to(self.device) for centres in zip(*pairs))
         return order_N, {"cut_y": cut_y, "cut_x": cut_x}
 
-    def _places(self, epoch: int, order_N: Tensor | None, own: slice) -> list[Place]:
+    def _places(self, epoch: int, order_N: Tensor | None, own: slice) -> list[CellRef]:
         """Return what a worker must know to make the part `own` of an epoch."""
         places = range(own.start, own.stop)
         numbers = places if order_N is None else order_N[own].tolist()

@@ -33,8 +33,8 @@ def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None
     labels: list[int] = []
     for number, item in enumerate(_items(pairs, part)):
         where = f"item {number} of the {part} data"
-        image, label = pair_of(item, where)
-        pixels = _resized(pixels_of(image, where), image_size)
+        image, label = check_pair(item, where)
+        pixels = _resized(to_uint8_hwc(image, where), image_size)
         if images and pixels.shape[:2] != images[0].shape[:2]:
             raise InputError(
                 f"{where} is {pixels.shape[1]} x {pixels.shape[0]}, others are {images[0].shape[1]} x "
@@ -58,14 +58,14 @@ def _items(pairs: Any, part: str) -> Iterator[Any]:
     raise InputError(f"the {part} data are a {type(pairs).__name__}; give a Dataset or an iterable of (image, label)")
 
 
-def pair_of(item: Any, where: str) -> Sequence[Any]:
+def check_pair(item: Any, where: str) -> Sequence[Any]:
     """Return an item, or raise InputError where it is no pair."""
     if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
         raise InputError(f"{where} is a {type(item).__name__}, not a pair (image, label)")
     return item
 
 
-def pixels_of(image: Any, where: str) -> np.ndarray:
+def to_uint8_hwc(image: Any, where: str) -> np.ndarray:
     """Return an image as `H x W x C`, uint8, or raise InputError."""
     if isinstance(image, Image.Image):
         rgb, gray = as_rgb(image, where)

@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import Subset
 
-from codistill.data.from_python import class_index, pair_of, pixels_of
+from codistill.data.from_python import check_pair, class_index, to_uint8_hwc
 from codistill.data.image_files import PROBED, ImageFiles, side_of, spread
 from codistill.utils.errors import InputError
 
@@ -43,7 +43,7 @@ class DatasetImages(ImageFiles):
         Raises:
             InputError: the data set fails, or its item is no pair of image and label.
         """
-        pixels = pixels_of(self.item(index)[0], self.path(index))
+        pixels = to_uint8_hwc(self.item(index)[0], self.path(index))
         return Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels).convert("RGB")
 
     def item(self, index: int) -> Sequence[Any]:
@@ -52,7 +52,7 @@ class DatasetImages(ImageFiles):
             item = self.pairs[int(self.names[index])]
         except Exception as error:  # whatever somebody's data set raises
             raise InputError(f"{self.path(index)} cannot be read ({type(error).__name__}: {error})") from error
-        return pair_of(item, self.path(index))
+        return check_pair(item, self.path(index))
 
     def probe(self) -> tuple[list[tuple[int, int]], bool]:
         """Return (width, height) of some of the images, evenly spread, and whether all are gray.
@@ -63,7 +63,7 @@ class DatasetImages(ImageFiles):
         shapes, error = [], None
         for index in spread(len(self), PROBED):
             try:
-                shapes.append(pixels_of(self.item(index)[0], self.path(index)).shape)
+                shapes.append(to_uint8_hwc(self.item(index)[0], self.path(index)).shape)
             except InputError as one:  # whoever reads it again says so
                 error = one
         if not shapes and error is not None:

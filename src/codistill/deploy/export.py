@@ -21,7 +21,7 @@ from codistill.deploy.student_template import LOADER
 from codistill.models import MODELS, source_of
 from codistill.models.external import LogitsOnly
 from codistill.training.loaders import test_loader
-from codistill.training.run import Training
+from codistill.training.run import Run
 from codistill.training.student import deployed_index, deployed_network
 from codistill.utils.errors import InputError, MachineError
 from codistill.utils.files import write_atomically
@@ -33,26 +33,28 @@ MOST_DIFFERENCE = 1e-3
 Runner = Callable[[Tensor], Tensor]
 
 
-def about_student(t: Training) -> dict[str, Any]:
+def about_student(run: Run) -> dict[str, Any]:
     """Return what a user of the weights must know."""
     return {
         "format": "codistill student",
-        "model": t.config.model[deployed_index(t) if len(t.config.model) > 1 and t.config.deploy != "ensemble" else 0],
-        "outputs": "log-probabilities" if t.config.deploy == "ensemble" else "logits",
-        "classes": list(t.data.classes),
-        "channels": t.data.channels,
-        "image_size": t.data.image_size,
-        "fit": t.data.fit,
-        "mean": list(t.data.mean),
-        "std": list(t.data.std),
+        "model": run.config.model[
+            deployed_index(run) if len(run.config.model) > 1 and run.config.deploy != "ensemble" else 0
+        ],
+        "outputs": "log-probabilities" if run.config.deploy == "ensemble" else "logits",
+        "classes": list(run.data.classes),
+        "channels": run.data.channels,
+        "image_size": run.data.image_size,
+        "fit": run.data.fit,
+        "mean": list(run.data.mean),
+        "std": list(run.data.std),
     }
 
 
-def export_student(t: Training, path: Path, kind: str = "safetensors") -> float:
+def export_student(run: Run, path: Path, kind: str = "safetensors") -> float:
     """Write the deployed student and check the file in its own runtime.
 
     Args:
-        t: A run loaded with `load_run`.
+        run: A run loaded with `load_run`.
         path: Where to write; it ends in what the format's files end in.
         kind: safetensors, torch-export or onnx.
 
@@ -67,15 +69,15 @@ def export_student(t: Training, path: Path, kind: str = "safetensors") -> float:
         raise InputError(f"--out {path} must end in {SUFFIXES[kind]} for --format {kind}")
     if path.exists():
         raise InputError(f"--out {path} exists; remove it or name another file")
-    if kind == "safetensors" and t.config.deploy == "ensemble":
+    if kind == "safetensors" and run.config.deploy == "ensemble":
         raise InputError("--format safetensors holds one plain network, and this run deploys its ensemble; "
                          "use --format torch-export or onnx")  # fmt: skip
-    images_BCHW, expected_BC = _trained_outputs(t)
-    student = deployed_network(t).cpu().float()
+    images_BCHW, expected_BC = _trained_outputs(run)
+    student = deployed_network(run).cpu().float()
     write = {"safetensors": _write_safetensors, "torch-export": _write_torch_export, "onnx": _write_onnx}[kind]
     try:
-        run = write(student, images_BCHW, about_student(t), path)
-        gap = _largest_difference(run, images_BCHW, expected_BC)
+        program = write(student, images_BCHW, about_student(run), path)
+        gap = _largest_difference(program, images_BCHW, expected_BC)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
@@ -86,16 +88,18 @@ def export_student(t: Training, path: Path, kind: str = "safetensors") -> float:
 
 
 @torch.no_grad()
-def _trained_outputs(t: Training) -> tuple[Tensor, Tensor]:
+def _trained_outputs(run: Run) -> tuple[Tensor, Tensor]:
     """Return test images and what the peers (not the exported copy) say about them."""
-    peers = t.ema.peers if t.config.deploy == "ema" and t.ema is not None else t.peers
+    peers = run.ema.peers if run.config.deploy == "ema" and run.ema is not None else run.peers
     peers.eval().cpu()
-    t.method.eval().cpu()
+    run.method.eval().cpu()
     peers.autocast = None
-    views, _ = next(test_loader(t).epoch())
+    views, _ = next(test_loader(run).epoch())
     views = views[:, :64].cpu()
     outputs = peers(views)
-    expected = t.method.ensemble(outputs) if t.config.deploy == "ensemble" else outputs.logits_PBC[deployed_index(t)]
+    expected = (
+        run.method.ensemble(outputs) if run.config.deploy == "ensemble" else outputs.logits_PBC[deployed_index(run)]
+    )
     return views[0].float().contiguous(), expected.float()
 
 

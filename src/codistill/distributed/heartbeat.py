@@ -17,10 +17,10 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store
 
-from codistill.utils.errors import ElsewhereError, MachineError
+from codistill.utils.errors import MachineError, OtherRankFailedError
 
 INTERVAL = 0.5  # seconds between two beats
-SILENCE = 4  # beats that a living rank may miss
+MAX_MISSED_BEATS = 4  # beats that a living rank may miss
 
 
 def meet(store: Store, rank: int, world: int, patience: float) -> Store:
@@ -85,13 +85,13 @@ class Heartbeat:
         self._ended.set()
         self._thread.join(timeout=5)
 
-    def confess(self, reason: str) -> None:
+    def report_failure(self, reason: str) -> None:
         """Leave word of why this rank ends, unless it is that another one did."""
         with contextlib.suppress(RuntimeError):
             self.store.set(f"end/{self.rank}", reason.splitlines()[0][:500] if reason else "an error")
         self.stop()
 
-    def diagnose(self, reason: str) -> MachineError | ElsewhereError:
+    def diagnose(self, reason: str) -> MachineError | OtherRankFailedError:
         """Return the sentence that names the rank that is missing; the first living rank says it, the others nothing.
 
         Args:
@@ -103,7 +103,7 @@ class Heartbeat:
             return MachineError("the job's store is gone: the machine that holds it, or torchrun on it, has ended")
         living = [r for r in range(self.world) if r not in confessed and r not in silent]
         if living and self.rank != living[0]:
-            return ElsewhereError(1)
+            return OtherRankFailedError(1)
         if confessed:
             said = "; ".join(f"rank {r} ({self._place(r)}) ended: {why}" for r, why in confessed.items())
             return MachineError(f"{said}; continue with --resume auto")
@@ -121,7 +121,7 @@ class Heartbeat:
     def _look(self) -> tuple[dict[int, str], list[int]]:
         """Return who confessed what, and whose count stands still."""
         before = self._beats()
-        time.sleep(INTERVAL * SILENCE)
+        time.sleep(INTERVAL * MAX_MISSED_BEATS)
         after = self._beats()
         ended = [r for r in range(self.world) if self.store.check([f"end/{r}"])]
         confessed = {r: self.store.get(f"end/{r}").decode() for r in ended}

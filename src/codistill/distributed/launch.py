@@ -14,7 +14,7 @@ from codistill.distributed.mesh import _JOB, Mesh
 from codistill.utils.errors import InputError
 
 
-def join_mesh(config: Config, device: torch.device) -> Mesh | None:
+def init_mesh(config: Config, device: torch.device) -> Mesh | None:
     """Meet the other processes of the job; None where there is one process.
 
     Raises:
@@ -53,7 +53,7 @@ def own_device(device: torch.device) -> torch.device:
     return own
 
 
-def after_restart(config: Config) -> Config:
+def resume_after_restart(config: Config) -> Config:
     """Return the config with which to go on where torchrun has started the job again: from the last checkpoint."""
     again = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
     return dataclasses.replace(config, resume="auto") if again and config.resume is None else config

@@ -24,7 +24,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from codistill.config.config import Config
 from codistill.distributed.heartbeat import Heartbeat, meet
-from codistill.utils.errors import ElsewhereError, InputError, MachineError
+from codistill.utils.errors import InputError, MachineError, OtherRankFailedError
 
 BUCKET = 25 * 2**20  # bytes of gradients that travel together
 Value = TypeVar("Value")
@@ -106,18 +106,18 @@ class Mesh:
         first = sum(self.rows[: self.data_index])
         return slice(first, first + self.rows[self.data_index]) if not self.idle else slice(0, 1)
 
-    def weight(self, whole_batch: bool) -> float:
+    def weight(self, needs_full_batch: bool) -> float:
         """Return the weight of this rank's loss: its part of the batch, 1 where every rank's is of the whole."""
-        return 1.0 if whole_batch else self.rows[self.data_index] / sum(self.rows)
+        return 1.0 if needs_full_batch else self.rows[self.data_index] / sum(self.rows)
 
-    def counted(self, whole_batch: bool) -> int:
+    def num_counted(self, needs_full_batch: bool) -> int:
         """Return how many samples this rank adds to sums over the epoch, so that the axis `data` adds up to all."""
-        if whole_batch:
+        if needs_full_batch:
             return sum(self.rows) if self.data_index == 0 else 0
         return self.rows[self.data_index]
 
     @contextmanager
-    def own_draws(self) -> Iterator[None]:
+    def rank_rng(self) -> Iterator[None]:
         """Draw (dropout) from a stream of this rank and step, so that what all ranks draw in common stays in common."""
         with torch.random.fork_rng(devices=[self.device] if self.device.type == "cuda" else []):
             place = (self.step * 1_000 + self._draws) * self.world + self.rank
@@ -193,7 +193,7 @@ class Mesh:
             parts = flat.split([g.numel() for g in bucket])
             torch._foreach_copy_(bucket, [part.view(g.shape) for part, g in zip(parts, bucket)])
 
-    def agree(self, flag: Tensor) -> None:
+    def all_reduce_flag(self, flag: Tensor) -> None:
         """Raise the flag on all ranks if it is up on one; on the device, the host waits for nothing."""
         self._reduce(flag, None, self.world, "world: flag", dist.ReduceOp.MAX)
 
@@ -234,11 +234,11 @@ class Mesh:
 
     # -- between hosts -------------------------------------------------------------------------------------------------
 
-    def everybodys(self, value: Value) -> list[Value]:
+    def all_gather_object(self, value: Value) -> list[Value]:
         """Return a plain value of every rank (the host waits)."""
-        return self._tell(value, None)
+        return self._gather_or_fail(value, None)
 
-    def _tell(self, value: Any, failure: tuple[str, str] | None) -> list[Any]:
+    def _gather_or_fail(self, value: Any, failure: tuple[str, str] | None) -> list[Any]:
         """Exchange values; a rank that has none for its failure ends all, wherever they are."""
         told: list[Any] = [None] * self.world
         self._call(dist.all_gather_object, told, (value, failure))
@@ -247,7 +247,7 @@ class Mesh:
                 self._over = True
                 kind = InputError if said[0] == "InputError" else MachineError
                 if self.rank:
-                    raise ElsewhereError(2 if kind is InputError else 1)
+                    raise OtherRankFailedError(2 if kind is InputError else 1)
                 raise kind(said[1] if rank == 0 else f"rank {rank}: {said[1]}")
         return [value for value, _ in told]
 
@@ -259,20 +259,20 @@ class Mesh:
         self._call(dist.gather_object, value, values, dst=0, group=self.peer_group)
         return values
 
-    def together(self, what: Callable[[], Value]) -> Value:
+    def run_on_all_ranks(self, what: Callable[[], Value]) -> Value:
         """Run what may fail on every rank; if it fails on one, all fail, and the first such rank's reason is told."""
         try:
             value = what()
         except (InputError, MachineError) as error:
             if not self._over:
-                self._tell(None, (type(error).__name__, str(error)))
+                self._gather_or_fail(None, (type(error).__name__, str(error)))
             raise
-        self._tell(None, None)
+        self._gather_or_fail(None, None)
         return value
 
-    def on_first(self, what: Callable[[], Value]) -> Value:
+    def run_on_main_rank(self, what: Callable[[], Value]) -> Value:
         """Run something on the first rank alone and return what it returned, or raise what it raised, on every rank."""
-        value = self.together(lambda: what() if self.rank == 0 else None)
+        value = self.run_on_all_ranks(lambda: what() if self.rank == 0 else None)
         values: list[Any] = [value]
         self._call(dist.broadcast_object_list, values, 0)
         return values[0]
@@ -282,15 +282,15 @@ class Mesh:
         """Leave word in the job's store of why this rank ends, for those that will wait for it."""
         try:
             yield
-        except ElsewhereError:
+        except OtherRankFailedError:
             raise
         except BaseException as error:
-            self.heartbeat.confess(f"{type(error).__name__}: {error}")
+            self.heartbeat.report_failure(f"{type(error).__name__}: {error}")
             raise
 
     def first_signal(self, caught: Sequence[str]) -> str | None:
         """Return the name of a signal that any rank has caught."""
-        return next((names[0] for names in self.everybodys(list(caught)) if names), None)
+        return next((names[0] for names in self.all_gather_object(list(caught)) if names), None)
 
 
 _JOB: list[Heartbeat] = []  # this process's, once it has met the others; several runs one after the other share it

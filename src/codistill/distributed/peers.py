@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from codistill.distributed.mesh import Mesh
 from codistill.peers.base import PeerOutputs, Peers
-from codistill.peers.modes import eval_mode, running_statistics_kept
+from codistill.peers.modes import eval_mode, frozen_batchnorm_stats
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.split_head import SplitMember
 from codistill.utils.errors import InputError
@@ -38,14 +38,14 @@ class MeshPeers(Peers):
         self.members = local.members
         self._local = (local,)  # not registered: its members are this module's already
         self.mesh, self.num_classes = mesh, local.num_classes
-        told = mesh.everybodys([(m.feature_dim, _numbers(m)) for m in map(local.member, range(local.num_peers))])
+        told = mesh.all_gather_object([(m.feature_dim, _numbers(m)) for m in map(local.member, range(local.num_peers))])
         everybody = [about for rank in range(mesh.num_peer) for about in told[rank]]
         self._feature_dims = [dim for dim, _ in everybody]
         self.parameter_counts = [numbers for _, numbers in everybody]
         """Parameters of every member, trained or frozen."""
         self.trained_counts = list(self.parameter_counts)
         """Those that are trained."""
-        self.features = self.whole_batch = False
+        self.features = self.needs_full_batch = False
         self.only_logits = False
         """Whether training hears logits alone (mean teachers)."""
 
@@ -76,7 +76,7 @@ class MeshPeers(Peers):
 
     def count_trained(self) -> None:
         """Learn of all ranks how many of their members' parameters are trained (after some have been frozen)."""
-        told = self.mesh.everybodys([_numbers(self.local.member(k), True) for k in range(self.local.num_peers)])
+        told = self.mesh.all_gather_object([_numbers(self.local.member(k), True) for k in range(self.local.num_peers)])
         self.trained_counts = [numbers for rank in range(self.mesh.num_peer) for numbers in told[rank]]
 
     def with_members(self, local: Peers) -> MeshPeers:
@@ -86,9 +86,9 @@ class MeshPeers(Peers):
         twin.members, twin._local = local.members, (local,)
         return twin
 
-    def serve(self, features: bool, whole_batch: bool) -> None:
+    def serve(self, features: bool, needs_full_batch: bool) -> None:
         """Gather from now on what a method needs beside the logits."""
-        self.features, self.whole_batch = features, whole_batch
+        self.features, self.needs_full_batch = features, needs_full_batch
 
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
         """Run the rank's members on their views and return what all peers say, others' words as constants.
@@ -97,12 +97,12 @@ class MeshPeers(Peers):
             views_VBCHW: The rank's rows of the images: one view, or one for each of its members.
         """
         if not self.training:
-            return self._along_peers(self.local(views_VBCHW), self.features)
-        with self.mesh.own_draws(), self._bystander():
+            return self._gather_peers(self.local(views_VBCHW), self.features)
+        with self.mesh.rank_rng(), self._without_statistics_if_idle():
             outputs = self.local(views_VBCHW)
         features = self.features and not self.only_logits
-        outputs = self._along_peers(outputs, features)
-        return self._along_data(outputs, features) if self.whole_batch else outputs
+        outputs = self._gather_peers(outputs, features)
+        return self._along_data(outputs, features) if self.needs_full_batch else outputs
 
     @torch.no_grad()
     def refresh(self, said: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:
@@ -114,13 +114,13 @@ class MeshPeers(Peers):
             own, count = index - mesh.own.start, len(mesh.own)
             outputs = PeerOutputs(word.new_zeros(count, len(word), self.num_classes), [word] * count if dims else [])
             assert isinstance(local, NetworkPeers)  # branches are stepped together
-            with mesh.own_draws():
+            with mesh.rank_rng():
                 local.refresh(outputs, views_VBCHW, own)
             word = _pack(outputs.logits_PBC[own : own + 1], outputs.features[own : own + 1])
         if mesh.num_peer > 1:
             widths = [word.shape[1]] * mesh.num_peer
             word = mesh.exchange(word, "peer", [len(word)] * mesh.num_peer, widths)[index // len(mesh.own)]
-        if self.whole_batch and mesh.num_data > 1:
+        if self.needs_full_batch and mesh.num_data > 1:
             rows = word[: mesh.rows[mesh.data_index]]
             word = torch.cat(mesh.exchange(rows, "data", mesh.rows, [word.shape[1]] * mesh.num_data))
         logits_1BC, features = _unpack(word, 1, self.num_classes, dims)
@@ -129,15 +129,15 @@ class MeshPeers(Peers):
             said.features[index] = features[0]
 
     @contextmanager
-    def _bystander(self) -> Iterator[None]:
+    def _without_statistics_if_idle(self) -> Iterator[None]:
         """Record no statistics of its own where the rank has no sample of the batch."""
         if self.mesh.idle and not self.mesh.sync_bn:
-            with running_statistics_kept(self):
+            with frozen_batchnorm_stats(self):
                 yield
         else:
             yield
 
-    def _along_peers(self, outputs: PeerOutputs, features: bool) -> PeerOutputs:
+    def _gather_peers(self, outputs: PeerOutputs, features: bool) -> PeerOutputs:
         """Put all members' outputs on the rank's rows together."""
         mesh = self.mesh
         if not features:
@@ -188,7 +188,7 @@ def imbalance(peers: MeshPeers, example_BCHW: Tensor) -> str | None:
 
     with FlopCounterMode(display=False) as counter, eval_mode(peers):
         peers.local(example_BCHW)
-    costs = peers.mesh.everybodys(counter.get_total_flops())[: peers.mesh.num_peer]
+    costs = peers.mesh.all_gather_object(counter.get_total_flops())[: peers.mesh.num_peer]
     least, most = min(costs), max(costs)
     if most <= IMBALANCE * least:
         return None
@@ -199,7 +199,7 @@ def imbalance(peers: MeshPeers, example_BCHW: Tensor) -> str | None:
     )
 
 
-def refuse_foreign(peers: Peers, index: int) -> None:
+def require_local(peers: Peers, index: int) -> None:
     """Raise where a member is asked for that lives on another rank."""
     if isinstance(peers, MeshPeers) and index not in peers.mesh.own:
         raise InputError(f"member {index} lives on another rank; load the run folder in one process to get at it")

@@ -18,7 +18,7 @@ from codistill.methods import Method
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.modes import eval_mode
 from codistill.peers.networks import NetworkPeers
-from codistill.utils.device import _allocated, forget_peak, peak_megabytes, wait_for
+from codistill.utils.device import _allocated, peak_megabytes, reset_peak_memory, synchronize
 
 
 def training_flops(peers: Peers, method: Method, outputs_of: Any, views_VBCHW: Tensor, targets_B: Tensor) -> float:
@@ -46,7 +46,9 @@ def training_flops(peers: Peers, method: Method, outputs_of: Any, views_VBCHW: T
     return counter.get_total_flops() / len(targets_B)
 
 
-def deploying(student: nn.Module, image_CHW: Tensor, autocast: torch.dtype | None = None) -> dict[str, float | None]:
+def inference_cost(
+    student: nn.Module, image_CHW: Tensor, autocast: torch.dtype | None = None
+) -> dict[str, float | None]:
     """Return an image's FLOPs, its milliseconds alone and among 64, and a GPU's peak of memory among 64."""
     device = image_CHW.device
     one_BCHW, many_BCHW = image_CHW.unsqueeze(0), image_CHW.expand(64, *image_CHW.shape).contiguous()
@@ -55,7 +57,7 @@ def deploying(student: nn.Module, image_CHW: Tensor, autocast: torch.dtype | Non
         with counter:
             student(one_BCHW)
         others = _allocated(device) - sum(x.nbytes for x in (*student.parameters(), *student.buffers()))
-        forget_peak(device)
+        reset_peak_memory(device)
         alone, among = _milliseconds(student, one_BCHW), _milliseconds(student, many_BCHW) / len(many_BCHW)
     return {
         "flops_an_image": counter.get_total_flops(),
@@ -71,6 +73,6 @@ def _milliseconds(student: nn.Module, x_BCHW: Tensor) -> float:
     for _ in range(6):
         began = time.perf_counter()
         student(x_BCHW)
-        wait_for(x_BCHW.device)
+        synchronize(x_BCHW.device)
         times.append(time.perf_counter() - began)
     return 1000 * median(times[1:])

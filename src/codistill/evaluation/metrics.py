@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codistill.losses import peer_distance
-from codistill.utils.device import wide_dtype
+from codistill.utils.device import accumulation_dtype
 
 NUM_BINS = 15
 
@@ -43,7 +43,7 @@ class PeerMetrics:
         self.group_G = torch.tensor(list(group)).to(device)  # a list as index would be sent there for every batch
         rows = num_peers + 1
         self.count = 0
-        self.wide = wide_dtype(device)
+        self.wide = accumulation_dtype(device)
         self.correct_M = torch.zeros(rows, dtype=self.wide, device=device)
         self.correct5_M = torch.zeros_like(self.correct_M)
         self.nll_M = torch.zeros_like(self.correct_M)

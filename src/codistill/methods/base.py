@@ -62,7 +62,7 @@ class Method(nn.Module):
     ramp_epochs: float = 0.0
     ema_decay: float = 0.0
     """Most that a mean teacher keeps of itself, for a method that needs one."""
-    whole_batch: bool = False
+    needs_full_batch: bool = False
     """Whether the loss is more than a mean over samples (statistics of the batch, a draw a batch), so that processes
     that share a batch must each hear all of it."""
     holdout_fraction: float = 0.0
@@ -108,7 +108,7 @@ class Method(nn.Module):
             log_probs_PBC = torch.stack([log_probs_PBC[p] for p in self.group])
         return torch.logsumexp(log_probs_PBC, 0).log_softmax(-1)
 
-    def after_epoch(self, holdout_logits_PNC: Tensor, holdout_targets_N: Tensor) -> None:
+    def update_on_holdout(self, holdout_logits_PNC: Tensor, holdout_targets_N: Tensor) -> None:
         """Solve for the method's own state once an epoch, on the holdout's outputs."""
 
     def deploy(self, peers: Peers) -> nn.Module:

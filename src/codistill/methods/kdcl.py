@@ -27,7 +27,7 @@ from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mi
 from codistill.methods.base import Method, PeerInfo, Terms, join
 from codistill.methods.simplex import best_mixture, quadratic_on_simplex
 from codistill.peers.base import PeerOutputs
-from codistill.utils.device import wide_dtype
+from codistill.utils.device import accumulation_dtype
 from codistill.utils.errors import InputError
 
 
@@ -63,7 +63,7 @@ class KDCL(Method):
         self.needs = frozenset(({"views"} if own_views else set()) | ({"holdout"} if target == "general" else set()))
         self.target, self.temperature, self.weight = target, temperature, weight
         self.granularity, self.mix = granularity, mix
-        self.whole_batch = target == "linear" and granularity == "batch"
+        self.needs_full_batch = target == "linear" and granularity == "batch"
         self.holdout_fraction = holdout_fraction if target == "general" else 0.0
         self.weights_P: Tensor
         if target == "general":  # uniform until the first epoch's holdout has been seen
@@ -115,11 +115,11 @@ class KDCL(Method):
         return best_mixture(margins_BPC.unsqueeze(0)).to(margins_PBC.dtype).expand(margins_PBC.shape[1], -1)
 
     @torch.no_grad()
-    def after_epoch(self, holdout_logits_PNC: Tensor, holdout_targets_N: Tensor) -> None:
+    def update_on_holdout(self, holdout_logits_PNC: Tensor, holdout_targets_N: Tensor) -> None:
         """Solve for `general`'s weights on the holdout's outputs."""
         if self.target != "general":
             return
-        probs_PNC = holdout_logits_PNC.to(wide_dtype(holdout_logits_PNC.device)).softmax(-1)
+        probs_PNC = holdout_logits_PNC.to(accumulation_dtype(holdout_logits_PNC.device)).softmax(-1)
         labels_NC = torch.nn.functional.one_hot(holdout_targets_N, probs_PNC.shape[-1]).to(probs_PNC.dtype)
         error_PNC = probs_PNC - labels_NC
         covariance_PP = torch.einsum("inc,jnc->ij", error_PNC, error_PNC) / len(holdout_targets_N)

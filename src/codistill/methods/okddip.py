@@ -80,7 +80,7 @@ class OKDDip(Method):
         self.variant, self.temperature, self.detach = variant, temperature, detach
         self.weight, self.ramp_epochs = weight, 80.0 if ramp_epochs is None else ramp_epochs
         self.mask_self, self.ablation, self.entropy_weight = mask_self, ablation, entropy_weight
-        self.whole_batch = ablation == "random"  # all processes make one draw for the batch
+        self.needs_full_batch = ablation == "random"  # all processes make one draw for the batch
         self.has_leader = ablation != "no_leader"
         if self.has_leader:
             self.deployed = num_peers - 1

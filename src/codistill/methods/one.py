@@ -39,7 +39,7 @@ class ONE(Method):
 
     name = "one"
     citation = "Lan, Zhu, Gong: Knowledge Distillation by On-the-Fly Native Ensemble. NeurIPS 2018"
-    whole_batch = True  # the gate normalises over the batch
+    needs_full_batch = True  # the gate normalises over the batch
 
     def __init__(
         self,

@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from codistill.utils.device import wide_dtype
+from codistill.utils.device import accumulation_dtype
 
 ITERATIONS = 50
 SMOOTHING_ENDS, BARRIER_ENDS = 30, 40  # iterations after which tau is 1 and mu at its least
@@ -33,7 +33,7 @@ def best_mixture(margins_GNPC: Tensor) -> Tensor:
     Args:
         margins_GNPC: u. On a device without float64 (Apple's GPUs) the CPU solves it, for which the host waits.
     """
-    if wide_dtype(margins_GNPC.device) is not torch.float64:
+    if accumulation_dtype(margins_GNPC.device) is not torch.float64:
         return best_mixture(margins_GNPC.cpu()).to(margins_GNPC.dtype).to(margins_GNPC.device)
     u = margins_GNPC.double()
     groups, _, members, _ = u.shape

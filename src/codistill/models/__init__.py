@@ -55,7 +55,7 @@ def resolve(name: str, pretrained: bool = False, weights: str | None = None) -> 
     factory = MODELS[name] if source is None else source
     if weights is None:
         return factory
-    return Filled(factory, read_weights(weights), f"--weights {weights}")
+    return WithWeights(factory, read_weights(weights), f"--weights {weights}")
 
 
 def build(factory: Callable[..., nn.Module], **offers: Any) -> nn.Module:
@@ -68,11 +68,11 @@ def build(factory: Callable[..., nn.Module], **offers: Any) -> nn.Module:
 
 def has_weights(factory: object) -> bool:
     """Say whether what the factory builds is trained already, so that its head is to be made anew."""
-    return isinstance(factory, Filled) or (isinstance(factory, Source) and factory.pretrained)
+    return isinstance(factory, WithWeights) or (isinstance(factory, Source) and factory.pretrained)
 
 
 @dataclass
-class Filled:
+class WithWeights:
     """Builds a network and fills it with weights that were read from a file."""
 
     factory: Callable[..., nn.Module]

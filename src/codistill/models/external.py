@@ -30,7 +30,7 @@ KINDS = {
     "torchvision": "torchvision:NAME[,OPTION=VALUE ...]",
     "hf": "hf:PATH (a transformers image classifier)",
 }
-ELSEWHERE = {
+EXTERNAL_MODELS = {
     "timm:NAME": "any classifier of timm (pip install 'codistill[timm]')",
     "torchvision:NAME": "any classifier of torchvision; takes 3 channels",
     "hf:PATH": "an image classifier of transformers (pip install 'codistill[transformers]')",
@@ -136,7 +136,7 @@ def _first_line(error: BaseException) -> str:
 
 
 @contextmanager
-def _own_words(source: Source) -> Iterator[None]:
+def errors_as_sentences(source: Source) -> Iterator[None]:
     """Turn what a library meets while it builds into one sentence."""
     try:
         yield
@@ -172,7 +172,7 @@ def _timm(source: Source, num_classes: int, in_channels: int, image_size: int | 
         source = Source(
             source.name, source.kind, source.path, {"img_size": image_size} | source.options, source.pretrained
         )
-    with _own_words(source):
+    with errors_as_sentences(source):
         return timm.create_model(
             source.path, pretrained=source.pretrained, num_classes=num_classes, in_chans=in_channels, **source.options
         )
@@ -189,7 +189,7 @@ def _torchvision(source: Source, num_classes: int, in_channels: int, image_size:
     options = _TORCHVISION_DEFAULTS.get(source.path, {}) | source.options
     if source.path.startswith("vit_") and image_size is not None:
         options = {"image_size": image_size} | options
-    with _own_words(source):
+    with errors_as_sentences(source):
         if not source.pretrained:
             return models.get_model(source.path, weights=None, num_classes=num_classes, **options)
         network = models.get_model(source.path, weights=None, num_classes=num_classes, **options)
@@ -211,7 +211,7 @@ class LogitsOnly(nn.Module):
 
 def _hf(source: Source, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     transformers = _library(source, "transformers")
-    with _own_words(source):
+    with errors_as_sentences(source):
         about = transformers.AutoConfig.from_pretrained(source.path, **source.options)
         about.num_labels = num_classes
         classifier = transformers.AutoModelForImageClassification
@@ -264,7 +264,7 @@ def _imported(source: Source, num_classes: int, in_channels: int, image_size: in
     accepted = inspect.signature(factory).parameters
     open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
     taken = {key: value for key, value in offers.items() if key in accepted or (open_ended and key == "num_classes")}
-    with _own_words(source):
+    with errors_as_sentences(source):
         network = factory(**(taken | source.options))
     if not isinstance(network, nn.Module):
         raise InputError(f"--model {source.name} returned {type(network).__name__}; it must return an nn.Module")

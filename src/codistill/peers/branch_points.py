@@ -13,11 +13,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from codistill.models import Filled, resolve
+from codistill.models import WithWeights, resolve
 from codistill.models.external import Source
 from codistill.peers.members import Spec
 from codistill.peers.modes import eval_mode
-from codistill.peers.split_head import SplitMember, example_for
+from codistill.peers.split_head import SplitMember, dummy_input
 from codistill.utils.errors import InputError
 
 
@@ -30,9 +30,9 @@ def default_fork(spec: Spec, member: SplitMember, in_channels: int, image_size: 
     if isinstance(own, str) and own:
         return own
     factory = resolve(spec) if isinstance(spec, str) else spec
-    factory = factory.factory if isinstance(factory, Filled) else factory
+    factory = factory.factory if isinstance(factory, WithWeights) else factory
     if isinstance(factory, Source) and factory.is_library:
-        example = example_for(member, in_channels, factory.native_size or image_size)
+        example = dummy_input(member, in_channels, factory.native_size or image_size)
         found = default_branch_point(branch_points(member.body, member.head_path, example))
         if found is not None:
             return found

@@ -14,7 +14,7 @@ from codistill.peers.branch_points import default_fork
 from codistill.peers.members import Spec, _members
 from codistill.peers.modes import eval_mode
 from codistill.peers.shared_trunk import Entry, Shared, share_until
-from codistill.peers.split_head import example_for
+from codistill.peers.split_head import dummy_input
 from codistill.utils.errors import InputError
 
 
@@ -60,7 +60,7 @@ class BranchPeers(Peers):
                 "branches are built from a name or a callable, once each; a built model or a list cannot be"
             )
         members = _members([spec] * num_peers, seed, num_classes, in_channels, image_size)
-        example = example_for(members[0], in_channels, image_size)
+        example = dummy_input(members[0], in_channels, image_size)
         forks = [branch_at] if isinstance(branch_at, str) else list(branch_at)
         forks = forks or [default_fork(spec, members[0], in_channels, image_size)]
         fan_out = list(fan_out) or [num_peers]
@@ -120,7 +120,7 @@ class BranchPeers(Peers):
             for shared in self._shared:
                 shared.rewind(keep=True)
             member(example)
-            for tensor in (t for shared in self._shared for t in shared.tensors()):
+            for tensor in (run for shared in self._shared for run in shared.tensors()):
                 written |= versions.setdefault(id(tensor), tensor._version) != tensor._version
         self._forget()
         return written

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from codistill.models import build, has_weights, resolve
-from codistill.peers.split_head import SplitMember, example_for, split_head
+from codistill.peers.split_head import SplitMember, dummy_input, split_head
 from codistill.utils.errors import InputError
 
 Spec = str | Callable[..., nn.Module] | nn.Module
@@ -34,7 +34,7 @@ def _members(
             built.append(factory if isinstance(factory, nn.Module) else build(factory, **offers))
         if len({id(b) for b in built}) != len(built):
             raise InputError("the same built model is given twice; give every peer one of its own")
-        members = [split_head(b, example_for(b, in_channels, image_size)) for b in built]
+        members = [split_head(b, dummy_input(b, in_channels, image_size)) for b in built]
         for p, (factory, member) in enumerate(zip(factories, members), first):
             if has_weights(factory):  # with one head for all, the members would be copies of each other for ever
                 torch.default_generator.manual_seed(member_seed(seed, p))

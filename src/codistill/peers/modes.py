@@ -10,7 +10,7 @@ from torch import nn
 
 
 @contextmanager
-def running_statistics_kept(module: nn.Module) -> Iterator[None]:
+def frozen_batchnorm_stats(module: nn.Module) -> Iterator[None]:
     """Let BatchNorm use batch statistics without recording them."""
     tracking = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     for m in tracking:
@@ -23,7 +23,7 @@ def running_statistics_kept(module: nn.Module) -> Iterator[None]:
 
 
 @contextmanager
-def statistics_recorded_already(module: nn.Module) -> Iterator[None]:
+def no_batchnorm_update(module: nn.Module) -> Iterator[None]:
     """Let BatchNorm run as ever, down to what it saves for the backward, and move no running statistics."""
     tracking = [m for m in module.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm) and m.track_running_stats]
     momenta = [m.momentum for m in tracking]

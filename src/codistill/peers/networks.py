@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.members import Spec, _members, _num_classes
-from codistill.peers.modes import running_statistics_kept
+from codistill.peers.modes import frozen_batchnorm_stats
 from codistill.utils.errors import InputError
 
 
@@ -76,7 +76,7 @@ class NetworkPeers(Peers):
         views, member = self._views(views_VBCHW), self.member(index)
         with (
             torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None),
-            running_statistics_kept(member),
+            frozen_batchnorm_stats(member),
         ):
             features_BD, logits_BC = member(views[index if views.shape[0] > 1 else 0])
         said.logits_PBC[index] = logits_BC

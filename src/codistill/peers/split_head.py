@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from codistill.peers.modes import eval_mode, running_statistics_kept, statistics_recorded_already
+from codistill.peers.modes import eval_mode, frozen_batchnorm_stats, no_batchnorm_update
 from codistill.peers.shared_trunk import plain_copy
 from codistill.utils.errors import InputError
 
@@ -31,7 +31,7 @@ class SplitMember(nn.Module):
         """Return `(features, logits)`. The head runs outside autocast, in its own dtype."""
         if self.recompute and self.training and torch.is_grad_enabled():
             # The second run sees the same draws and batch statistics, and must not record those twice.
-            twice = lambda: (nullcontext(), statistics_recorded_already(self.body))  # noqa: E731
+            twice = lambda: (nullcontext(), no_batchnorm_update(self.body))  # noqa: E731
             features = checkpoint(self.body, x_BCHW, use_reentrant=False, context_fn=twice)
         else:
             features = self.body(x_BCHW)
@@ -70,7 +70,7 @@ def split_head(model: nn.Module, example: Tensor | None = None) -> SplitMember:
     outputs = _own_outputs(model, example)
     for path in paths:
         member = _cut(model, path)
-        if _gives(member, example, outputs):
+        if _reproduces(member, example, outputs):
             _check_training(member, example)
             return member
         model.set_submodule(path, member.head)
@@ -126,7 +126,7 @@ def _own_outputs(model: nn.Module, example: Tensor) -> Tensor:
     return outputs
 
 
-def _gives(member: SplitMember, example: Tensor, outputs: Tensor) -> bool:
+def _reproduces(member: SplitMember, example: Tensor, outputs: Tensor) -> bool:
     """Say whether the parts, one after the other, give the whole's output."""
     try:
         with eval_mode(member), torch.no_grad():
@@ -141,7 +141,7 @@ def _gives(member: SplitMember, example: Tensor, outputs: Tensor) -> bool:
 def _check_training(member: SplitMember, example: Tensor) -> None:
     """Raise where the network returns something else while it trains; nothing random or running is changed."""
     try:
-        with torch.no_grad(), torch.random.fork_rng(devices=[]), running_statistics_kept(member):
+        with torch.no_grad(), torch.random.fork_rng(devices=[]), frozen_batchnorm_stats(member):
             modes = [(m, m.training) for m in member.modules()]
             member.train()
             try:
@@ -162,7 +162,7 @@ def _check_training(member: SplitMember, example: Tensor) -> None:
         )
 
 
-def example_for(module: nn.Module, in_channels: int, image_size: int) -> Tensor:
+def dummy_input(module: nn.Module, in_channels: int, image_size: int) -> Tensor:
     """Return one image of noise that `module` can be tried on, leaving the random state alone."""
     parameter = next(module.parameters())
     noise = torch.linspace(-40.0, 40.0, in_channels * image_size**2).sin()

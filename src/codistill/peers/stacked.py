@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from codistill.losses import scale_gradient
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branches import BranchPeers
-from codistill.peers.modes import running_statistics_kept
+from codistill.peers.modes import frozen_batchnorm_stats
 from codistill.peers.shared_trunk import Entry, Shared
 from codistill.utils.errors import InputError
 
@@ -257,7 +257,7 @@ def _plain_outputs(peers: Peers, example: Tensor, runner: StackedPeers | None = 
     peers.train()
     stacked.train()
     try:
-        with running_statistics_kept(peers), running_statistics_kept(stacked):
+        with frozen_batchnorm_stats(peers), frozen_batchnorm_stats(stacked):
             outputs = (runner or peers)(example.unsqueeze(0))
         return outputs.logits_PBC
     finally:

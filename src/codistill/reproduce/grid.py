@@ -20,7 +20,7 @@ from typing import Any, Protocol
 
 from codistill.config.config import Config
 from codistill.config.methods import KDConfig
-from codistill.reproduce.run_result import Answer, finished
+from codistill.reproduce.run_result import RunOutcome, finished
 from codistill.utils.errors import InputError
 from codistill.utils.files import read_json
 from codistill.utils.signals import Stopped, caught_signals
@@ -94,7 +94,7 @@ class Executor(Protocol):
         """Start a run and return a handle."""
         ...
 
-    def answer(self, handle: Any) -> Answer | None:
+    def answer(self, handle: Any) -> RunOutcome | None:
         """Return what came out, (figures, None) or (None, reason); None while it goes on."""
         ...
 
@@ -172,7 +172,7 @@ def _advance(jobs: list[Job], executor: Executor) -> None:
             _end(job, answer)
 
 
-def _end(job: Job, answer: Answer) -> None:
+def _end(job: Job, answer: RunOutcome) -> None:
     figures, failure = answer
     job.ended = True
     if figures is not None:

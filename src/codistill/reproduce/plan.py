@@ -11,7 +11,7 @@ from codistill.config.config import ReproduceConfig as Options
 from codistill.reproduce.grid import Cell
 from codistill.reproduce.published_tables import published_table
 from codistill.reproduce.recipes import TABLES
-from codistill.reproduce.recipes.table_recipe import IMAGENET, SCALES, Place, TableRecipe, scaled
+from codistill.reproduce.recipes.table_recipe import IMAGENET, SCALES, CellRef, TableRecipe, scaled
 from codistill.utils.errors import InputError
 
 
@@ -21,7 +21,7 @@ class TableCell(Cell):
 
     network: str = ""
     method: str = ""
-    places: tuple[Place, ...] = ()
+    places: tuple[CellRef, ...] = ()
 
 
 @dataclass

@@ -9,10 +9,10 @@ from codistill.config.config import Config
 from codistill.utils.errors import InputError
 from codistill.utils.files import read_json
 
-Answer = tuple[dict[str, Any] | None, str | None]
+RunOutcome = tuple[dict[str, Any] | None, str | None]
 
 
-def finished(config: Config) -> Answer | None:
+def finished(config: Config) -> RunOutcome | None:
     """Return the answer of a run that is complete, or why the folder cannot be this run's; else None."""
     path = Path(str(config.out)) / "result.json"
     if not path.exists():

@@ -56,15 +56,15 @@ def table_rows(cells: list[Cell]) -> list[dict[str, str]]:
     for cell in cells:
         tests = [r["test"] for r in cell.results.values()]
         students = [r["student"] for r in cell.results.values()]
-        several = any(len(t["top1"]) > 1 for t in tests)
+        several = any(len(run["top1"]) > 1 for run in tests)
         row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": mean_std(list(accuracy_by_seed(cell).values()))}
         if top5:
             row["top-5 %"] = mean_std([s["top5"] for s in students])
         baseline = by_label.get(cell.baseline or "")
         compared = paired_difference(accuracy_by_seed(cell), accuracy_by_seed(baseline)) if baseline else None
         row["vs equal cost"] = say_difference(compared)
-        row["ensemble %"] = mean_std([t["ensemble_top1"] for t in tests]) if several else "-"
-        row["diversity"] = mean_std([t["diversity"] for t in tests], 3) if several else "-"
+        row["ensemble %"] = mean_std([run["ensemble_top1"] for run in tests]) if several else "-"
+        row["diversity"] = mean_std([run["diversity"] for run in tests], 3) if several else "-"
         row["ECE"] = mean_std([s["ece"] for s in students], 3)
         any_result = next(iter(cell.results.values()), None)
         row["parameters trained"] = f"{any_result['parameters_trained']:,}" if any_result else "-"

@@ -8,7 +8,7 @@ from statistics import fmean
 from typing import Any
 
 from codistill.reproduce.plan import Plan, TableCell
-from codistill.reproduce.recipes.table_recipe import Place
+from codistill.reproduce.recipes.table_recipe import CellRef
 from codistill.reproduce.statistics import Difference, paired_difference
 from codistill.utils.files import read_lines
 
@@ -21,7 +21,7 @@ class Entry:
 
     network: str
     method: str
-    place: Place
+    place: CellRef
     judged: str
     """Whose figure it is, in words."""
     published: tuple[float, float | None] | None
@@ -81,7 +81,7 @@ def _pick(figure: str, metric: str, members: dict[str, Any], student: dict[str, 
     return members[f"ensemble_{metric}"] if figure == "ensemble" else members[metric][int(figure)]
 
 
-def _measure(plan: Plan, place: Place, value: float) -> float:
+def _measure(plan: Plan, place: CellRef, value: float) -> float:
     error = plan.published["measure"] == "error" and place.metric != "parameters"
     return 100 - value if error else value
 
@@ -93,7 +93,7 @@ def _words(figure: str, cell: TableCell) -> str:
     return words.get(figure) or f"member {figure}"
 
 
-def _published(plan: Plan, place: Place) -> tuple[float, float | None] | None:
+def _published(plan: Plan, place: CellRef) -> tuple[float, float | None] | None:
     value = plan.published["rows"].get(place.row, {}).get(place.column)
     return None if value is None else (value[0], value[1])
 
@@ -131,6 +131,6 @@ def _published_only(plan: Plan) -> list[Entry]:
     for network in networks:
         for method, value in plan.published["rows"].get(network, {}).items():
             if method not in trained and ":" not in method:
-                place = Place(network, method, network)
+                place = CellRef(network, method, network)
                 found.append(Entry(network, method, place, "published only", (value[0], value[1])))
     return found

@@ -50,10 +50,10 @@ def network_of(plan: Plan, network: str) -> str:
 def _ensemble(plan: Plan, entry: Entry) -> str:
     """Return the group's ensemble at the last epoch; it is not what is deployed, unless the row says so."""
     tests = [r["test"] for r in entry.cell.results.values()] if entry.cell is not None else []
-    if entry.place.metric != "top1" or entry.place.figure == "gain" or not all(len(t["top1"]) > 1 for t in tests):
+    if entry.place.metric != "top1" or entry.place.figure == "gain" or not all(len(run["top1"]) > 1 for run in tests):
         return "-"
     error = plan.published["measure"] == "error"
-    return mean_std([100 - t["ensemble_top1"] if error else t["ensemble_top1"] for t in tests]) if tests else "-"
+    return mean_std([100 - run["ensemble_top1"] if error else run["ensemble_top1"] for run in tests]) if tests else "-"
 
 
 def _method(entry: Entry) -> str:

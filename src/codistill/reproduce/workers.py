@@ -17,12 +17,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from codistill.config.config import Config
-from codistill.reproduce.run_result import Answer, finished
-from codistill.utils.allow_import import Asked, asked, taken_over
+from codistill.reproduce.run_result import RunOutcome, finished
+from codistill.utils.allow_import import ImportPolicy, asked, use_policy
 from codistill.utils.errors import InputError, MachineError
 
 
-def train_job(config: Config, asked_for: Asked | None = None) -> Answer:
+def train_job(config: Config, asked_for: ImportPolicy | None = None) -> RunOutcome:
     """Train one run, or read its result if it is complete; a failure becomes a sentence.
 
     Args:
@@ -34,7 +34,7 @@ def train_job(config: Config, asked_for: Asked | None = None) -> Answer:
 
     assert config.out is not None
     try:
-        with taken_over(asked_for or asked()), _lock(Path(f"{config.out}.lock")):
+        with use_policy(asked_for or asked()), _lock(Path(f"{config.out}.lock")):
             answer = finished(config)  # another process may have trained it while this one waited
             if answer is not None:
                 return answer
@@ -100,7 +100,7 @@ class Processes:
         worker.begin(config)
         return worker
 
-    def answer(self, handle: _Worker) -> Answer | None:
+    def answer(self, handle: _Worker) -> RunOutcome | None:
         """Return what the worker says, or that it died."""
         return handle.answer()
 
@@ -128,11 +128,11 @@ class _Worker:
         self.busy = True
         self.pipe.send((config, asked()))
 
-    def answer(self) -> Answer | None:
+    def answer(self) -> RunOutcome | None:
         try:
             if self.pipe.poll():
                 self.busy = False
-                answer: Answer = self.pipe.recv()
+                answer: RunOutcome = self.pipe.recv()
                 self.spoiled = "CUDA error" in (answer[1] or "")  # most leave the GPU lost to the process
                 return answer
         except (EOFError, OSError):
@@ -229,7 +229,7 @@ class Submitit:
         self.jobs.append(job)
         return job
 
-    def answer(self, handle: Any) -> Answer | None:
+    def answer(self, handle: Any) -> RunOutcome | None:
         """Return the job's answer once it has ended."""
         if not handle.done():
             return None

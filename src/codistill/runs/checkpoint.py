@@ -9,24 +9,26 @@ Schema 1 had no checksum.
 from __future__ import annotations
 
 import hashlib
-import numpy as np
 import os
 import random
-import torch
 import warnings
 import zipfile
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
 from codistill.config.config import Checkpoint
 from codistill.utils.errors import InputError
 from codistill.utils.safe_load import load_tensors
-from pathlib import Path
-from typing import Any, IO
 
 SCHEMA = 2
 _MARK = b"codistill sha256 "
 _COMMENT = len(_MARK) + 64
 
 
-class DamagedError(InputError):
+class CorruptCheckpointError(InputError):
     """A checkpoint is truncated, has flipped bits or is none; an older one may do."""
 
 
@@ -82,7 +84,7 @@ def load_checkpoint(path: Path) -> dict[str, Any]:
     except FileNotFoundError:
         raise InputError(f"{path} does not exist; is {path.parent} a run folder whose training has begun?") from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
-        raise DamagedError(f"{path} is damaged or no checkpoint ({error})") from None
+        raise CorruptCheckpointError(f"{path} is damaged or no checkpoint ({error})") from None
     if state["schema"] > SCHEMA:
         raise InputError(f"{path} was written by a newer codistill (schema {state['schema']}); upgrade codistill")
     return state
@@ -145,12 +147,12 @@ def load_newest(folder: Path, set_aside: bool = False) -> dict[str, Any] | None:
     Raises:
         InputError: all are damaged, or the newest good one was written by a newer codistill.
     """
-    damaged: list[tuple[Path, DamagedError]] = []
+    damaged: list[tuple[Path, CorruptCheckpointError]] = []
     found = checkpoints(folder)
     for path in found:
         try:
             state = load_checkpoint(path)
-        except DamagedError as error:
+        except CorruptCheckpointError as error:
             damaged.append((path, error))
             continue
         for bad, error in damaged:

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-import numpy as np
 import os
 import platform
 import subprocess
 import sys
 import time
-import torch
-from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import torch
+
+from codistill.config.config import Config
+from codistill.config.methods import MethodConfig
+
 
 def environment(config: Config) -> dict[str, Any]:
     """Describe what the run ran on."""

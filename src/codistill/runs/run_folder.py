@@ -17,15 +17,16 @@ import json
 import os
 import platform
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
 from codistill.config.config import Config
 from codistill.runs.checkpoint import load_newest, shift, write_checkpoint
 from codistill.runs.environment import environment
 from codistill.utils.errors import InputError, MachineError
 from codistill.utils.files import _FULL, _locked, read_json, read_lines, write_atomically, write_json
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from pathlib import Path
-from typing import Any, IO
 
 # What may differ between a run and its continuation without changing its result.
 _FREE = {
@@ -170,7 +171,7 @@ class RunFolder:
         """Read metrics.jsonl."""
         return read_lines(self.path / "metrics.jsonl")
 
-    def keep_lines(self, epochs: int) -> None:
+    def truncate_metrics(self, epochs: int) -> None:
         """Drop the lines of epochs after the first `epochs`: a resumed run writes them again."""
         kept = [line for line in self.lines() if line["epoch"] < epochs]
         text = "".join(json.dumps(line) + "\n" for line in kept)
@@ -205,7 +206,7 @@ class SilentFolder(RunFolder):
     def log(self, line: dict[str, Any]) -> None:
         """Write nothing."""
 
-    def keep_lines(self, epochs: int) -> None:
+    def truncate_metrics(self, epochs: int) -> None:
         """Write nothing."""
 
     def save(self, state: dict[str, Any]) -> None:

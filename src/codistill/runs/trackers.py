@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import importlib
 import os
-from codistill.config.config import Config
-from codistill.utils.errors import InputError
 from pathlib import Path
 from typing import Any
+
+from codistill.config.config import Config
+from codistill.utils.errors import InputError
+
 
 def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
     """Return (path, number) pairs of nested figures."""

@@ -33,10 +33,10 @@ from codistill.training.execution import choose_execution, stack
 from codistill.training.loaders import load_images, make_loader
 from codistill.training.nonfinite_guard import FiniteGuard
 from codistill.training.optim import freeze, make_optimizers
-from codistill.training.run import Training
+from codistill.training.run import Run
 from codistill.training.teacher import load_teacher
 from codistill.utils.allow_import import check_imports
-from codistill.utils.device import DTYPES, pick_device, wide_dtype
+from codistill.utils.device import DTYPES, accumulation_dtype, pick_device
 from codistill.utils.errors import InputError
 from codistill.utils.files import read_json
 
@@ -49,7 +49,7 @@ def setup(
     fresh: bool = True,
     data: ImageSet | None = None,
     held: dict[str, Any] | None = None,
-) -> Training:
+) -> Run:
     """Build data, peers, method and optimiser of a resolved config.
 
     Args:
@@ -66,7 +66,7 @@ def setup(
     """
     assert isinstance(config.method, MethodConfig)
     device = pick_device(config.device) if mesh is None else mesh.device
-    if config.dtype == "float64" and wide_dtype(device) is not torch.float64:
+    if config.dtype == "float64" and accumulation_dtype(device) is not torch.float64:
         raise InputError(f"--dtype float64: {device.type} has none; give --device cpu, or another --dtype")
     torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic and device.type == "cuda":  # else its matrix products refuse; read at their first use
@@ -111,12 +111,12 @@ def setup(
         execution = choose_execution(config, peers, method, batch)
     if execution == "stacked":
         stack(peers, ema, batch)
-    if config.accumulate > 1 and (method.whole_batch or method.update == "alternating"):
+    if config.accumulate > 1 and (method.needs_full_batch or method.update == "alternating"):
         why = "steps one member after the other" if method.update == "alternating" else "hears the whole batch at once"
         raise InputError(f"--accumulate: {method.name} {why} as it is set up here; drop --accumulate")
     optimizers = make_optimizers(config, local, method, method.update == "alternating")
     guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device, mesh, config.skip_nonfinite)
-    return Training(
+    return Run(
         config,
         device,
         data,
@@ -151,7 +151,7 @@ def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None, fresh: 
         peers = MeshPeers(local, mesh)
         peers.autocast = local.autocast
         method = build_method(config.method, peers, config.seed)
-        peers.serve("features" in method.needs, method.whole_batch)
+        peers.serve("features" in method.needs, method.needs_full_batch)
     if isinstance(local, BranchPeers):
         local.set_rescale(method.rescale_trunk)
     return peers, method
@@ -164,7 +164,7 @@ def load_run(
     checkpoint: Checkpoint = "last",
     allow_import: bool = False,
     data: ImageSet | None = None,
-) -> Training:
+) -> Run:
     """Build the peers of a run folder with the weights of a checkpoint, for evaluation and export.
 
     Args:
@@ -187,14 +187,14 @@ def load_run(
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_state(path, checkpoint)
     held = read_json(path / "data.json", "mean", "std")
-    t = setup(config, execution=state.get("execution"), fresh=False, data=data, held=held)
-    t.load_state(state)
-    return t
+    run = setup(config, execution=state.get("execution"), fresh=False, data=data, held=held)
+    run.load_state(state)
+    return run
 
 
 def load_without_images(
     path: str | Path, device: Device = "auto", why: str = "", checkpoint: Checkpoint = "last"
-) -> Training:
+) -> Run:
     """Load a run whose own images are not to be had, or not wanted; noise of their shape stands in for them.
 
     Args:

@@ -17,7 +17,7 @@ from codistill.peers.base import Peers
 from codistill.peers.branches import BranchPeers
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.stacked import StackedPeers
-from codistill.utils.device import wait_for
+from codistill.utils.device import synchronize
 from codistill.utils.errors import InputError
 
 STEPS = 5
@@ -31,7 +31,7 @@ def choose_execution(config: Config, peers: Peers, method: Method, views_VBCHW: 
     """
     if config.execution in ("auto", "loop"):
         return "loop"
-    obstacle = _obstacle(config, peers, method)
+    obstacle = why_not_stackable(config, peers, method)
     if config.execution == "stacked":
         if obstacle:
             raise InputError(f"--execution stacked: {obstacle}; use --execution loop")
@@ -44,11 +44,11 @@ def choose_execution(config: Config, peers: Peers, method: Method, views_VBCHW: 
         stacked.runner = StackedPeers(stacked, views_VBCHW[0][:2])
     except InputError:
         return "loop"
-    seconds = _time_in_turn([loop, stacked], views_VBCHW)
+    seconds = time_interleaved([loop, stacked], views_VBCHW)
     return "stacked" if seconds[1] < seconds[0] else "loop"
 
 
-def _obstacle(config: Config, peers: Peers, method: Method) -> str | None:
+def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | None:
     """Return why these peers cannot be stacked, in words."""
     if peers.num_peers == 1:
         return "one peer has nobody to be stacked with"
@@ -61,7 +61,7 @@ def _obstacle(config: Config, peers: Peers, method: Method) -> str | None:
     return None
 
 
-def _time_in_turn(contenders: list[Peers], views_VBCHW: Tensor) -> list[float]:
+def time_interleaved(contenders: list[Peers], views_VBCHW: Tensor) -> list[float]:
     """Return the median seconds of a forward and backward of each, taken in turn after a warm-up."""
     seconds: list[list[float]] = [[] for _ in contenders]
     device = views_VBCHW.device
@@ -71,7 +71,7 @@ def _time_in_turn(contenders: list[Peers], views_VBCHW: Tensor) -> list[float]:
                 peers.train()
                 began = time.perf_counter()
                 peers(views_VBCHW).logits_PBC.sum().backward()
-                wait_for(device)
+                synchronize(device)
                 peers.zero_grad(set_to_none=True)
                 if turn:
                     spent.append(time.perf_counter() - began)

@@ -16,7 +16,7 @@ from codistill.data.image_files import ImageFiles
 from codistill.data.loader import Augmentation
 from codistill.data.normalization import normalised
 from codistill.models.external import pretrained_statistics, takes_colour_alone
-from codistill.training.run import Training
+from codistill.training.run import Run
 from codistill.utils.device import DTYPES
 from codistill.utils.errors import InputError
 
@@ -90,28 +90,28 @@ def decoding_processes(config: Config) -> int:
     return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
 
 
-def curve_loader(t: Training) -> Loader | None:
+def curve_loader(run: Run) -> Loader | None:
     """Return the set that is looked at during training: validation, or the test set under the papers' protocol."""
-    if t.config.protocol == "paper":
-        return test_loader(t)
-    if not len(t.splits.val):
+    if run.config.protocol == "paper":
+        return test_loader(run)
+    if not len(run.splits.val):
         return None
-    return part_loader(t, t.splits.val)
+    return part_loader(run, run.splits.val)
 
 
-def test_loader(t: Training) -> Loader:
+def test_loader(run: Run) -> Loader:
     """Return the test set."""
-    return _sharded(t, t.data.x_test, t.data.y_test)
+    return _sharded(run, run.data.x_test, run.data.y_test)
 
 
-def part_loader(t: Training, part: Any) -> Loader:
+def part_loader(run: Run, part: Any) -> Loader:
     """Return a part of the training set (indices), in order and as it is."""
-    return _sharded(t, t.data.x_train[part], t.data.y_train[part])
+    return _sharded(run, run.data.x_train[part], run.data.y_train[part])
 
 
-def _sharded(t: Training, images: Any, labels: Any) -> Loader:
+def _sharded(run: Run, images: Any, labels: Any) -> Loader:
     """Return a loader that keeps the order; on a mesh, of this rank's part of the samples, every one on one rank."""
-    if t.mesh is not None:
-        first, last = t.mesh.shard(len(labels))[t.mesh.data_index :][:2]
+    if run.mesh is not None:
+        first, last = run.mesh.shard(len(labels))[run.mesh.data_index :][:2]
         images, labels = images[first:last], labels[first:last]
-    return make_loader(t.config, t.data, (images, labels), t.device)
+    return make_loader(run.config, run.data, (images, labels), run.device)

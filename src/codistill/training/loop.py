@@ -20,22 +20,22 @@ from torch import Tensor, nn
 
 from codistill.config.config import Config
 from codistill.data import ImageSet, Loader
-from codistill.distributed.launch import after_restart, join_mesh
+from codistill.distributed.launch import init_mesh, resume_after_restart
 from codistill.evaluation.evaluate import collect, validate
 from codistill.peers.base import Peers
 from codistill.runs.run_folder import RunFolder, SilentFolder
 from codistill.runs.trackers import Tracker
 from codistill.training.build import load_run, setup
 from codistill.training.loaders import curve_loader, test_loader
-from codistill.training.optim import lr_at, set_rate
+from codistill.training.optim import learning_rate_at, set_learning_rate
 from codistill.training.reporter import Reporter
-from codistill.training.run import Training
+from codistill.training.run import Run
 from codistill.training.step import of_samples, outputs_of, train_step
 from codistill.training.student import deployed_figures, deployed_network
 from codistill.training.summary import MOST_CLASSES_IN_DETAIL, cost, describe, details, holdout_outputs, outcome
 from codistill.utils.cpu_memory import keep_freed_memory, release_kept_memory
-from codistill.utils.device import forget_peak, peak_megabytes, pick_device, wide_dtype
-from codistill.utils.errors import ElsewhereError, InputError, MachineError, UnreadableError
+from codistill.utils.device import accumulation_dtype, peak_megabytes, pick_device, reset_peak_memory
+from codistill.utils.errors import InputError, MachineError, OtherRankFailedError, UnreadableError
 from codistill.utils.failures import out_of_memory
 from codistill.utils.files import write_json
 from codistill.utils.signals import Stopped, caught_signals
@@ -48,7 +48,7 @@ class Result:
     folder: Path
     figures: dict[str, Any]
     """What result.json holds."""
-    training: Training
+    training: Run
 
     @property
     def peers(self) -> Peers:
@@ -61,167 +61,171 @@ class Result:
         return deployed_network(self.training if self.training.mesh is None else load_run(self.folder))
 
 
-def fit(t: Training, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> None:
-    """Train from where `t` stands to the last epoch; checkpoints and metrics go to `folder`.
+def fit(run: Run, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> None:
+    """Train from where `run` stands to the last epoch; checkpoints and metrics go to `folder`.
 
     Raises:
         Stopped: a signal asked for it; the checkpoint is written.
         MachineError: the loss became infinite or NaN; weights before that step are kept in the checkpoint.
     """
-    curve = curve_loader(t)
-    t.guard.steps_before = t.epoch * len(t.loader) + t.step
+    curve = curve_loader(run)
+    run.guard.steps_before = run.epoch * len(run.loader) + run.step
     with caught_signals() as caught:
-        while t.epoch < t.config.epochs:
-            if t.step == 0:
-                t.sums = _zero_sums(t)
-            with _kept(t, folder):
-                _run_epoch(t, folder, reporter, caught)
-                line = _close_epoch(t, curve)
-            better = t.best_validation is not None and t.best_validation["epoch"] == t.epoch
+        while run.epoch < run.config.epochs:
+            if run.step == 0:
+                run.sums = zero_sums(run)
+            with _kept(run, folder):
+                _run_epoch(run, folder, reporter, caught)
+                line = _close_epoch(run, curve)
+            better = run.best_validation is not None and run.best_validation["epoch"] == run.epoch
             folder.log(line)
             tracker.log(line)
             reporter.epoch(line)
-            t.epoch, t.step = t.epoch + 1, 0
-            stop = _stop_asked(t, caught)
-            due = t.epoch % t.config.checkpoint_every_epochs == 0 or t.epoch == t.config.epochs or stop is not None
-            _save(t, folder, due, better)
-            if stop and t.epoch < t.config.epochs:
+            run.epoch, run.step = run.epoch + 1, 0
+            stop = _stop_asked(run, caught)
+            due = (
+                run.epoch % run.config.checkpoint_every_epochs == 0
+                or run.epoch == run.config.epochs
+                or stop is not None
+            )
+            _save(run, folder, due, better)
+            if stop and run.epoch < run.config.epochs:
                 raise Stopped(stop)
 
 
-def _stop_asked(t: Training, caught: list[str]) -> str | None:
+def _stop_asked(run: Run, caught: list[str]) -> str | None:
     """Return the name of the signal that asks for an end; on a mesh the host waits for all ranks' answer."""
-    if t.mesh is not None:
-        return t.mesh.first_signal(caught)
+    if run.mesh is not None:
+        return run.mesh.first_signal(caught)
     return caught[0] if caught else None
 
 
-def _save(t: Training, folder: RunFolder, due: bool = True, best: bool = False) -> None:
+def _save(run: Run, folder: RunFolder, due: bool = True, best: bool = False) -> None:
     """Write a checkpoint where it is `due`, and the `best` one first; on a mesh all ranks go on once it is written."""
     if not (due or best):
         return
-    state = t.state() or {}
+    state = run.state() or {}
     write = lambda: (folder.save_best(state) if best else None, folder.save(state) if due else None)  # noqa: E731
-    _call(write) if t.mesh is None else t.mesh.on_first(write)
+    _call(write) if run.mesh is None else run.mesh.run_on_main_rank(write)
 
 
 @contextmanager
-def _kept(t: Training, folder: RunFolder) -> Iterator[None]:
+def _kept(run: Run, folder: RunFolder) -> Iterator[None]:
     """Where an image file cannot be read, write a checkpoint of the steps before it (on a mesh only one rank knows)."""
     try:
         yield
     except UnreadableError as error:
-        if t.mesh is None:
-            _look(t, folder)
-            _save(t, folder)
+        if run.mesh is None:
+            _look(run, folder)
+            _save(run, folder)
         raise InputError(
             f"{str(error).removesuffix('; mend or remove it')}; mend it, or let others stand in for such files with "
             f"--skip-corrupt, and go on from {folder.checkpoint_path} with --resume auto"
         ) from None
 
 
-def _run_epoch(t: Training, folder: RunFolder, reporter: Reporter, caught: list[str]) -> None:
+def _run_epoch(run: Run, folder: RunFolder, reporter: Reporter, caught: list[str]) -> None:
     """Do the rest of an epoch's steps."""
-    config, steps = t.config, len(t.loader)
-    began, before = time.perf_counter(), t.seconds
-    weight = t.method.weight_at(t.epoch)
-    t.peers.train()
-    t.method.train()
-    for module in t.frozen:
+    config, steps = run.config, len(run.loader)
+    began, before = time.perf_counter(), run.seconds
+    weight = run.method.weight_at(run.epoch)
+    run.peers.train()
+    run.method.train()
+    for module in run.frozen:
         module.eval()  # their running statistics and dropout stand still too
-    for views_VBCHW, targets_B in t.loader.epoch(t.epoch, t.step):
-        rate = lr_at(config, t.epoch, t.step, steps)
-        for optimizer in t.optimizers:
-            set_rate(optimizer, rate)
-        train_step(t, views_VBCHW, targets_B, weight)
-        t.step += 1
-        last = t.step == steps
-        due = bool(config.checkpoint_every_steps and t.step % config.checkpoint_every_steps == 0)
-        look = last or due or t.step % config.log_every_steps == 0
+    for views_VBCHW, targets_B in run.loader.epoch(run.epoch, run.step):
+        rate = learning_rate_at(config, run.epoch, run.step, steps)
+        for optimizer in run.optimizers:
+            set_learning_rate(optimizer, rate)
+        train_step(run, views_VBCHW, targets_B, weight)
+        run.step += 1
+        last = run.step == steps
+        due = bool(config.checkpoint_every_steps and run.step % config.checkpoint_every_steps == 0)
+        look = last or due or run.step % config.log_every_steps == 0
         # On a mesh ranks hear of each other's signals only where they look.
-        stop = _stop_asked(t, caught) if look or t.mesh is None else None
+        stop = _stop_asked(run, caught) if look or run.mesh is None else None
         if look or stop:
-            _look(t, folder)
-            reporter.step(t.epoch, t.step, _sums(t)["loss"].item() / (t.step * config.batch_size))
-        t.seconds = before + time.perf_counter() - began
+            _look(run, folder)
+            reporter.step(run.epoch, run.step, _sums(run)["loss"].item() / (run.step * config.batch_size))
+        run.seconds = before + time.perf_counter() - began
         if (due or stop) and not last:
-            _save(t, folder)
+            _save(run, folder)
         if stop and not last:
             raise Stopped(stop)
 
 
-def _sums(t: Training) -> dict[str, Tensor]:
+def _sums(run: Run) -> dict[str, Tensor]:
     """Return the epoch's sums, over all ranks."""
-    return t.sums if t.mesh is None else {name: t.mesh.sum_along_data(value) for name, value in t.sums.items()}
+    return run.sums if run.mesh is None else {name: run.mesh.sum_along_data(value) for name, value in run.sums.items()}
 
 
-def _look(t: Training, folder: RunFolder) -> None:
+def _look(run: Run, folder: RunFolder) -> None:
     """Read the guard's flag: this waits for the device."""
-    bad = t.guard.look()
+    bad = run.guard.look()
     if bad is None:
         return
     steps_done, terms = bad
-    t.epoch, t.step = divmod(steps_done, len(t.loader))
-    _save(t, folder)
-    if t.mesh is not None and t.mesh.rank:
-        raise ElsewhereError(1)
+    run.epoch, run.step = divmod(steps_done, len(run.loader))
+    _save(run, folder)
+    if run.mesh is not None and run.mesh.rank:
+        raise OtherRankFailedError(1)
     values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
     raise MachineError(
-        f"the loss stopped being finite at epoch {t.epoch}, step {t.step} ({values}); the weights before it are kept "
-        f"in {folder.checkpoint_path}; lower --lr (now {lr_at(t.config, t.epoch):g}) or add --warmup-epochs, or pass "
-        "over such steps with --skip-nonfinite N --resume auto"
+        f"the loss stopped being finite at epoch {run.epoch}, step {run.step} ({values}); the weights before it are "
+        f"kept in {folder.checkpoint_path}; lower --lr (now {learning_rate_at(run.config, run.epoch):g}) or add "
+        "--warmup-epochs, or pass over such steps with --skip-nonfinite N --resume auto"
     )
 
 
-def _zero_sums(t: Training) -> dict[str, Tensor]:
+def zero_sums(run: Run) -> dict[str, Tensor]:
     """Return the sums with which an epoch begins."""
-    zeros = torch.zeros(t.peers.num_peers, dtype=wide_dtype(t.device), device=t.device)
+    zeros = torch.zeros(run.peers.num_peers, dtype=accumulation_dtype(run.device), device=run.device)
     return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
 
 
-def _close_epoch(t: Training, curve: Loader | None) -> dict[str, Any]:
+def _close_epoch(run: Run, curve: Loader | None) -> dict[str, Any]:
     """Return the epoch's line: schedule, training figures, and the curve's set where it is due."""
-    if t.mesh is not None:
-        t.mesh.align([t.peers, *([t.ema] if t.ema else [])], t.method)
-    if "holdout" in t.method.needs:
-        t.method.after_epoch(*holdout_outputs(t))
-        t.guard.take()  # the method's new numbers are good ones
-    sums = dict(_sums(t))
-    count = max(t.loader.num_samples - int(sums.pop("skipped", 0)), 1)
+    if run.mesh is not None:
+        run.mesh.align([run.peers, *([run.ema] if run.ema else [])], run.method)
+    if "holdout" in run.method.needs:
+        run.method.update_on_holdout(*holdout_outputs(run))
+        run.guard.take()  # the method's new numbers are good ones
+    sums = dict(_sums(run))
+    count = max(run.loader.num_samples - int(sums.pop("skipped", 0)), 1)
     line: dict[str, Any] = {
-        "epoch": t.epoch,
-        "lr": lr_at(t.config, t.epoch),
-        "weight": t.method.weight * t.method.weight_at(t.epoch),
+        "epoch": run.epoch,
+        "lr": learning_rate_at(run.config, run.epoch),
+        "weight": run.method.weight * run.method.weight_at(run.epoch),
         "train": {
             "loss": sums["loss"].item() / count,
             "top1": (sums["hits_P"] * 100 / count).tolist(),
             "distill": (sums["distill_P"] / count).tolist(),
         },
     }
-    if t.guard.limit:
-        line["skipped_steps"] = int(t.guard.skipped)
+    if run.guard.limit:
+        line["skipped_steps"] = int(run.guard.skipped)
     inspected = {name: total for name, total in sums.items() if of_samples(name)}
     if inspected:  # means over the epoch's samples
         line["method"] = {name.rpartition("_")[0]: (total / count).tolist() for name, total in inspected.items()}
-    due = (t.epoch + 1) % t.config.eval_every_epochs == 0 or t.epoch + 1 == t.config.epochs
+    due = (run.epoch + 1) % run.config.eval_every_epochs == 0 or run.epoch + 1 == run.config.epochs
     if curve is not None and due:
-        part = "test" if t.config.protocol == "paper" else "val"
-        figures = measure(t, curve)
+        part = "test" if run.config.protocol == "paper" else "val"
+        figures = measure(run, curve)
         line |= {part: figures["members"], f"{part}_student": figures["student"]}
         if figures["ema"] is not None:
             line[f"{part}_ema"] = figures["ema"]
-        held = t.best if part == "test" else t.best_validation
+        held = run.best if part == "test" else run.best_validation
         if held is None or figures["student"]["top1"] > held["top1"]:  # of equal ones the first
-            best = figures["student"] | {"epoch": t.epoch}
-            t.best, t.best_validation = (best, None) if part == "test" else (None, best)
+            best = figures["student"] | {"epoch": run.epoch}
+            run.best, run.best_validation = (best, None) if part == "test" else (None, best)
     return line
 
 
-def measure(t: Training, loader: Loader) -> dict[str, Any]:
+def measure(run: Run, loader: Loader) -> dict[str, Any]:
     """Return the figures of the `members`, of their mean teachers (`ema`, else None) and of the deployed `student`."""
-    members = validate(t.peers, t.method, loader, t.mesh)
-    ema = validate(t.ema.peers, t.method, loader, t.mesh) if t.ema is not None else None
-    return {"members": members, "ema": ema, "student": deployed_figures(t, members, ema)}
+    members = validate(run.peers, run.method, loader, run.mesh)
+    ema = validate(run.ema.peers, run.method, loader, run.mesh) if run.ema is not None else None
+    return {"members": members, "ema": ema, "student": deployed_figures(run, members, ema)}
 
 
 def train(
@@ -248,9 +252,9 @@ def train(
     >>> result = train(Config("okddip", "resnet8", "digits", epochs=60))   # doctest: +SKIP
     """
     config = config if data is None else dataclasses.replace(config, data=data.name)
-    reporter, config = reporter or Reporter(), after_restart(config.resolved())
+    reporter, config = reporter or Reporter(), resume_after_restart(config.resolved())
     device = pick_device(config.device)
-    mesh = join_mesh(config, device)
+    mesh = init_mesh(config, device)
     with ExitStack() as stack:
         if device.type == "cpu" and keep_freed_memory():
             stack.callback(release_kept_memory)
@@ -259,17 +263,19 @@ def train(
             stack.enter_context(folder.held())
             state = _held(folder)
             execution, held = None if state is None else state.get("execution"), folder.read("data.json")
-            t = setup(config, teacher, execution, fresh=state is None, data=data, held=held)
-            return _train(t, state, folder, reporter)
+            run = setup(config, teacher, execution, fresh=state is None, data=data, held=held)
+            return _train(run, state, folder, reporter)
         stack.enter_context(mesh.watched())
-        folder = mesh.on_first(lambda: RunFolder(config))
-        mesh.on_first(lambda: stack.enter_context(folder.held()))
-        state = mesh.on_first(lambda: _held(folder))
-        held = mesh.on_first(lambda: folder.read("data.json"))
-        t = mesh.together(lambda: setup(config, teacher, mesh=mesh, fresh=state is None, data=data, held=held))
+        folder = mesh.run_on_main_rank(lambda: RunFolder(config))
+        mesh.run_on_main_rank(lambda: stack.enter_context(folder.held()))
+        state = mesh.run_on_main_rank(lambda: _held(folder))
+        held = mesh.run_on_main_rank(lambda: folder.read("data.json"))
+        run = mesh.run_on_all_ranks(
+            lambda: setup(config, teacher, mesh=mesh, fresh=state is None, data=data, held=held)
+        )
         if mesh.rank:
             folder, reporter = SilentFolder(config), Reporter()
-        return _train(t, state, folder, reporter)
+        return _train(run, state, folder, reporter)
 
 
 def _held(folder: RunFolder) -> dict[str, Any] | None:
@@ -287,41 +293,49 @@ def _held(folder: RunFolder) -> dict[str, Any] | None:
     return state
 
 
-def _train(t: Training, state: dict[str, Any] | None, folder: RunFolder, reporter: Reporter) -> Result:
+def _train(run: Run, state: dict[str, Any] | None, folder: RunFolder, reporter: Reporter) -> Result:
     """Train what is built, from `state` on if there is one."""
-    first, on_first = t.mesh is None or t.mesh.rank == 0, _call if t.mesh is None else t.mesh.on_first
-    complete = on_first(lambda: folder.complete)
+    first, run_on_main_rank = (
+        run.mesh is None or run.mesh.rank == 0,
+        _call if run.mesh is None else run.mesh.run_on_main_rank,
+    )
+    complete = run_on_main_rank(lambda: folder.complete)
     if state is not None:
-        t.load_state(state) if t.mesh is None else t.mesh.together(lambda: t.load_state(state))
+        run.load_state(state) if run.mesh is None else run.mesh.run_on_all_ranks(lambda: run.load_state(state))
     if not complete:
-        on_first(lambda: (folder.begin(), folder.describe(t.data.about()), folder.keep_lines(t.epoch)))
-    tracker = Tracker(t.config.tracker if first else "none", t.config)
-    notes = describe(t, None if state is None else state["file"])
-    reporter.begin(notes, t.config.epochs, len(t.loader), t.epoch)
+        run_on_main_rank(
+            lambda: (folder.begin(), folder.describe(run.data.about()), folder.truncate_metrics(run.epoch))
+        )
+    tracker = Tracker(run.config.tracker if first else "none", run.config)
+    notes = describe(run, None if state is None else state["file"])
+    reporter.begin(notes, run.config.epochs, len(run.loader), run.epoch)
     if not complete:
-        forget_peak(t.device)
+        reset_peak_memory(run.device)
         try:
-            fit(t, folder, reporter, tracker)
-            figures, drawn = _finish(t)
+            fit(run, folder, reporter, tracker)
+            figures, drawn = _finish(run)
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error) is None:
                 raise
-            raise _no_memory(t, folder, error) from error
-        on_first(lambda: write_json(folder.path / "details.json", drawn))
-        on_first(lambda: write_json(folder.path / "result.json", figures))  # last: it says that the run is complete
+            raise _no_memory(run, folder, error) from error
+        run_on_main_rank(lambda: write_json(folder.path / "details.json", drawn))
+        run_on_main_rank(
+            lambda: write_json(folder.path / "result.json", figures)
+        )  # last: it says that the run is complete
     tracker.close()
-    figures = on_first(lambda: folder.read("result.json"))
+    figures = run_on_main_rank(lambda: folder.read("result.json"))
     reporter.end(figures)
-    return Result(folder.path, figures, t)
+    return Result(folder.path, figures, run)
 
 
-def _no_memory(t: Training, folder: RunFolder, error: Exception) -> MachineError:
+def _no_memory(run: Run, folder: RunFolder, error: Exception) -> MachineError:
     """Return the sentence for a run that ran out of memory; what it has written is whole."""
-    fits = t.config.topology == "networks" and t.execution == "loop" and not t.config.checkpoint_activations
+    fits = run.config.topology == "networks" and run.execution == "loop" and not run.config.checkpoint_activations
     less = "--checkpoint-activations, which takes less and gives the same" if fits else "room"
     return MachineError(
-        f"{out_of_memory(error)} is out of memory at epoch {t.epoch}, step {t.step}; the checkpoints in {folder.path} "
-        f"are kept: continue with --resume auto and {less}, or train anew with a lower --batch-size or --peers"
+        f"{out_of_memory(error)} is out of memory at epoch {run.epoch}, step {run.step}; the checkpoints in "
+        f"{folder.path} are kept: continue with --resume auto and {less}, or train anew with a lower --batch-size or "
+        "--peers"
     )
 
 
@@ -329,12 +343,12 @@ def _call(what: Callable[[], Any]) -> Any:
     return what()
 
 
-def _finish(t: Training) -> tuple[dict[str, Any], dict[str, Any]]:
+def _finish(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """Read the test set and return the run's figures, and the details that a report draws."""
-    memory = peak_megabytes(t.device)
-    loader, detail = test_loader(t), len(t.data.classes) <= MOST_CLASSES_IN_DETAIL
-    members = collect(t.peers, t.method, loader, t.mesh, detail)
-    ema = collect(t.ema.peers, t.method, loader, t.mesh, detail) if t.ema is not None else None
-    figures = outcome(t, members.compute(), ema.compute() if ema is not None else None)
-    figures["cost"] = {"training_peak_mb": memory, **cost(t, partial(outputs_of, t))}
-    return figures, details(t, members, ema)
+    memory = peak_megabytes(run.device)
+    loader, detail = test_loader(run), len(run.data.classes) <= MOST_CLASSES_IN_DETAIL
+    members = collect(run.peers, run.method, loader, run.mesh, detail)
+    ema = collect(run.ema.peers, run.method, loader, run.mesh, detail) if run.ema is not None else None
+    figures = outcome(run, members.compute(), ema.compute() if ema is not None else None)
+    figures["cost"] = {"training_peak_mb": memory, **cost(run, partial(outputs_of, run))}
+    return figures, details(run, members, ema)

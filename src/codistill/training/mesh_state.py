@@ -15,69 +15,69 @@ from codistill.distributed.mesh import Mesh
 from codistill.runs.checkpoint import restore_rng
 
 if TYPE_CHECKING:
-    from codistill.training.run import Training
+    from codistill.training.run import Run
 
 State = dict[str, Any]
 MEMBER = re.compile(r"(?:^|(?<=\.))members\.(\d+)(?=\.)")
 
 
-def gathered(t: Training, mesh: Mesh) -> State | None:
+def gathered(run: Run, mesh: Mesh) -> State | None:
     """Return, on the first rank, what `Training.state` would return in one process; None elsewhere."""
-    mesh.align([t.peers, *([t.ema] if t.ema else [])], t.method)
-    sums = {name: mesh.sum_along_data(value) for name, value in t.sums.items()}
+    mesh.align([run.peers, *([run.ema] if run.ema else [])], run.method)
+    sums = {name: mesh.sum_along_data(value) for name, value in run.sums.items()}
     part = {
-        "peers": _renumbered(t.peers.state_dict(), mesh.own.start),
-        "ema": None if t.ema is None else _renumbered(t.ema.state_dict(), mesh.own.start),
-        "optimizers": [optimizer.state_dict() for optimizer in t.optimizers],
+        "peers": _renumbered(run.peers.state_dict(), mesh.own.start),
+        "ema": None if run.ema is None else _renumbered(run.ema.state_dict(), mesh.own.start),
+        "optimizers": [optimizer.state_dict() for optimizer in run.optimizers],
     }
     parts = mesh.gather_peers(_on_host(part))
     if parts is None:
         return None
     held = [p["optimizers"] for p in parts]
-    if t.method.update == "alternating" or mesh.num_peer == 1:
+    if run.method.update == "alternating" or mesh.num_peer == 1:
         optimizers = [optimizer for part in held for optimizer in part]
     else:
-        optimizers = [_joined([part[0] for part in held], _shared(t))]
-    state = {name: getattr(t, name) for name in ("execution", "epoch", "step", "seconds", "best", "best_validation")}
+        optimizers = [_joined([part[0] for part in held], _shared(run))]
+    state = {name: getattr(run, name) for name in ("execution", "epoch", "step", "seconds", "best", "best_validation")}
     return state | {
         "peers": {key: value for p in parts for key, value in p["peers"].items()},
-        "method": t.method.state_dict(),
-        "ema": None if t.ema is None else {key: value for p in parts for key, value in p["ema"].items()},
+        "method": run.method.state_dict(),
+        "ema": None if run.ema is None else {key: value for p in parts for key, value in p["ema"].items()},
         "optimizers": optimizers,
         "sums": sums,
-        "skipped": t.guard.skipped,
+        "skipped": run.guard.skipped,
     }
 
 
-def load(t: Training, mesh: Mesh, state: State) -> None:
+def load(run: Run, mesh: Mesh, state: State) -> None:
     """Take this rank's part of a checkpoint of any mesh."""
-    t.peers.load_state_dict(_own_members(state["peers"], mesh))
-    t.method.load_state_dict(state["method"])
-    if t.ema is not None:
-        t.ema.load_state_dict(_own_members(state["ema"], mesh))
-    if t.method.update == "alternating":
+    run.peers.load_state_dict(_own_members(state["peers"], mesh))
+    run.method.load_state_dict(state["method"])
+    if run.ema is not None:
+        run.ema.load_state_dict(_own_members(state["ema"], mesh))
+    if run.method.update == "alternating":
         held = [state["optimizers"][p] for p in mesh.own]
     elif mesh.num_peer == 1:
         held = state["optimizers"]
     else:
-        own = t.optimizers[0].state_dict()
-        numbers = {scale: len(_group(own, scale)) - (_shared(t) if scale == 1.0 else 0) for scale in _scales([own])}
-        held = [_cut(state["optimizers"][0], mesh.everybodys(numbers), mesh.peer_index, _shared(t))]
-    for optimizer, values in zip(t.optimizers, held, strict=True):
+        own = run.optimizers[0].state_dict()
+        numbers = {scale: len(_group(own, scale)) - (_shared(run) if scale == 1.0 else 0) for scale in _scales([own])}
+        held = [_cut(state["optimizers"][0], mesh.all_gather_object(numbers), mesh.peer_index, _shared(run))]
+    for optimizer, values in zip(run.optimizers, held, strict=True):
         optimizer.load_state_dict(values)
-    t.epoch, t.step, t.seconds, t.best = (state[name] for name in ("epoch", "step", "seconds", "best"))
-    t.best_validation = state.get("best_validation")
-    t.guard.go_on(state.get("skipped", 0))
+    run.epoch, run.step, run.seconds, run.best = (state[name] for name in ("epoch", "step", "seconds", "best"))
+    run.best_validation = state.get("best_validation")
+    run.guard.go_on(state.get("skipped", 0))
     # Sums add up along `data`: one rank goes on with what there is, the others with nothing.
-    t.sums = {n: v.to(t.device) * (mesh.data_index == 0) for n, v in state["sums"].items()}
+    run.sums = {n: v.to(run.device) * (mesh.data_index == 0) for n, v in state["sums"].items()}
     restore_rng({name: value for name, value in state["rng"].items() if name != "cuda"})
-    if t.device.type == "cuda" and "cuda" in state["rng"]:
-        torch.cuda.set_rng_state(state["rng"]["cuda"][0], t.device)  # the first rank's, which all hold in common
+    if run.device.type == "cuda" and "cuda" in state["rng"]:
+        torch.cuda.set_rng_state(state["rng"]["cuda"][0], run.device)  # the first rank's, which all hold in common
 
 
-def _shared(t: Training) -> int:
+def _shared(run: Run) -> int:
     """Return the number of the method's own parameters that are trained, which every rank holds."""
-    return sum(p.requires_grad for p in t.method.parameters())
+    return sum(p.requires_grad for p in run.method.parameters())
 
 
 def _renumbered(state: State, by: int) -> State:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from codistill.utils.device import wide_dtype
+from codistill.utils.device import accumulation_dtype
 
 if TYPE_CHECKING:
     from codistill.distributed.mesh import Mesh
@@ -67,7 +67,7 @@ class FiniteGuard:
         gradients = [p.grad for p in self.parameters if p.grad is not None]
         norm = torch.stack(torch._foreach_norm(gradients)).sum() if gradients else self.flag
         loss, ce_P, distill_P = terms["loss"].detach(), terms["ce_P"], terms["distill_P"]
-        now = torch.cat((loss.reshape(1), norm.reshape(1), ce_P, distill_P)).to(wide_dtype(loss.device))
+        now = torch.cat((loss.reshape(1), norm.reshape(1), ce_P, distill_P)).to(accumulation_dtype(loss.device))
         if self.terms is None:
             members = range(len(ce_P))
             self.names = ["loss", "gradient norm", *(f"ce[{p}]" for p in members), *(f"distill[{p}]" for p in members)]
@@ -76,7 +76,7 @@ class FiniteGuard:
         bad = ~now[:2].isfinite().all()
         self.flag.copy_(torch.maximum(self.flag, bad.to(self.flag.dtype)))
         if self.mesh is not None:
-            self.mesh.agree(self.flag)
+            self.mesh.all_reduce_flag(self.flag)
 
     def lets_pass(self) -> bool:
         """Say whether the optimiser is to be called: it looks at the flag itself; where it does not, the host must."""

@@ -15,7 +15,7 @@ from codistill.peers.shared_trunk import Shared
 from codistill.utils.errors import InputError, suggest
 
 
-def lr_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
+def learning_rate_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
     """Return the learning rate of a step of an epoch (both counted from 0): warm-up, then steps or half a cosine."""
     full = config.lr if config.lr_base_batch is None else config.lr * config.batch_size / config.lr_base_batch
     done = epoch + step / steps
@@ -91,7 +91,7 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
     return optimizers
 
 
-def set_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
+def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
     """Give every group its rate: the schedule's, times its own factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)

@@ -17,12 +17,12 @@ from codistill.peers.ema import MeanTeacher
 from codistill.runs.checkpoint import restore_rng
 from codistill.training import mesh_state
 from codistill.training.nonfinite_guard import FiniteGuard
-from codistill.utils.device import wide_dtype
+from codistill.utils.device import accumulation_dtype
 from codistill.utils.errors import InputError
 
 
 @dataclass
-class Training:
+class Run:
     """Everything a run works with."""
 
     config: Config
@@ -104,7 +104,7 @@ class Training:
         self.epoch, self.step, self.seconds = state["epoch"], state["step"], state["seconds"]
         self.best, self.best_validation = state["best"], state.get("best_validation")
         self.guard.go_on(state.get("skipped", 0))
-        wide = wide_dtype(self.device)
+        wide = accumulation_dtype(self.device)
         held = {n: v.to(wide) if v.is_floating_point() else v for n, v in state["sums"].items()}
         self.sums = {name: value.to(self.device) for name, value in held.items()}
         restore_rng(state["rng"])

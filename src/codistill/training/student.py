@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from codistill.config.config import Config
 from codistill.config.methods import MethodConfig
 from codistill.data import Loader
-from codistill.distributed.peers import MeshPeers, refuse_foreign
+from codistill.distributed.peers import MeshPeers, require_local
 from codistill.methods import build_method
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.from_config import build_peers
-from codistill.training.run import Training
+from codistill.training.run import Run
 
 
 def saved_student(config: Config, state: dict[str, Any], classes: int, channels: int, image_size: int) -> nn.Module:
@@ -41,37 +41,37 @@ def saved_student(config: Config, state: dict[str, Any], classes: int, channels:
     return (peers.export_member(int(config.deploy)) if config.deploy.isdigit() else method.deploy(peers)).eval()
 
 
-def deployed_network(t: Training) -> nn.Module:
+def deployed_network(run: Run) -> nn.Module:
     """Return what `Config.deploy` names, as one network in evaluation mode."""
-    if t.config.deploy == "ensemble":
-        return t.method.deploy_ensemble(t.peers).eval()
-    refuse_foreign(t.peers, deployed_index(t))
-    if t.config.deploy == "ema":
-        assert t.ema is not None
-        return t.ema.export_member(t.method.deployed).eval()
-    index = deployed_index(t)
-    return (t.method.deploy(t.peers) if index == t.method.deployed else t.peers.export_member(index)).eval()
+    if run.config.deploy == "ensemble":
+        return run.method.deploy_ensemble(run.peers).eval()
+    require_local(run.peers, deployed_index(run))
+    if run.config.deploy == "ema":
+        assert run.ema is not None
+        return run.ema.export_member(run.method.deployed).eval()
+    index = deployed_index(run)
+    return (run.method.deploy(run.peers) if index == run.method.deployed else run.peers.export_member(index)).eval()
 
 
-def deployed_index(t: Training) -> int:
+def deployed_index(run: Run) -> int:
     """Return the number of the member (or of the mean teacher) that is deployed."""
-    return int(t.config.deploy) if t.config.deploy.isdigit() else t.method.deployed
+    return int(run.config.deploy) if run.config.deploy.isdigit() else run.method.deployed
 
 
-def deployed_name(t: Training) -> str:
+def deployed_name(run: Run) -> str:
     """Return it in words: `member 3`, `ensemble`, `mean teacher 0`."""
-    if t.config.deploy == "ensemble":
+    if run.config.deploy == "ensemble":
         return "ensemble"
-    return f"{'mean teacher' if t.config.deploy == 'ema' else 'member'} {deployed_index(t)}"
+    return f"{'mean teacher' if run.config.deploy == 'ema' else 'member'} {deployed_index(run)}"
 
 
-def deployed_figures(t: Training, figures: dict[str, Any], ema_figures: dict[str, Any] | None) -> dict[str, float]:
+def deployed_figures(run: Run, figures: dict[str, Any], ema_figures: dict[str, Any] | None) -> dict[str, float]:
     """Pick the deployed network's figures out of those of all members."""
     names = [name for name in ("top1", "top5", "nll", "ece") if name in figures]
-    if t.config.deploy == "ensemble":
+    if run.config.deploy == "ensemble":
         return {name: figures[f"ensemble_{name}"] for name in names}
-    index = deployed_index(t)
-    source = ema_figures if t.config.deploy == "ema" and ema_figures is not None else figures
+    index = deployed_index(run)
+    source = ema_figures if run.config.deploy == "ema" and ema_figures is not None else figures
     return {name: source[name][index] for name in names}
 
 
@@ -80,21 +80,21 @@ def count_parameters(module: nn.Module, trained: bool = False) -> int:
     return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
 
 
-def numbers_trained_and_deployed(t: Training) -> tuple[int, int]:
+def numbers_trained_and_deployed(run: Run) -> tuple[int, int]:
     """Return the number of parameters that are trained, and of those that are deployed."""
-    if isinstance(t.peers, MeshPeers) and t.mesh is not None and t.mesh.num_peer > 1:
-        counts = t.peers.parameter_counts
-        trained = sum(t.peers.trained_counts) + count_parameters(t.method, trained=True)
-        whole = sum(counts) + count_parameters(t.method)
-        return trained, whole if t.config.deploy == "ensemble" else counts[deployed_index(t)]
-    trained = count_parameters(t.peers, trained=True) + count_parameters(t.method, trained=True)
-    return trained, count_parameters(deployed_network(t))
+    if isinstance(run.peers, MeshPeers) and run.mesh is not None and run.mesh.num_peer > 1:
+        counts = run.peers.parameter_counts
+        trained = sum(run.peers.trained_counts) + count_parameters(run.method, trained=True)
+        whole = sum(counts) + count_parameters(run.method)
+        return trained, whole if run.config.deploy == "ensemble" else counts[deployed_index(run)]
+    trained = count_parameters(run.peers, trained=True) + count_parameters(run.method, trained=True)
+    return trained, count_parameters(deployed_network(run))
 
 
 @torch.inference_mode()
-def deployed_scores(t: Training, loader: Loader) -> tuple[Tensor, Tensor]:
+def deployed_scores(run: Run, loader: Loader) -> tuple[Tensor, Tensor]:
     """Return the deployed student's logits on a set, `N x C` in double precision on the CPU, and the labels."""
-    student = deployed_network(t).to(loader.device)
+    student = deployed_network(run).to(loader.device)
     pairs = [(student(views[0]).cpu().double(), labels.cpu()) for views, labels in loader.epoch()]
     scores, labels = zip(*pairs)
     return torch.cat(scores), torch.cat(labels)

@@ -19,31 +19,31 @@ _RUN_CODE = ("trust_remote_code", "checkpoint_path", "pretrained_cfg")
 
 
 @dataclass(frozen=True)
-class Asked:
+class ImportPolicy:
     """What this process was asked to run: the words of its command line, or everything that files name."""
 
     repeated: frozenset[str] = frozenset()
     everything: bool = False
 
 
-_asked = Asked()
+_asked = ImportPolicy()
 
 
 @contextmanager
 def command_line(argv: Sequence[str]) -> Iterator[list[str]]:
     """Take what a command line repeats as asked for, for as long as it runs; yield it without `--allow-import`."""
     repeated = frozenset(part for word in argv for part in (word, word.partition("=")[2]))
-    with taken_over(Asked(repeated, everything=FLAG in argv)):
+    with use_policy(ImportPolicy(repeated, everything=FLAG in argv)):
         yield [word for word in argv if word != FLAG]
 
 
-def asked() -> Asked:
+def asked() -> ImportPolicy:
     """Return what a process that works for this one is to take over."""
     return _asked
 
 
 @contextmanager
-def taken_over(values: Asked) -> Iterator[None]:
+def use_policy(values: ImportPolicy) -> Iterator[None]:
     """Hold what was asked of the process that this one works for."""
     global _asked
     before, _asked = _asked, values
@@ -53,7 +53,7 @@ def taken_over(values: Asked) -> Iterator[None]:
         _asked = before
 
 
-def runs_code(name: str) -> bool:
+def is_user_code(name: str) -> bool:
     """Say whether building a network of this name runs code that does not come with codistill or a library.
 
     >>> [runs_code(name) for name in ("resnet32", "timm:resnet18", "mine:net", "hf:x,trust_remote_code=True")]
@@ -77,7 +77,7 @@ def check_imports(names: Iterable[str], source: object, allow: bool = False, kno
     """
     trusted = _asked.repeated | {*known}
     for name in names:
-        if runs_code(name) and name not in trusted and not (allow or _asked.everything):
+        if is_user_code(name) and name not in trusted and not (allow or _asked.everything):
             raise InputError(
                 f"{source} names code to import and run, {name}; if you trust it, add {FLAG} (in training, "
                 f"--model {name} repeats it)"

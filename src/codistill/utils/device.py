@@ -29,7 +29,7 @@ def pick_device(name: str) -> torch.device:
 _PROCESS = Path("/proc/self")
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Start measuring the peak of memory anew."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -55,7 +55,7 @@ def _allocated(device: torch.device) -> int:
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
-def wait_for(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
     """Wait until a GPU has done all that it was told."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -67,6 +67,6 @@ NO_FLOAT64 = {"mps"}
 """Kinds of devices that have no float64."""
 
 
-def wide_dtype(device: torch.device | str) -> torch.dtype:
+def accumulation_dtype(device: torch.device | str) -> torch.dtype:
     """Return the dtype that sums are kept in: float64, or float32 on a device that has none (Apple's GPUs)."""
     return torch.float32 if torch.device(device).type in NO_FLOAT64 else torch.float64

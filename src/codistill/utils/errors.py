@@ -18,7 +18,7 @@ class MachineError(RuntimeError):
     """The machine or the run failed (disk full, out of memory, non-finite loss); one sentence (exit code 1)."""
 
 
-class ElsewhereError(RuntimeError):
+class OtherRankFailedError(RuntimeError):
     """Another rank of the job failed and says why; this one ends in silence, with the same exit code."""
 
     def __init__(self, code: int) -> None:

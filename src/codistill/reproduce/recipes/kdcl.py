@@ -17,7 +17,7 @@ from codistill.config.methods import (
     MethodConfig,
     ONEConfig,
 )
-from codistill.reproduce.recipes.table_recipe import IMAGENET, Place, TableRecipe
+from codistill.reproduce.recipes.table_recipe import IMAGENET, CellRef, TableRecipe
 
 MODELS = {
     "resnet50": "torchvision:resnet50",
@@ -129,35 +129,35 @@ def table7(network: str, method: str) -> Config:
     return Config(options, (first, second), topology="networks", peers=2, **shared)  # type: ignore[arg-type]
 
 
-def _group(network: str, method: str) -> tuple[Place, ...]:
+def _group(network: str, method: str) -> tuple[CellRef, ...]:
     """Return a place for every network of the group (the student alone for KD and branches), and their gain."""
     names = network.split("+")
     if method.startswith("Teacher"):
         return ()
     if _alone(method) is not None:
-        return (Place(method, "resnet18" if "resnet18" in names else names[0], "branches"),)
+        return (CellRef(method, "resnet18" if "resnet18" in names else names[0], "branches"),)
     if method == "KD" or "distill" in method:
         student = {"KD": "resnet18", "1 distill 2 (offline KD)": names[1]}.get(method, names[0])
-        return (Place(method, student, student),)
-    places = tuple(Place(method, name, name, str(index)) for index, name in enumerate(names))
-    return places if method == "Vanilla" else (*places, Place(method, "gain", "gain", "gain"))
+        return (CellRef(method, student, student),)
+    places = tuple(CellRef(method, name, name, str(index)) for index, name in enumerate(names))
+    return places if method == "Vanilla" else (*places, CellRef(method, "gain", "gain", "gain"))
 
 
-def _in_company(network: str, method: str) -> tuple[Place, ...]:
+def _in_company(network: str, method: str) -> tuple[CellRef, ...]:
     parameters = "parameters of the training group (M)"
     return (
-        Place(method, "top-1", "top-1", "0"),
-        Place(method, "top-5", "top-5", "0", metric="top5"),
-        Place(method, parameters, parameters, metric="parameters"),
+        CellRef(method, "top-1", "top-1", "0"),
+        CellRef(method, "top-5", "top-5", "0", metric="top5"),
+        CellRef(method, parameters, parameters, metric="parameters"),
     )
 
 
-def _pair(network: str, method: str) -> tuple[Place, ...]:
-    return tuple(Place(network, f"{method}: model {i + 1}", f"model {i + 1}", str(i)) for i in range(2))
+def _pair(network: str, method: str) -> tuple[CellRef, ...]:
+    return tuple(CellRef(network, f"{method}: model {i + 1}", f"model {i + 1}", str(i)) for i in range(2))
 
 
-def _first(network: str, method: str) -> tuple[Place, ...]:
-    return (Place(network, method, network),)
+def _first(network: str, method: str) -> tuple[CellRef, ...]:
+    return (CellRef(network, method, network),)
 
 
 _PAIRS = ("MBV2 + MBV2x0.5", "ResNet-18 + MBV2x0.5", "ResNet-18 + MBV2", "ResNet-50 + MBV2x0.5")

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from codistill.config.config import Config
 from codistill.config.methods import CLILRConfig, DMLConfig, IndependentConfig, MethodConfig, OKDDipConfig, ONEConfig
-from codistill.reproduce.recipes.table_recipe import IMAGENET, Place, TableRecipe, on_imagenet
+from codistill.reproduce.recipes.table_recipe import IMAGENET, CellRef, TableRecipe, on_imagenet
 
 NETWORKS = ("densenet40_12", "resnet32", "vgg16", "resnet110", "wrn20_8")
 METHODS = ("Baseline", "Ind", "DML", "CL-ILR", "ONE", "OKDDip-network", "OKDDip-branch")
@@ -85,18 +85,18 @@ def figure3(network: str, method: str) -> Config:
     return _run(network, name, "cifar100", int(size.split()[0]))
 
 
-def _places(network: str, method: str) -> tuple[Place, ...]:
+def _places(network: str, method: str) -> tuple[CellRef, ...]:
     """Return the declared member; the paper's code reports the mean over members where nobody leads."""
     mean = method in ("Ind", "Ind-network", "DML", "CL-ILR", "ONE")
-    return (Place(network, method, network, reported="members" if mean else None),)
+    return (CellRef(network, method, network, reported="members" if mean else None),)
 
 
-def _places_by_size(network: str, method: str) -> tuple[Place, ...]:
-    return (Place(network, method, network, reported="members" if method.startswith("Ind") else None),)
+def _places_by_size(network: str, method: str) -> tuple[CellRef, ...]:
+    return (CellRef(network, method, network, reported="members" if method.startswith("Ind") else None),)
 
 
-def _ensemble(network: str, method: str) -> tuple[Place, ...]:
-    return (Place(network, method, f"{network}, ensemble", "ensemble"),)
+def _ensemble(network: str, method: str) -> tuple[CellRef, ...]:
+    return (CellRef(network, method, f"{network}, ensemble", "ensemble"),)
 
 
 _SIZES = tuple(f"{size} members" for size in (3, 4, 5, 6))

@@ -21,7 +21,7 @@ from codistill.config.methods import (
     ONEConfig,
     PCLConfig,
 )
-from codistill.reproduce.recipes.table_recipe import IMAGENET, Place, TableRecipe, on_imagenet
+from codistill.reproduce.recipes.table_recipe import IMAGENET, CellRef, TableRecipe, on_imagenet
 
 NETWORKS = ("resnet32", "resnet110", "vgg16", "densenet40_12", "wrn20_8")
 METHODS: dict[str, type[MethodConfig]] = {
@@ -57,8 +57,8 @@ def imagenet(network: str, method: str) -> Config:
     return dataclasses.replace(on_imagenet(_run(f"torchvision:{network}", method, IMAGENET)), branch_at=("layer3",))
 
 
-def _places(network: str, method: str) -> tuple[Place, ...]:
-    return (Place(network, method, network),)
+def _places(network: str, method: str) -> tuple[CellRef, ...]:
+    return (CellRef(network, method, network),)
 
 
 _GUESSES = (

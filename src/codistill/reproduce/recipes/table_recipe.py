@@ -24,7 +24,7 @@ SCALES = {
 
 
 @dataclass(frozen=True)
-class Place:
+class CellRef:
     """A figure of a run, and where it stands in the published table."""
 
     row: str
@@ -46,7 +46,7 @@ class TableRecipe:
     """(network, method) -> the run's config, at full scale."""
     networks: tuple[str, ...]
     methods: tuple[str, ...]
-    places: Callable[[str, str], tuple[Place, ...]]
+    places: Callable[[str, str], tuple[CellRef, ...]]
     equal_cost: Mapping[str, str] = field(default_factory=dict)
     """Method -> the baseline that trains as much as it does; baselines that no paper lists are added to the table."""
     teachers: Mapping[str, str] = field(default_factory=dict)
