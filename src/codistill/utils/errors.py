@@ -31,6 +31,12 @@ def on_one_line(text: object) -> str:
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
+def first_line(error: BaseException) -> str:
+    """Return the first line of an exception's message on one line, or the exception's class name where it has none."""
+    lines = str(error).strip().splitlines()
+    return on_one_line(lines[0]) if lines else type(error).__name__
+
+
 def suggest(word: str, known: Iterable[str]) -> str:
     """Return ` (did you mean "x"?)` for the nearest of `known`, or the list of them."""
     known = sorted(known)
