@@ -13,11 +13,11 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-import oracles
+from helpers import oracles
 from codistill.methods import CLILR, DML, KD, KDCL, ONE, PCL, Independent, OKDDip
 from codistill.peers.base import PeerOutputs
 from codistill.utils.tables import markdown
-from helpers import golden, random_peers
+from helpers.common import golden, random_peers
 
 
 def gap(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> float:

@@ -1,0 +1,176 @@
+"""Exported students in their own runtimes: checked, described, and used by a process that cannot import codistill."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from codistill.cli.main import main
+from codistill.deploy.model_card import escape
+from codistill.training.build import load_run
+from helpers.common import read_json
+
+ODD = ["a|b", "<script>", "naïve `x`", 'say "hi": yes', "[link](x)"]
+
+
+def write_folder(path: Path, names=ODD, count=6, size=16, gray=False):
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    for part in ("train", "test"):
+        for label, name in enumerate(names):
+            (path / part / name).mkdir(parents=True)
+            for i in range(count):
+                shape = (size, size) if gray else (size, size, 3)
+                pixels = (rng.integers(0, 60, shape) + 40 * label).astype(np.uint8)
+                Image.fromarray(pixels).save(path / part / name / f"{i}.png")
+    return f"folder:{path}"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("run")
+    data = write_folder(folder / "images")
+    words = ["--model", "resnet8", "--batch-size", "8", "--epochs", "2", "--peers", "3", "--val-fraction", "0.2"]
+    assert main(["train", "okddip", "--data", data, *words, "--out", str(folder / "run")]) == 0
+    return folder / "run"
+
+
+ALONE = """
+import json, sys
+class Block:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "codistill":
+            raise ImportError(name)
+sys.meta_path.insert(0, Block())
+import numpy as np, torch
+pixels = np.load("pixels.npy")  # uint8, B x C x H x W
+answers = {}
+if "safetensors" in sys.argv:
+    import student
+    model, about = student.load("s.safetensors")
+    answers["safetensors"] = model(student.normalise(torch.from_numpy(pixels), about))
+if "torch-export" in sys.argv:
+    extra = {"codistill.json": ""}
+    program = torch.export.load("s.pt2", extra_files=extra)
+    about = json.loads(extra["codistill.json"])
+    mean, std = (torch.tensor(about[key]).view(-1, 1, 1) for key in ("mean", "std"))
+    x = (torch.from_numpy(pixels) / 255 - mean) / std
+    answers["torch-export"] = program.module()(x)
+if "onnx" in sys.argv:
+    import onnxruntime
+    session = onnxruntime.InferenceSession("s.onnx")
+    about = {k: json.loads(v) for k, v in session.get_modelmeta().custom_metadata_map.items()}
+    x = (pixels / 255 - np.array(about["mean"]).reshape(-1, 1, 1)) / np.array(about["std"]).reshape(-1, 1, 1)
+    answers["onnx"] = torch.from_numpy(session.run(None, {"images": x.astype(np.float32)})[0])
+assert "codistill" not in sys.modules
+torch.save({k: (v.detach(), about["classes"]) for k, v in answers.items()}, "answers.pt")
+"""
+
+
+def export(run, kind, out, capsys):
+    assert main(["export", str(run), "--format", kind, "--out", str(out)]) == 0
+    said = capsys.readouterr().out
+    assert "largest difference" in said
+    assert float(said.rsplit(":", 1)[1]) < 1e-4
+    return out
+
+
+def test_all_three_formats_work_where_codistill_cannot_be_imported(run, tmp_path, capsys):
+    pytest.importorskip("onnxruntime", reason="the ONNX part needs the extra codistill[onnx]")
+    for kind, suffix in (("safetensors", ".safetensors"), ("torch-export", ".pt2"), ("onnx", ".onnx")):
+        export(run, kind, tmp_path / f"s{suffix}", capsys)
+    pixels = np.random.default_rng(1).integers(0, 256, (5, 3, 16, 16), dtype=np.uint8)
+    np.save(tmp_path / "pixels.npy", pixels)
+    command = [sys.executable, "-c", ALONE, "safetensors", "torch-export", "onnx"]
+    subprocess.run(command, cwd=tmp_path, check=True, env={"PATH": "", "OMP_NUM_THREADS": "1"})
+    answers = torch.load(tmp_path / "answers.pt")
+    t = load_run(run, device="cpu")
+    mean, std = torch.tensor(t.data.mean).view(-1, 1, 1), torch.tensor(t.data.std).view(-1, 1, 1)
+    with torch.no_grad():
+        expected = t.peers.eval()((torch.from_numpy(pixels) / 255 - mean) / std).logits_PBC[t.method.deployed]
+    for kind, (logits, classes) in answers.items():
+        assert torch.allclose(logits, expected, atol=1e-4), kind
+        assert classes == sorted(ODD)
+
+
+def test_the_card_says_what_the_folder_holds_and_no_name_breaks_out_of_it(run, tmp_path, capsys):
+    out = export(run, "safetensors", tmp_path / "my|student.safetensors", capsys)
+    card = out.with_suffix(".md").read_text()
+    _, front, body = card.split("---\n", 2)
+    assert f"value: {read_json(run / 'result.json')['student']['top1'] / 100:.6f}" in front
+    assert 'license: "unknown"' in front
+    assert "<script>" not in body
+    assert "\\<script\\>" in body
+    assert "[link](" not in body
+    assert "## Licence\n\nNot stated." in body
+    for line in front.strip().splitlines():
+        assert ":" in line or line.startswith("-")
+
+
+def test_escaping_leaves_no_character_that_markdown_reads():
+    assert escape("a|b\nc`<x>") == "a\\|b c\\`\\<x\\>"
+
+
+def test_the_card_shows_the_grids_baseline_where_there_is_one(run, tmp_path, capsys):
+    place = tmp_path / "grid" / "dml-networks" / "seed0"
+    shutil.copytree(run, place)
+    row = {"peers": "independent networks", "n": "3", "top-1 %": "61.2 ± 0.4", "vs equal cost": "-"}
+    (tmp_path / "grid" / "table.json").write_text(json.dumps({"title": "a grid", "rows": [row]}))
+    export(place, "safetensors", tmp_path / "s.safetensors", capsys)
+    card = (tmp_path / "s.md").read_text()
+    assert "independent networks" in card
+    assert "61.2 ± 0.4" in card
+
+
+@pytest.mark.parametrize("kind", ["torch-export", "onnx"])
+def test_an_ensemble_of_branches_is_one_program(kind, tmp_path, capsys):
+    small = ["--model", "resnet8", "--train-per-class", "4", "--batch-size", "16", "--epochs", "1", "--peers", "2"]
+    words = ["train", "pcl", "--topology", "branches", "--deploy", "ensemble", *small, "--out", str(tmp_path / "run")]
+    assert main(words) == 0
+    suffix = {"torch-export": ".pt2", "onnx": ".onnx"}[kind]
+    export(tmp_path / "run", kind, tmp_path / f"s{suffix}", capsys)
+    assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "s.safetensors")]) == 2
+    assert "deploys its ensemble; use --format torch-export or onnx" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("model", "load"),
+    [
+        ("timm:resnet10t", lambda n, c: __import__("timm").create_model("resnet10t", num_classes=n, in_chans=c)),
+        (
+            "torchvision:mobilenet_v2,width_mult=0.5",
+            lambda n, c: __import__("torchvision").models.mobilenet_v2(num_classes=n, width_mult=0.5),
+        ),
+    ],
+)
+def test_weights_load_into_their_own_library(model, load, tmp_path, capsys):
+    from safetensors import safe_open
+    from safetensors.torch import load_file
+
+    words = ["--train-per-class", "4", "--batch-size", "20", "--epochs", "1", "--peers", "2"]
+    assert main(["train", "dml", "--model", model, *words, "--out", str(tmp_path / "run")]) == 0
+    out = export(tmp_path / "run", "safetensors", tmp_path / "s.safetensors", capsys)
+    with safe_open(out, "pt") as archive:
+        about = {key: json.loads(value) for key, value in archive.metadata().items()}
+    assert about["channels"] == (3 if model.startswith("torchvision") else 1)  # gray digits, repeated for torchvision
+    network = load(len(about["classes"]), about["channels"])
+    network.load_state_dict(load_file(out))
+    t = load_run(tmp_path / "run", device="cpu")
+    x = torch.randn(3, about["channels"], 8, 8)
+    with torch.no_grad():
+        assert torch.allclose(network.eval()(x), t.peers.eval()(x).logits_PBC[0], atol=1e-5)
+
+
+def test_a_file_that_exists_or_ends_wrongly_is_refused(run, tmp_path, capsys):
+    assert main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "s.pt2")]) == 2
+    assert "must end in .onnx" in capsys.readouterr().err
+    (tmp_path / "s.onnx").write_text("mine")
+    assert main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "s.onnx")]) == 2
+    assert "exists; remove it" in capsys.readouterr().err
+    assert (tmp_path / "s.onnx").read_text() == "mine"

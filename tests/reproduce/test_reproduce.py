@@ -1,0 +1,382 @@
+"""Published tables: numbers, recipes, command lines, the grid and its tables."""
+
+import dataclasses
+import json
+import os
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from codistill.cli.main import main
+from codistill.cli.options import parse
+from codistill.config.config import Config, ReproduceConfig
+from codistill.config.methods import OKDDipConfig
+from codistill.reproduce.command_line import command_line
+from codistill.reproduce.grid import Cell, run_grid
+from codistill.reproduce.plan import make_plan
+from codistill.reproduce.published_tables import published_tables
+from codistill.reproduce.recipes import TABLES
+from codistill.reproduce.recipes.table_recipe import scaled
+from codistill.reproduce.table_entries import entries_of
+from codistill.reproduce.table_rows import rows_of
+from codistill.utils.errors import InputError
+from codistill.utils.tables import comma_separated, latex, markdown
+from helpers.common import read_json
+
+TINY = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 2}
+
+
+def every_cell():
+    for name, recipe in TABLES.items():
+        for network, method in recipe.pick((), (), name):
+            yield name, network, method
+
+
+def test_every_published_number_is_a_plausible_percentage_and_has_a_source():
+    for name, table in published_tables().items():
+        assert table["source"], name
+        assert table["measure"] in ("error", "accuracy")
+        for row in table["rows"].values():
+            for column, (mean, deviation) in row.items():
+                assert 0 < mean < 100 or column == "gain", (name, column)
+                assert deviation is None or 0 < deviation < 1
+
+
+def test_every_published_table_has_a_recipe_and_every_place_its_number():
+    assert published_tables().keys() == TABLES.keys()
+    for name, table in published_tables().items():
+        held = {(row, column) for row, columns in table["rows"].items() for column in columns}
+        recipe = TABLES[name]
+        places = {(p.row, p.column) for n, m in recipe.pick((), (), name) for p in recipe.places(n, m)}
+        left_out = {column for _, column in held - places}
+        if name != "okddip_figure3":
+            assert left_out <= {"FFL-S", "gain", "wrn16_2", "resnet32", "resnet50"}, (name, held - places)
+
+
+@pytest.mark.parametrize("scale", ["smoke", "short", "full"])
+def test_every_recipe_resolves_at_every_scale(scale):
+    for name, network, method in every_cell():
+        recipe = TABLES[name]
+        full = recipe.config(network, method).resolved()
+        small = scaled(recipe.config(network, method), scale).resolved()
+        assert small.peers == full.peers, (name, method)
+        assert small.topology == full.topology
+        assert small.epochs == {"smoke": 4, "short": full.epochs // 10, "full": full.epochs}[scale]
+        assert all(m < small.epochs for m in small.milestones)
+        for partner in (recipe.equal_cost.get(method), recipe.teachers.get(method)):
+            if partner is not None:
+                scaled(recipe.config(network, partner), scale).resolved()
+        if recipe.equal_cost.get(method) and "distill" not in method and method != "KD":
+            baseline = recipe.config(network, recipe.equal_cost[method]).resolved()
+            assert baseline.method.name == "independent"
+            assert (baseline.peers, baseline.topology) == (full.peers, full.topology), (name, method)
+
+
+def test_every_kind_of_cell_of_the_imagenet_tables_can_be_set_up_at_smoke_scale():
+    from codistill.training.build import setup
+
+    seen = set()
+    for name, network, method in every_cell():
+        if published_tables()[name]["data"] != "ImageNet-2012":
+            continue
+        recipe = TABLES[name]
+        for one in filter(None, (method, recipe.equal_cost.get(method), recipe.teachers.get(method))):
+            config = scaled(recipe.config(network, one), "smoke").resolved()
+            key = json.dumps(config.to_dict() | {"out": None})
+            if key not in seen and config.method.name != "kd":
+                seen.add(key)
+                setup(config)
+    assert len(seen) > 20
+
+
+def test_the_recipe_of_okddips_tables_is_its_codes():
+    config = TABLES["okddip_table2"].config("resnet32", "OKDDip-branch").resolved()
+    assert (config.epochs, config.batch_size, config.weight_decay, config.lr) == (300, 128, 5e-4, 0.1)
+    assert config.milestones == (150, 225)
+    assert isinstance(config.method, OKDDipConfig)
+    assert (config.method.variant, config.method.temperature, config.method.ramp_epochs) == ("okddip_code", 3.0, 80.0)
+    assert config.peers == 4
+
+
+def test_a_command_line_parses_into_the_config_it_was_made_of():
+    for name, network, method in list(every_cell())[::5]:
+        config = TABLES[name].config(network, method)
+        config = dataclasses.replace(config, protocol="paper", seed=3, out="some where/seed3", augment=False)
+        words = shlex.split(command_line(config))
+        assert parse(words[1], words[2:]).options.to_dict() == config.to_dict(), (name, method)
+
+
+def test_printed_commands_stand_after_their_teachers(tmp_path, capsys):
+    folder = str(tmp_path / "grid")
+    words = ["reproduce", "kdcl_table7", "--scale", "smoke", "--seeds", "2", "--out", folder, "--print-commands"]
+    assert main(words) == 0
+    lines = capsys.readouterr().out.splitlines()
+    outs = [shlex.split(line)[shlex.split(line).index("--out") + 1] for line in lines]
+    assert len(set(outs)) == len(outs) == 2 * 18
+    for line, out in zip(lines, outs):
+        words = shlex.split(line)
+        if "--method.teacher" in words:
+            assert outs.index(words[words.index("--method.teacher") + 1]) < outs.index(out)
+    assert not (tmp_path / "grid").exists()
+
+
+def test_the_smoke_table_prints_no_number_of_the_paper_and_trains_nothing_twice(tmp_path, capsys):
+    folder = tmp_path / "grid"
+    words = ["reproduce", "okddip_table2", "--scale", "smoke", "--method", "OKDDip-branch", "--seeds", "1"]
+    assert main([*words, "--out", str(folder)]) == 0
+    said = capsys.readouterr()
+    assert "Ind" in said.out
+    assert "resnet8 (for densenet40_12)" in said.out
+    assert "paper" not in next(iter(read_json(folder / "table.json")["rows"]))
+    assert "28.34" not in said.out + "".join(p.read_text() for p in folder.glob("table.*"))
+    assert "digits instead of the paper's images" in (folder / "table.md").read_text()
+    stamps = {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    assert len(stamps) == 2
+    assert main([*words, "--out", str(folder)]) == 0
+    assert stamps == {path: path.stat().st_mtime_ns for path in folder.rglob("result.json")}
+    capsys.readouterr()
+    assert main([*words, "--out", str(folder), "--protocol", "paper"]) == 2
+    assert "was made with --protocol honest, not paper" in capsys.readouterr().err
+
+
+def fake_result(top1, peers=4):
+    return {
+        "student": {"top1": top1},
+        "test": {"top1": [top1] * (peers - 1) + [top1 - 4], "ensemble_top1": top1 + 1},
+        "parameters_trained": 2_000_000,
+        "parameters_deployed": 500_000,
+        "seconds": 12.0,
+    }
+
+
+def fake_plan(tmp_path, protocol, scale="full", table="okddip_table2"):
+    options = ReproduceConfig(network=("resnet32",), protocol=protocol, scale=scale, out=str(tmp_path))
+    plan = make_plan(table, options)
+    for cell in plan.cells:
+        for seed in range(3):
+            bonus = 0.5 if cell.method == "OKDDip-branch" else 0.0
+            cell.results[seed] = fake_result(70.0 + seed + bonus)
+            lines = [
+                {"epoch": e, "test": fake_result(v)["test"], "test_student": {"top1": v}}
+                for e, v in ((0, 73.0), (1, 70.0))
+            ]
+            path = cell.place(tmp_path, seed) / "metrics.jsonl"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return plan
+
+
+def test_last_and_best_epoch_stand_in_their_own_columns(tmp_path):
+    plan = fake_plan(tmp_path, "paper")
+    row = next(r for r in rows_of(plan, entries_of(plan)) if r["method"] == "OKDDip-branch")
+    assert row["paper, error %"] == "25.63 ± 0.14"
+    assert row["test, last epoch, error %"] == "28.50 ± 1.00"
+    assert row["best test epoch (chosen on the test set), error %"] == "27.00 ± 0.00"
+    assert row["ours (best) - paper"] == "+1.37"
+    assert row["n"] == "3"
+    mean = next(r for r in rows_of(plan, entries_of(plan)) if r["method"] == "ONE")
+    assert mean["judged"] == "mean of all members"
+    assert mean["test, last epoch, error %"] == "30.00 ± 1.00"
+
+
+def test_honest_tables_have_no_best_epoch_and_judge_the_declared_member(tmp_path):
+    plan = fake_plan(tmp_path, "honest")
+    rows = rows_of(plan, entries_of(plan))
+    assert not any("best" in column for column in rows[0])
+    one = next(r for r in rows if r["method"] == "ONE")
+    assert one["judged"] == "deployed member"
+    assert one["last vs equal cost"] == "+0.00 ± 0.00 (n.s.)"
+    ours = next(r for r in rows if r["method"] == "OKDDip-branch")
+    assert ours["last vs equal cost"] == "-0.50 ± 0.00"
+    assert ours["its ensemble, error %"] == "27.50 ± 1.00"
+
+
+def test_short_results_stand_beside_the_papers_only_with_a_mark(tmp_path):
+    plan = fake_plan(tmp_path, "honest", "short")
+    row = rows_of(plan, entries_of(plan))[0]
+    assert "paper at full scale, not comparable, error %" in row
+    assert not any("ours" in column for column in row)
+
+
+def test_numbers_that_are_only_published_are_shown_as_such(tmp_path):
+    plan = fake_plan(tmp_path, "honest", table="pcl_cifar100")
+    row = next(r for r in rows_of(plan, entries_of(plan)) if r["method"] == "FFL-S")
+    assert row["paper, accuracy %"] == "72.18 ± 0.11"
+    assert row["judged"] == "published only"
+
+
+def test_one_run_is_marked_and_gains_add_up(tmp_path):
+    plan = make_plan("kdcl_table7", ReproduceConfig(scale="full", out=str(tmp_path), seeds=1))
+    for cell in plan.cells:
+        cell.results[0] = fake_result(72.0 if cell.method == "DML" else 70.0, peers=2)
+    rows = {r["method"]: r for r in rows_of(plan, entries_of(plan))}
+    assert rows["DML, resnet32"]["test, last epoch, accuracy %"] == "72.00 (n=1)"
+    assert rows["DML, gain"]["test, last epoch, accuracy %"] == "4.00 (n=1)"
+    assert rows["DML, gain"]["paper, accuracy %"] == "6.00"
+
+
+def test_tables_escape_everything():
+    rows = [{"a|b_<i>": "=SUM(A1)", "c": "x & y_z ± 5 % \\ {#} $~^"}]
+    assert "a\\|b\\_&lt;i&gt;" in markdown(rows)
+    assert "'=SUM(A1)" in comma_separated(rows)
+    text = latex(rows, "50 % of_it")
+    assert r"x \& y\_z $\pm$ 5 \% \textbackslash{} \{\#\} \$\textasciitilde{}\textasciicircum{}" in text
+    assert r"50 \% of\_it" in text
+
+
+# ----------------------------------------------------------------------------------------------------------------------
+# The grid
+
+
+def test_a_run_that_fails_or_dies_leaves_the_others_alone_and_its_students_wait_in_vain(tmp_path):
+    from codistill.config.methods import KDConfig
+    from codistill.reproduce.workers import Processes
+
+    class Killing(Processes):
+        def start(self, config):
+            worker = super().start(config)
+            if "doomed" in config.out:
+                os.kill(worker.process.pid, signal.SIGKILL)
+            return worker
+
+    cells = [
+        Cell("doomed", Config("independent", peers=1, **TINY)),
+        Cell("good", Config("independent", peers=1, **TINY)),
+        Cell("broken", Config("independent", peers=1, **TINY | {"data": "npz:/nowhere.npz"})),
+        Cell("student", Config(KDConfig(), peers=1, **TINY), teacher="good"),
+        Cell("orphan", Config(KDConfig(), peers=1, **TINY), teacher="broken"),
+    ]
+    run_grid(cells, 1, tmp_path, executor=Killing(1, 5))
+    failures = {cell.label: cell.failures.get(0, "") for cell in cells}
+    assert [cell.label for cell in cells if cell.results] == ["good", "student"]
+    assert "its process died (SIGKILL)" in failures["doomed"]
+    assert "/nowhere.npz does not exist" in failures["broken"]
+    assert "its teacher has no result (broken, seed 0)" in failures["orphan"]
+    assert len(read_json(tmp_path / "failures.json")) == 3
+    assert read_json(tmp_path / "student/seed0/config.json")["method"]["teacher"] == str(tmp_path / "good" / "seed0")
+
+
+def test_a_killed_grid_goes_on_where_it_stood(tmp_path):
+    folder = tmp_path / "grid"
+    words = [sys.executable, "-m", "codistill", "compare", "independent", "--seeds", "1", "--peers", "2"]
+    words += [
+        "--topology",
+        "branches",
+        "--data",
+        "digits",
+        "--model",
+        "resnet8",
+        "--batch-size",
+        "64",
+        "--epochs",
+        "400",
+    ]
+    grid = subprocess.Popen([*words, "--out", str(folder)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    lines = folder / "one-plain-network/seed0/metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while not (lines.exists() and lines.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    grid.kill()
+    grid.wait()
+    lock = Path(f"{lines.parent}.lock")
+    import fcntl
+
+    with open(lock) as stream:  # the worker notices that it is alone, and ends with a checkpoint
+        fcntl.flock(stream, fcntl.LOCK_EX)
+    kept = lines.read_text().splitlines()
+    assert 2 <= len(kept) < 400
+    grid = subprocess.Popen(
+        [*words, "--out", str(folder)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
+    )
+    while lines.read_bytes().count(b"\n") <= len(kept) + 1 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert lines.read_text().splitlines()[: len(kept)] == kept  # nothing is trained twice
+    grid.send_signal(signal.SIGTERM)
+    _, said = grid.communicate(timeout=30)
+    assert grid.returncode == 75
+    assert "stopped by SIGTERM; the checkpoint is written, continue with the same command" in said
+
+
+def test_every_gpu_gets_one_worker(monkeypatch):
+    from codistill.reproduce import workers
+
+    seen = []
+
+    class Recorder:
+        busy = False
+
+        def __init__(self, gpu):
+            seen.append(gpu)
+
+        def begin(self, config):
+            self.busy = True
+
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
+    monkeypatch.setattr(workers, "_Worker", Recorder)
+    pool = workers.Processes(None, 9)
+    while pool.room():
+        pool.start(Config())
+    assert seen == ["2", "5", "7"]
+
+
+def test_a_process_that_has_lost_its_gpu_is_replaced(tmp_path, monkeypatch):
+    source = "def network(num_classes):\n    raise RuntimeError('CUDA error: an illegal memory access')\n"
+    (tmp_path / "lost_gpu.py").write_text(source)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    options = {"peers": 1, "epochs": 1, "train_per_class": 4, "batch_size": 16, "device": "cpu"}
+    names = ("lost_gpu:network", "resnet8", "resnet8")
+    configs = [Config("independent", name, out=str(tmp_path / str(n)), **options) for n, name in enumerate(names)]
+    from codistill.reproduce.workers import Processes
+
+    pool, served = Processes(1, 9), []
+    try:
+        for config in configs:
+            handle = pool.start(config.resolved())
+            served.append(handle.process.pid)
+            while (answer := pool.answer(handle)) is None:
+                time.sleep(0.05)
+            assert (answer[1] is None) == (config is not configs[0]), answer[1]
+    finally:
+        pool.close()
+    assert served[0] != served[1] == served[2]
+
+
+def test_submitit_trains_on_this_machine(tmp_path):
+    pytest.importorskip("submitit", reason="the extra slurm is not installed")
+    words = ["reproduce", "okddip_table2", "--scale", "smoke", "--method", "Baseline", "--no-baselines"]
+    words += ["--seeds", "1", "--submit", "local", "--submit-option", "timeout_min=5", "--out", str(tmp_path / "grid")]
+    assert main(words) == 0
+    assert (tmp_path / "grid/densenet40-12-baseline/seed0/result.json").exists()
+    assert (tmp_path / "grid/submitit").is_dir()
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        ("reproduce", "reproduce takes one TABLE"),
+        ("reproduce okddip_tabel2", 'there is no table "okddip_tabel2" (did you mean "okddip_table2"?)'),
+        ("reproduce okddip_table2 --network resnet23", '--network: okddip_table2 has no "resnet23" (did you mean'),
+        ("reproduce okddip_table2 --method OKDDip", '--method: okddip_table2 has no "OKDDip"'),
+        ("reproduce okddip_table2 --seeds 0", "--seeds is 0"),
+        ("reproduce okddip_table2 --workers 0", "--workers is 0"),
+        ("reproduce kdcl_table2", "--data-dir is needed"),
+        ("reproduce okddip_table2 --scale smoke --submit-option a=b --out {tmp}/grid", "add --submit slurm"),
+        ("reproduce okddip_table2 --scale smoke --out {tmp}", "is no grid of codistill"),
+    ],
+)
+def test_mistakes_end_in_one_sentence(words, sentence, tmp_path, capsys):
+    (tmp_path / "something").touch()
+    assert main(words.format(tmp=tmp_path).split()) == 2
+    said = capsys.readouterr().err.splitlines()[-1]
+    assert sentence in said
+
+
+def test_a_number_of_the_grid_is_an_input_error_where_two_rows_share_a_folder(tmp_path):
+    cells = [Cell(name, Config("independent", peers=1, **TINY)) for name in ("a b", "a-b")]
+    with pytest.raises(InputError, match="rename one"):
+        run_grid(cells, 1, tmp_path)

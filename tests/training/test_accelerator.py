@@ -1,0 +1,96 @@
+"""On a simulated device other than the CPU: nothing mixes devices, the host never waits, the figures are the same."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from helpers.accelerator_cases import CASES
+from codistill.config.config import Config
+from codistill.training.build import setup
+from codistill.utils.errors import InputError
+
+WORKER = Path(__file__).parent.parent / "helpers" / "accelerator_worker.py"
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory):
+    """Run all cases, in processes of their own: a device must be known before a process's first backward."""
+    folder = tmp_path_factory.mktemp("accelerator")
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    halves = [
+        subprocess.Popen(
+            [sys.executable, WORKER, folder, *list(CASES)[half::2]], stdout=subprocess.PIPE, text=True, env=env
+        )
+        for half in range(2)
+    ]
+    lines = [line for half in halves for line in half.communicate()[0].splitlines()]
+    return {case["case"]: case for case in map(json.loads, lines)}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_on_a_device_is_the_cpus_and_waits_for_nothing(found, name):
+    case = found[name]
+    assert "error" not in case, case["error"]
+    assert case["gap"] <= case["allowed"]
+    assert case["guesses"] <= case["allowed"]
+    assert case["figures"] or case["allowed"]
+    if "stacked" in name:
+        assert case["execution"] == "stacked"
+    steps, per_batch = case["steps"], 0
+    if "mixup" in CASES[name]:  # partners of many steps are sent at once, and those of the last, smaller batch
+        steps = [waits for step, waits in enumerate(steps) if step % 4 not in (0, 3)]
+    if "no float64" in name and "linear" in name:  # the CPU solves it
+        steps = []
+    assert not any(steps)
+    if name == "files":  # their pixels (from pinned memory on a GPU, so that the host need not wait)
+        per_batch = 1
+    if "resumed" not in name:  # that one writes a checkpoint after every step
+        assert all(waits == per_batch for waits in case["between"])
+    (few, waits), (more, last_waits) = case["evaluations"][0], case["evaluations"][-1]
+    assert more > few
+    assert last_waits - waits == (more - few) * per_batch
+
+
+def test_float64_is_refused_on_a_device_without_it(monkeypatch):
+    monkeypatch.setattr("codistill.utils.device.pick_device", lambda _name: torch.device("mps"))
+    config = Config("okddip", "resnet8", "digits", dtype="float64").resolved()
+    with pytest.raises(InputError, match="--dtype float64: mps has none; give --device cpu"):
+        setup(config)
+
+
+def test_what_a_device_refuses_is_seen(tmp_path):
+    """Let the simulation itself fail where a GPU would, and count where the host would wait."""
+    script = """
+import torch
+from helpers.accelerator import DEVICE, Simulated
+
+with Simulated() as mode:
+    x, host = torch.ones(3).to(DEVICE), torch.ones(3)
+    mode.waits.clear()
+    for mixed in (lambda: x + host, lambda: torch.cat((x, host)), lambda: torch.where(host > 0, x, x)):
+        try:
+            mixed()
+        except RuntimeError as error:
+            assert "mixes devices" in str(error)
+        else:
+            raise SystemExit("two devices were mixed")
+    assert (x * 2.0 + torch.tensor(1.0)).sum() is not None and not mode.waits.total()
+    for waits in (x.sum().item, x.tolist, lambda: bool((x > 0).all()), lambda: x[[0, 1]], lambda: x[host > 0],
+                  lambda: torch.tensor([1.0], device=DEVICE), x.nonzero, lambda: x.copy_(host), x.cpu):
+        before = mode.waits.total()
+        waits()
+        assert mode.waits.total() > before, waits
+with Simulated(float64=False):
+    try:
+        x.double()
+    except TypeError:
+        raise SystemExit(0)
+raise SystemExit("float64 where there is none")
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=WORKER.parent, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

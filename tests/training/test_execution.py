@@ -1,0 +1,148 @@
+"""Stacked peers train as the loop does, are members all the while, and are refused where they cannot be had."""
+
+import dataclasses
+
+import pytest
+import torch
+
+from codistill.config.config import Config
+from codistill.training.build import load_run, setup
+from codistill.training.execution import choose_execution
+from codistill.training.loop import train, zero_sums
+from codistill.training.step import train_step
+from codistill.training.student import deployed_network
+from codistill.utils.errors import InputError
+from helpers.common import close
+
+CASES = [
+    ("okddip", "networks"),
+    ("okddip", "branches"),
+    ("one", "branches"),
+    ("cl_ilr", "branches"),
+    ("pcl", "networks"),
+    ("kdcl", "networks"),
+]
+
+
+def config(name="okddip", topology="networks", **options) -> Config:
+    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 12, "epochs": 2, "peers": 3}
+    return Config(name, topology=topology, **values | options)
+
+
+def build(*args, **options):
+    t = setup(config(*args, **options).resolved())
+    t.sums = zero_sums(t)
+    t.peers.train()
+    return t
+
+
+@pytest.mark.parametrize(("name", "topology"), CASES)
+def test_stacked_trains_as_the_loop_does(name, topology):
+    loop = build(name, topology, dtype="float64", execution="loop")
+    stacked = build(name, topology, dtype="float64", execution="stacked")
+    for step in range(4):
+        for t in (loop, stacked):
+            batch = list(t.loader.epoch(0))[step]
+            t.step = step
+            train_step(t, *batch, 1.0)
+    for part in ("peers", "method", "ema"):
+        theirs = stacked.state()[part]
+        for key, value in (loop.state()[part] or {}).items():
+            close(theirs[key].double(), value.double(), 1e-10)
+    close(stacked.sums["loss"], loop.sums["loss"], 1e-10)
+    x = next(loop.loader.epoch(1))[0][0]
+    close(deployed_network(stacked)(x), deployed_network(loop)(x), 1e-10)
+
+
+def test_members_are_views_and_go_round_without_loss():
+    stacked, loop = build(execution="stacked"), build(execution="loop", seed=3)
+    before = {k: v.clone() for k, v in loop.peers.state_dict().items()}
+    stacked.peers.load_state_dict(before)
+    after = stacked.peers.state_dict()
+    assert all(torch.equal(after[k], v) for k, v in before.items())
+    x = next(loop.loader.epoch(0))[0]
+    with torch.no_grad():
+        assert torch.allclose(stacked.peers(x).logits_PBC, loop.peers(x).logits_PBC, atol=1e-5)  # the stack sees it too
+    assert sum(p.numel() for p in stacked.peers.parameters()) == sum(
+        p.numel() for p in stacked.peers.trained_parameters()
+    )
+
+
+@pytest.mark.parametrize(("options", "sentence"), [
+    ({"model": ("resnet8", "wrn16_2", "resnet8"), "name": "independent"}, "peers of one kind"),
+    ({"model": "densenet40_12"}, "mixes channels"),
+    ({"model": "vgg16"}, "heads of one Linear"),
+    ({"name": "dml"}, "alternating updates"),
+    ({"name": "pcl", "topology": "branches"}, "branches with a view each"),
+    ({"name": "independent", "peers": 1}, "nobody to be stacked with"),
+    ({"name": "cl_ilr", "topology": "branches", "branch_at": ("layer2", "layer3"), "fan_out": (2, 2), "peers": 4},
+     "fork once"),
+])  # fmt: skip
+def test_what_cannot_be_stacked_is_refused(options, sentence):
+    with pytest.raises(InputError, match=sentence):
+        build(execution="stacked", **options)
+    assert build(execution="measure", **options).execution == "loop"
+
+
+def test_measuring_touches_nothing():
+    t = build()
+    state, rng = {k: v.clone() for k, v in t.peers.state_dict().items()}, torch.get_rng_state()
+    chosen = choose_execution(dataclasses.replace(t.config, execution="measure"), t.peers, t.method, t.loader.first())
+    assert chosen in ("loop", "stacked")
+    assert torch.equal(rng, torch.get_rng_state())
+    assert all(torch.equal(v, state[k]) for k, v in t.peers.state_dict().items())
+    assert t.peers.runner is None
+
+
+def test_the_choice_is_kept_and_used_again(tmp_path, monkeypatch):
+    first = train(config(execution="stacked", out=str(tmp_path / "run"), epochs=1))
+    assert first.figures["execution"] == "stacked"
+    measured = config(execution="measure", out=str(tmp_path / "measured"), epochs=2)
+    monkeypatch.setattr("codistill.training.build.choose_execution", lambda *_: "stacked")
+    from test_train import StopAt
+
+    with pytest.raises(KeyboardInterrupt):
+        train(dataclasses.replace(measured, log_every_steps=1), StopAt(1, 2))
+    monkeypatch.setattr("codistill.training.build.choose_execution", lambda *_: pytest.fail("it was chosen already"))
+    again = train(dataclasses.replace(measured, log_every_steps=1, resume="auto"))
+    assert again.figures["execution"] == "stacked"
+    assert load_run(tmp_path / "measured").execution == "stacked"
+
+
+def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):
+    from test_train import StopAt
+
+    options = {"execution": "stacked", "checkpoint_every_steps": 1, "log_every_steps": 1}
+    whole = train(config(out=str(tmp_path / "whole"), **options))
+    with pytest.raises(KeyboardInterrupt):
+        train(config(out=str(tmp_path / "stopped"), **options), StopAt(1, 2))
+    again = train(config(out=str(tmp_path / "stopped"), resume="auto", **options))
+    for key, value in whole.peers.state_dict().items():
+        assert torch.equal(value, again.peers.state_dict()[key]), key
+
+
+@pytest.mark.parametrize(("optimizer", "topology"), [("sgd", "networks"), ("sgd", "branches"), ("adamw", "networks")])
+def test_a_checkpoint_does_not_show_how_the_peers_ran(tmp_path, optimizer, topology):
+    from test_train import StopAt
+
+    options = {"optimizer": optimizer, "topology": topology, "dtype": "float64", "log_every_steps": 1}
+    if optimizer == "adamw":
+        options["lr"] = 1e-3
+    whole = train(config(out=str(tmp_path / "whole"), execution="loop", **options))
+    ways = ["stacked", "loop", "stacked"]
+    for number, execution in enumerate(ways):
+        now = config(out=str(tmp_path / "run"), execution=execution, resume="auto", checkpoint_every_steps=1, **options)
+        if number + 1 < len(ways):
+            with pytest.raises(KeyboardInterrupt):
+                train(now, StopAt(number, 2))
+        else:
+            again = train(now)
+            assert again.figures["execution"] == execution
+    for key, value in whole.peers.state_dict().items():
+        close(again.peers.state_dict()[key].double(), value.double(), 1e-9)
+
+
+def test_bfloat16_stacks_too():
+    t = build(dtype="bfloat16", execution="stacked")
+    terms = train_step(t, *next(t.loader.epoch(0)), 1.0)
+    assert terms["loss"].dtype == torch.float32

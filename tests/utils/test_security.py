@@ -1,0 +1,298 @@
+"""Files of strangers: nothing in them is run, followed elsewhere, given the room that it claims, or shown as code."""
+
+import io
+import json
+import pickle
+import re
+import shutil
+import struct
+import sys
+import zipfile
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from codistill.cli.main import main
+from codistill.config.config import Config
+from codistill.data import load_set
+from codistill.deploy.model_card import escape
+from codistill.training.loop import train
+from codistill.utils.errors import InputError
+from codistill.utils.files import write_json
+from codistill.utils.safe_load import load_tensors
+from helpers.common import read_json
+from helpers.images import Malicious, arrays, write_npz
+
+EVIL = "<img src=x onerror=alert(1)> & [b]*x*[/b] `y` </script>\n\x1b[31m"
+
+
+def one_sentence(capsys, words: list[str], code: int = 2) -> str:
+    assert main(words) == code
+    said = capsys.readouterr().err.strip()
+    assert "Traceback" not in said
+    said = said.splitlines()[-1]
+    assert said.startswith("codistill: ")
+    assert "weights_only=False" not in said
+    return said
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    out = tmp_path_factory.mktemp("security") / "run"
+    train(Config("okddip", "resnet8", "digits", peers=3, train_per_class=6, batch_size=16, epochs=1, out=str(out)))
+    return out
+
+
+# -- pickles -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("how", ["torch", "bare"])
+@pytest.mark.parametrize(
+    "words",
+    [
+        "evaluate {run}",
+        "export {run} --out {out}.safetensors",
+        "predict {run} {image}",
+        "train okddip {small} --out {run} --resume auto",
+        "train okddip {small} --out {out} --weights {run}/last.pt",
+        "train kd {small} --peers 1 --out {out} --method.teacher {run}",
+        "train kd {small} --peers 1 --out {out} --method.teacher {run}/last.pt --method.teacher-model resnet8",
+    ],
+)
+def test_a_pickle_that_would_run_code_is_refused_wherever_weights_are_read(words, how, run, tmp_path, capsys):
+    mark, place = tmp_path / "ran", tmp_path / "run"
+    shutil.copytree(run, place)
+    (place / "result.json").unlink()
+    evil = {"schema": 1, "peers": Malicious(mark)}
+    if how == "torch":
+        torch.save(evil, place / "last.pt")
+    else:
+        (place / "last.pt").write_bytes(pickle.dumps(evil))
+    Image.new("L", (8, 8)).save(tmp_path / "image.png")
+    names = {"run": place, "out": tmp_path / "out", "image": tmp_path / "image.png"}
+    names["small"] = "--model resnet8 --train-per-class 6 --batch-size 16 --epochs 1"
+    words = words.format(**names)
+    if "okddip" in words:
+        words += " --peers 3"
+    assert "more than tensors and plain values" in one_sentence(capsys, words.split())
+    assert not mark.exists()
+
+
+def test_a_report_opens_no_checkpoint(run, tmp_path, monkeypatch):
+    shutil.copytree(run, tmp_path / "run")
+    torch.save({"schema": 1, "peers": Malicious(tmp_path / "ran")}, tmp_path / "run" / "last.pt")
+    monkeypatch.setitem(sys.modules, "plotly", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "plotly.offline", SimpleNamespace(get_plotlyjs=lambda: ""))
+    assert main(["report", str(tmp_path / "run"), "-o", str(tmp_path / "r.html")]) == 0
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_checkpoint_that_claims_more_than_it_holds_is_refused(tmp_path):
+    """The number of elements that the pickle states leads past the record's end."""
+    torch.save({"x": torch.zeros(64)}, tmp_path / "good.pt")
+    with zipfile.ZipFile(tmp_path / "good.pt") as good, zipfile.ZipFile(tmp_path / "forged.pt", "w") as forged:
+        for name in good.namelist():
+            data = good.read(name)
+            if name.endswith("data.pkl"):
+                assert data.count(b"K\x40") == 2  # the storage's length, the tensor's
+                data = data.replace(b"K\x40", b"J" + struct.pack("<i", 1 << 24))
+            forged.writestr(name, data)
+    with pytest.raises(ValueError, match="record size"):
+        load_tensors(tmp_path / "forged.pt")
+
+
+# -- arrays ------------------------------------------------------------------------------------------------------------
+
+
+def npy(shape: str, descr: str = "|u1", body: bytes = b"") -> bytes:
+    header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}\n".encode()
+    return b"\x93NUMPY\x01\x00" + struct.pack("<H", len(header)) + header + body
+
+
+def archive(path, **members: bytes):
+    """Write an npz of good arrays, some replaced."""
+    with zipfile.ZipFile(path, "w") as out:
+        for name, array in arrays().items():
+            stream = io.BytesIO()
+            np.save(stream, array)
+            out.writestr(f"{name}.npy", members.get(name, stream.getvalue()))
+    return f"npz:{path}"
+
+
+@pytest.mark.parametrize(
+    ("shape", "descr"),
+    [
+        ("(1099511627776, 8, 8, 3)", "|u1"),  # 192 TiB
+        ("(60000, 224, 224, 3)", "|u1"),  # 9 GB: a machine may well give the room
+        ("(3, 8, 8, 3)", "<f8"),
+        ("(18446744073709551616,)", "|u1"),  # 2**64
+        ("(-1, 8, 8, 3)", "|u1"),
+        ("(9223372036854775807, 9223372036854775807)", "<u8"),
+    ],
+)
+def test_arrays_that_claim_more_than_the_file_holds_are_refused_before_room_is_made(
+    shape, descr, tmp_path, capsys, monkeypatch
+):
+    asked = []
+    monkeypatch.setattr("numpy.lib.format.read_array", lambda *args, **kwargs: asked.append(args))
+    data = archive(tmp_path / "forged.npz", x_train=npy(shape, descr, b"\0" * 64))
+    said = one_sentence(capsys, ["train", "okddip", "--data", data, "--out", str(tmp_path / "out")])
+    assert "cannot be read (" in said
+    assert not asked
+
+
+def test_an_archive_that_unfolds_without_end_is_refused(tmp_path, capsys):
+    """Its directory says that 300 bytes hold 2 GB."""
+    path = tmp_path / "bomb.npz"
+    data = archive(path)
+    raw = bytearray(path.read_bytes())
+    place = raw.index(b"PK\x01\x02")
+    raw[place + 24 : place + 28] = struct.pack("<I", 2_000_000_000)
+    path.write_bytes(raw)
+    assert "claims 2,000,000,000 bytes" in one_sentence(capsys, ["train", "okddip", "--data", data])
+
+
+def test_arrays_of_objects_and_of_no_array_are_refused(tmp_path, capsys):
+    mark = tmp_path / "ran"
+    for number, content in enumerate((b"no array", b"", npy("(3,)", "|O", pickle.dumps([Malicious(mark)] * 3)))):
+        data = archive(tmp_path / f"{number}.npz", y_train=content)
+        assert "cannot be read (" in one_sentence(capsys, ["train", "okddip", "--data", data])
+    assert not mark.exists()
+    assert main(["train", "okddip", "--data", write_npz(tmp_path / "good.npz"), "--model", "resnet8", "--batch-size",
+                 "4", "--epochs", "1", "--out", str(tmp_path / "out")]) == 0  # fmt: skip
+
+
+# -- images ------------------------------------------------------------------------------------------------------------
+
+
+def bomb(path, side: int = 60_000) -> None:
+    """Write a PNG of a few hundred bytes that says it has 3.6 thousand million pixels."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    head = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0)
+    body = chunk(b"IHDR", head) + chunk(b"IDAT", zlib.compress(b"\0" * 10_000)) + chunk(b"IEND", b"")
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + body)
+
+
+def image_folder(path):
+    for name in ("cat", "dog"):
+        (path / name).mkdir(parents=True)
+        for number in range(10):
+            Image.new("L", (8, 8), 20 * number).save(path / name / f"{number}.png")
+    return path
+
+
+def test_an_image_that_unfolds_into_gigabytes_is_refused(tmp_path, run, capsys):
+    folder = image_folder(tmp_path / "photos")
+    bomb(folder / "cat" / "bomb.png")
+    said = one_sentence(capsys, ["train", "okddip", "--data", f"folder:{folder}", "--out", str(tmp_path / "out")])
+    assert "cat/bomb.png cannot be read as an image" in said
+    assert main(["predict", str(run), str(folder / "cat" / "bomb.png"), str(folder / "cat" / "1.png"), "--json"]) == 0
+    rows = json.loads(capsys.readouterr().out)
+    assert "decompression bomb" in rows[0]["error"]
+    assert "error" not in rows[1]
+
+
+@pytest.mark.parametrize("what", ["file", "folder"])
+def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path, run, capsys, monkeypatch):
+    folder, private = image_folder(tmp_path / "photos"), image_folder(tmp_path / "private")
+    (folder / "cat" / "inside.png").symlink_to("1.png")
+    (folder / "cow").symlink_to("dog")
+    words = ["--model", "resnet8", "--batch-size", "4", "--epochs", "1"]
+    assert main(["train", "okddip", "--data", f"folder:{folder}", *words, "--out", str(tmp_path / "out")]) == 0
+    assert read_json(tmp_path / "out" / "data.json")["classes"] == ["cat", "cow", "dog"]
+    link = folder / ("cat/secret.png" if what == "file" else "passport")
+    link.symlink_to(private / ("cat/1.png" if what == "file" else "cat"))
+    capsys.readouterr()
+    said = one_sentence(capsys, ["train", "okddip", "--data", f"folder:{folder}", *words, "--out", str(tmp_path / "o")])
+    assert f"{link} is a link out of {folder}" in said
+    assert f"{link} is a link out of the folder" in one_sentence(capsys, ["predict", str(run), str(folder)])
+
+    def walked(_root):
+        raise AssertionError("the link was followed")
+
+    monkeypatch.setattr("torchvision.datasets.ImageFolder", walked)
+    with pytest.raises(InputError, match="is a link out of"):
+        load_set(f"folder:{folder}")
+
+
+@pytest.mark.parametrize(
+    "links",
+    [{"cow": "."}, {"cat/again": ".."}, {"cat/again": "."}, {"cat/x": "../dog", "dog/y": "../cat"}],
+)
+def test_links_that_go_round_in_a_circle_are_named_and_not_walked(links, tmp_path, monkeypatch):
+    folder = image_folder(tmp_path / "photos")
+    for name, target in links.items():
+        (folder / name).symlink_to(target)
+
+    def walked(_root):
+        raise AssertionError("the link was followed")
+
+    monkeypatch.setattr("torchvision.datasets.ImageFolder", walked)
+    with pytest.raises(InputError, match="is a link to a folder, which only a class as a whole may be"):
+        load_set(f"folder:{folder}")
+
+
+# -- words -------------------------------------------------------------------------------------------------------------
+
+
+def test_names_are_escaped_in_the_page(tmp_path, run, monkeypatch):
+    """Class names, the run's folder, data and title; and the machine's description, which a folder may forge."""
+    monkeypatch.setitem(sys.modules, "plotly", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "plotly.offline", SimpleNamespace(get_plotlyjs=lambda: ""))
+    place = tmp_path / "<script>alert(2)<"
+    shutil.copytree(run, place)
+    details, config = read_json(place / "details.json"), read_json(place / "config.json")
+    write_json(place / "details.json", details | {"classes": [EVIL + str(c) for c in range(10)], "deployed": EVIL})
+    write_json(place / "config.json", config | {"data": f"folder:{EVIL}"})
+    write_json(place / "environment.json", read_json(place / "environment.json") | {"gpu": EVIL, "torch": EVIL})
+    out = tmp_path / "report.html"
+    assert main(["report", str(place), "-o", str(out), "--title", EVIL]) == 0
+    text = out.read_text()
+    assert "onerror=alert(1)" in text  # it is there, as text
+    assert "<img" not in text
+    assert "<script>alert" not in text
+    assert text.count("</script>") == 3
+    assert "\\u003cimg" in text or "&lt;img" in text
+
+
+def test_names_are_escaped_in_the_model_card_and_the_terminal(tmp_path, capsys):
+    folder = tmp_path / "photos"
+    names = ["<b>bold", "[link](javascript:alert(1))", "[/red] \x1b[31mred", "a|b`c"]
+    for name in names:
+        (folder / name.replace("/", "\u2215")).mkdir(parents=True)
+        for number in range(8):
+            Image.effect_noise((8, 8), 90).save(folder / name.replace("/", "\u2215") / f"{number}.png")
+    out = tmp_path / "run [/bold] <i>"
+    words = [
+        "--data",
+        f"folder:{folder}",
+        "--model",
+        "resnet8",
+        "--batch-size",
+        "8",
+        "--epochs",
+        "1",
+        "--out",
+        str(out),
+    ]
+    assert main(["train", "okddip", *words]) == 0
+    assert main(["evaluate", str(out), "--per-class"]) == 0
+    said = capsys.readouterr().out
+    assert "<b>bold" in said
+    assert "[link](javascript:alert(1))" in said
+    assert "\x1b[31mred" not in said
+    student = tmp_path / "a`b\n\n<u>.safetensors"
+    assert main(["export", str(out), "--out", str(student)]) == 0
+    card = student.with_suffix(".md").read_text().split("---", 2)[2]
+    outside = re.sub(r"`[^`\n]+`", "", card)  # what stands in code is shown as it is
+    for part in ("<b>", "<u>", "[link](", "\x1b"):
+        assert part not in outside
+    assert "\\<b\\>bold" in card
+    assert escape("[x](y)\n# z") == "\\[x\\]\\(y\\) \\# z"
