@@ -13,10 +13,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parent.parent / "tests"))
 
-from helpers import oracles
 from codistill.methods import CLILR, DML, KD, KDCL, ONE, PCL, Independent, OKDDip
 from codistill.peers.base import PeerOutputs
 from codistill.utils.tables import markdown
+from helpers import oracles
 from helpers.common import golden, random_peers
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 import fuzz
 from codistill import losses
-from test_contract import CASES, EXTRA, build, every
+from helpers.method_cases import CASES, EXTRA, build, every
 
 few = settings(max_examples=60, deadline=None, database=None, derandomize=True, suppress_health_check=[*HealthCheck])
 

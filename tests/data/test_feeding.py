@@ -19,16 +19,7 @@ from codistill.training import loaders as feeding
 from codistill.training.build import load_run
 from codistill.training.build import setup as build
 from codistill.utils.errors import InputError
-from test_files import write_images
-
-
-def train_on(folder, out, *more):
-    """Train two small peers on a folder, through the command line."""
-    options = {"--data": f"folder:{folder}", "--image-size": 16, "--model": "resnet8", "--peers": 2, "--epochs": 1,
-               "--batch-size": 7, "--device": "cpu", "--data-workers": 0, "--out": out}  # fmt: skip
-    words = [str(word) for pair in options.items() for word in pair if pair[0] not in more]
-    return main(["train", "dml", *words, *more])
-
+from helpers.folders import train_on, write_images
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Balanced sampling

@@ -17,23 +17,9 @@ from codistill.data.image_files import ImageFiles
 from codistill.data.loader import Augmentation
 from codistill.training.build import setup
 from codistill.utils.errors import InputError
+from helpers.folders import write_images
 
 VARIED = Augmentation(flip=True, resized_crop=True)
-
-
-def write_images(root, per_class=8, parts=("train", "val"), classes=("ant", "bee", "cat"), seed=0):
-    """Write photographs of many sizes whose colour tells their class."""
-    rng = np.random.default_rng(seed)
-    for part in parts:
-        for c, name in enumerate(classes):
-            place = root / part / name
-            place.mkdir(parents=True)
-            for n in range(per_class):
-                height, width = rng.integers(20, 44, 2)
-                pixels = rng.integers(0, 120, (height, width, 3)).astype(np.uint8)
-                pixels[..., c % 3] += 100
-                Image.fromarray(pixels).save(place / f"{n}.png")
-    return root
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,7 @@ from codistill.config.config import Config
 from codistill.data import ImageSet
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
-from test_feeding import train_on
-from test_files import write_images
+from helpers.folders import train_on, write_images
 
 
 class Squares(Dataset):

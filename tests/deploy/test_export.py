@@ -4,7 +4,6 @@ import json
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,22 +13,7 @@ from codistill.cli.main import main
 from codistill.deploy.model_card import escape
 from codistill.training.build import load_run
 from helpers.common import read_json
-
-ODD = ["a|b", "<script>", "naïve `x`", 'say "hi": yes', "[link](x)"]
-
-
-def write_folder(path: Path, names=ODD, count=6, size=16, gray=False):
-    from PIL import Image
-
-    rng = np.random.default_rng(0)
-    for part in ("train", "test"):
-        for label, name in enumerate(names):
-            (path / part / name).mkdir(parents=True)
-            for i in range(count):
-                shape = (size, size) if gray else (size, size, 3)
-                pixels = (rng.integers(0, 60, shape) + 40 * label).astype(np.uint8)
-                Image.fromarray(pixels).save(path / part / name / f"{i}.png")
-    return f"folder:{path}"
+from helpers.folders import ODD, write_folder
 
 
 @pytest.fixture(scope="module")

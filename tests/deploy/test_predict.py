@@ -11,7 +11,7 @@ from PIL import Image
 from codistill.cli.main import main
 from codistill.data.decode import open_upright, read_pixels
 from codistill.utils.errors import InputError
-from test_export import write_folder
+from helpers.folders import write_folder
 
 
 @pytest.fixture(scope="module")

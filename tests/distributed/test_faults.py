@@ -12,7 +12,7 @@ import torch
 
 from codistill.cli.main import main
 from helpers.common import read_json
-from test_mesh import free_port, torchrun
+from helpers.processes import free_port, torchrun
 
 TRAIN = [
     *("-m", "codistill", "train", "okddip", "--model", "resnet8", "--data", "digits", "--train-per-class", "6"),

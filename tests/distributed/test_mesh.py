@@ -1,15 +1,13 @@
 """Meshes of processes against one process: exactness, checkpoints that change meshes, bytes, bad input.
 
-`CODISTILL_ALL_MESHES=1 pytest -s tests/distributed/test_mesh.py` compares every method on meshes of 2 and 4 processes and prints
-the table of docs/distributed.md (a quarter of an hour).
+`CODISTILL_ALL_MESHES=1 pytest -s tests/distributed/test_mesh.py` compares every method on meshes of 2 and 4 processes
+and prints the table of docs/distributed.md (a quarter of an hour).
 """
 
 import json
 import math
 import os
-import socket
 import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
@@ -28,6 +26,7 @@ from codistill.training.optim import learning_rate_at
 from codistill.utils.errors import InputError
 from helpers.mesh_reference import largest_difference, one_process
 from helpers.mesh_worker import CASES, config, num_peers, run_steps
+from helpers.processes import torchrun
 
 HERE = Path(__file__).parent.parent / "helpers"
 # (processes, case, --sync-bn, meshes it goes through)
@@ -68,18 +67,6 @@ def everything():
 
 
 PLAN = everything() if "CODISTILL_ALL_MESHES" in os.environ else QUICK
-
-
-def free_port() -> int:
-    with socket.socket() as place:
-        place.bind(("127.0.0.1", 0))
-        return place.getsockname()[1]
-
-
-def torchrun(processes: int, *words: str, options: tuple[str, ...] = ()) -> list[str]:
-    """Return the command line that starts so many processes on this machine."""
-    port = f"--master-port={free_port()}"
-    return [sys.executable, "-m", "torch.distributed.run", f"--nproc-per-node={processes}", port, *options, *words]
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,6 @@ import torch
 from PIL import Image
 
 import helpers.accelerator  # noqa: F401 (before codistill)
-from helpers.accelerator import DEVICE, OnDevice, Simulated
-from helpers.accelerator_cases import CASES
 from codistill.config.config import Config
 from codistill.config.methods import KDConfig
 from codistill.data import ImageSet, Loader
@@ -27,6 +25,8 @@ from codistill.peers.base import Peers
 from codistill.training import build, loop
 from codistill.training.run import Run
 from codistill.utils.device import NO_FLOAT64
+from helpers.accelerator import DEVICE, OnDevice, Simulated
+from helpers.accelerator_cases import CASES
 
 PICK_DEVICE = build.pick_device
 

@@ -7,62 +7,19 @@ import warnings
 import pytest
 import torch
 
-from codistill.config.config import Config
-from codistill.config.methods import METHODS, method_config
+from codistill.config.methods import METHODS
 from codistill.peers.base import PeerOutputs
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.networks import NetworkPeers
 from codistill.runs.checkpoint import restore_rng, rng_state
-from codistill.training.build import setup
-from codistill.training.loop import train, zero_sums
+from codistill.training.loop import train
 from codistill.training.step import train_step
 from codistill.training.student import deployed_network
 from codistill.utils.errors import InputError
 from helpers.common import close
+from helpers.method_cases import CASES, build, config, every
 
-OPTIONS = {
-    "kdcl-naive": ("kdcl", {"target": "naive"}),
-    "kdcl-linear": ("kdcl", {"target": "linear"}),
-    "kdcl-linear-batch": ("kdcl", {"target": "linear", "granularity": "batch"}),
-    "kdcl-general": ("kdcl", {"target": "general", "holdout_fraction": 0.1}),
-    "kdcl-one-view": ("kdcl", {"own_views": False}),
-    "dml-joint": ("dml", {"update": "joint"}),
-    "dml-code": ("dml", {"variant": "okddip_code"}),
-    "one-code": ("one", {"variant": "okddip_code"}),
-    "cl_ilr-code": ("cl_ilr", {"variant": "okddip_code"}),
-    "okddip-code": ("okddip", {"variant": "okddip_code"}),
-    "okddip-detached": ("okddip", {"detach": "all"}),
-    "okddip-no-leader": ("okddip", {"ablation": "no_leader"}),
-    "okddip-random": ("okddip", {"ablation": "random"}),
-    "independent-rescaled": ("independent", {"rescale": True}),
-}
-CASES = [(name, {}, topology) for name, c in METHODS.items() for topology in c.topologies]
-EXTRA = [
-    (n, o, t) for n, o in OPTIONS.values() for t in METHODS[n].topologies if o.get("update") is None or t == "networks"
-]
-every = pytest.mark.parametrize(("name", "options", "topology"), CASES + EXTRA)
 plain = pytest.mark.parametrize(("name", "options", "topology"), CASES)
-
-
-def config(name, options, topology, **more) -> Config:
-    method = dataclasses.replace(method_config(name), **options)
-    peers = 1 if name == "kd" and topology == "networks" else 3
-    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 12, "epochs": 3, "peers": peers}
-    return Config(method=method, topology=topology, **values | more)
-
-
-def teacher_for(name):
-    return (
-        NetworkPeers("resnet8", 1, 10, seed=5, in_channels=1, image_size=8).export_member(0) if name == "kd" else None
-    )
-
-
-def build(name, options, topology, **more):
-    t = setup(config(name, options, topology, **more).resolved(), teacher_for(name))
-    t.sums = zero_sums(t)
-    t.peers.train()
-    t.method.train()
-    return t
 
 
 def steps(t, count=2):
@@ -184,7 +141,7 @@ def test_order_of_peers_does_not_matter(name, options, topology):
 
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "kd"])
 def test_a_resumed_run_ends_bit_identical_for_every_method(name, tmp_path):
-    from test_train import StopAt
+    from helpers.runs import StopAt
 
     topology = METHODS[name].topologies[0]
     options = {"target": "general", "holdout_fraction": 0.1} if name == "kdcl" else {}

@@ -5,8 +5,8 @@ import math
 import pytest
 import torch
 
-from helpers import oracles
 from codistill import losses
+from helpers import oracles
 from helpers.common import close, golden, random_peers
 
 

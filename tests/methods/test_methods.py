@@ -6,13 +6,13 @@ import pytest
 import torch
 from scipy import optimize
 
-from helpers import oracles
 from codistill.config.methods import METHODS, ONEConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, soften
 from codistill.methods import CLILR, DML, KD, KDCL, ONE, PCL, Independent, PeerInfo
 from codistill.methods.simplex import best_mixture, frank_wolfe_gap, quadratic_on_simplex
 from codistill.peers.base import PeerOutputs
 from codistill.utils.errors import InputError
+from helpers import oracles
 from helpers.common import close, golden, random_peers
 
 

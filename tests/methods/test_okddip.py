@@ -5,11 +5,11 @@ import itertools
 import pytest
 import torch
 
-from helpers import oracles
 from codistill.config.methods import OKDDipConfig
 from codistill.methods import OKDDip, PeerInfo
 from codistill.peers.base import PeerOutputs
 from codistill.utils.errors import InputError
+from helpers import oracles
 from helpers.common import close, golden, random_peers
 
 

@@ -15,7 +15,7 @@ from codistill.training.loop import train, zero_sums
 from codistill.training.step import train_step
 from codistill.training.student import numbers_trained_and_deployed
 from codistill.utils.errors import InputError
-from test_contract import config, teacher_for
+from helpers.method_cases import config, teacher_for
 
 
 def build(c, teacher=None):
@@ -175,7 +175,7 @@ def test_a_cut_never_leaves_the_image():
 
 
 def test_a_run_with_all_of_it_resumes_bit_identically(tmp_path):
-    from test_train import StopAt
+    from helpers.runs import StopAt
 
     base = config("okddip", {}, "branches", epochs=2, mixup=0.2, cutmix=1.0, label_smoothing=0.1, optimizer="adamw",
                   lr=0.001, head_lr=3.0, freeze=("conv1",), checkpoint_every_steps=1, log_every_steps=1)  # fmt: skip

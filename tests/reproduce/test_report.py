@@ -14,7 +14,7 @@ from codistill.reproduce.report.collect import collect
 from codistill.reproduce.report.page import tone_of
 from codistill.training.loop import train
 from codistill.utils.files import write_json
-from test_reproduce import fake_plan
+from helpers.tables import fake_plan
 
 EVIL = "<img src=x onerror=alert(1)> & <b>%{y}"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

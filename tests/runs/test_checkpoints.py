@@ -12,7 +12,6 @@ import pytest
 import torch
 
 from codistill.cli.main import main
-from codistill.config.config import Config
 from codistill.runs.checkpoint import SCHEMA, CorruptCheckpointError, checkpoints, load_checkpoint, write_checkpoint
 from codistill.training.build import load_run
 from codistill.training.loop import train
@@ -20,14 +19,9 @@ from codistill.training.reporter import Reporter
 from codistill.utils.errors import InputError
 from codistill.utils.files import read_lines
 from helpers.common import read_json
-from test_train import StopAt
+from helpers.runs import StopAt, small
 
 STORED = Path(__file__).parent.parent / "golden" / "schema1"
-
-
-def small(out: Path, **options) -> Config:
-    values = {"model": "tiny_network:Tiny", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 3}
-    return Config(method="independent", peers=2, out=str(out), **values | options)
 
 
 class Notes(Reporter):

@@ -12,7 +12,7 @@ from codistill.training.loop import train
 from codistill.utils.errors import InputError
 from codistill.utils.files import read_lines
 from helpers.common import read_json
-from test_checkpoints import small
+from helpers.runs import small
 
 ROW = ["--data=digits", "--model=tiny_network:Tiny", "--train-per-class=6", "--batch-size=16", "--peers=2"]
 

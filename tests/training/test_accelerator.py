@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from helpers.accelerator_cases import CASES
 from codistill.config.config import Config
 from codistill.training.build import setup
 from codistill.utils.errors import InputError
+from helpers.accelerator_cases import CASES
 
 WORKER = Path(__file__).parent.parent / "helpers" / "accelerator_worker.py"
 

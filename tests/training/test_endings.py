@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny_network import Tiny
 
 from codistill.cli.main import main
 from codistill.data import DeviceLoader
@@ -24,11 +25,20 @@ from codistill.utils.errors import InputError
 from codistill.utils.failures import explain
 from codistill.utils.files import read_lines
 from helpers.common import read_json
-from test_checkpoints import small
-from helpers.tiny_network import Tiny
+from helpers.runs import small
 
 WORDS = [
-    *("train", "independent", "--peers", "2", "--model", "tiny_network:Tiny", "--data", "digits", "--train-per-class"),
+    *(
+        "train",
+        "independent",
+        "--peers",
+        "2",
+        "--model",
+        "tiny_network:Tiny",
+        "--data",
+        "digits",
+        "--train-per-class",
+    ),
     *("6", "--batch-size", "16", "--epochs", "3", "--device", "cpu", "--log-every-steps", "1"),
 ]
 

@@ -99,7 +99,7 @@ def test_the_choice_is_kept_and_used_again(tmp_path, monkeypatch):
     assert first.figures["execution"] == "stacked"
     measured = config(execution="measure", out=str(tmp_path / "measured"), epochs=2)
     monkeypatch.setattr("codistill.training.build.choose_execution", lambda *_: "stacked")
-    from test_train import StopAt
+    from helpers.runs import StopAt
 
     with pytest.raises(KeyboardInterrupt):
         train(dataclasses.replace(measured, log_every_steps=1), StopAt(1, 2))
@@ -110,7 +110,7 @@ def test_the_choice_is_kept_and_used_again(tmp_path, monkeypatch):
 
 
 def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):
-    from test_train import StopAt
+    from helpers.runs import StopAt
 
     options = {"execution": "stacked", "checkpoint_every_steps": 1, "log_every_steps": 1}
     whole = train(config(out=str(tmp_path / "whole"), **options))
@@ -123,7 +123,7 @@ def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):
 
 @pytest.mark.parametrize(("optimizer", "topology"), [("sgd", "networks"), ("sgd", "branches"), ("adamw", "networks")])
 def test_a_checkpoint_does_not_show_how_the_peers_ran(tmp_path, optimizer, topology):
-    from test_train import StopAt
+    from helpers.runs import StopAt
 
     options = {"optimizer": optimizer, "topology": topology, "dtype": "float64", "log_every_steps": 1}
     if optimizer == "adamw":

@@ -10,8 +10,8 @@ from codistill.training.build import setup
 from codistill.training.loop import _close_epoch, zero_sums
 from codistill.training.nonfinite_guard import _ignores_flag
 from codistill.training.step import train_step
-from test_checkpoints import small
-from test_train import CountHostReads
+from helpers.host_reads import CountHostReads
+from helpers.runs import small
 
 
 @pytest.mark.parametrize("optimizer", ["sgd", "adamw"])

@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from codistill.config.config import Config
 from codistill.data import DeviceLoader, load_set, make_splits
@@ -22,22 +21,13 @@ from codistill.training.step import train_step
 from codistill.utils.errors import InputError, MachineError
 from codistill.utils.signals import Stopped
 from helpers.common import read_json
+from helpers.host_reads import CountHostReads
+from helpers.runs import StopAt
 
 
 def tiny(**options) -> Config:
     values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 3, "peers": 3}
     return Config(**({"method": "okddip"} | values | options))
-
-
-class StopAt(Reporter):
-    """Ends a run from outside at a step, as a signal would."""
-
-    def __init__(self, epoch, step):
-        self.place = (epoch, step)
-
-    def step(self, epoch, step, loss):
-        if (epoch, step) == self.place:
-            raise KeyboardInterrupt
 
 
 def test_the_rate_falls_when_the_papers_say():
@@ -190,21 +180,6 @@ def test_the_update_is_masked_from_the_first_bad_step_on():
     assert terms["loss"] != terms["loss"]
     for name, value in before.items():
         assert torch.equal(value, t.peers.state_dict()[name]), name
-
-
-class CountHostReads(TorchDispatchMode):
-    """Counts operators that make the host wait for the device."""
-
-    READS = ("_local_scalar_dense", "aten::nonzero", "aten::item", "aten::equal", "is_nonzero")
-
-    def __init__(self):
-        super().__init__()
-        self.reads = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        if any(name in str(func) for name in self.READS):
-            self.reads.append(str(func))
-        return func(*args, **(kwargs or {}))
 
 
 @pytest.mark.parametrize("topology", ["networks", "branches"])

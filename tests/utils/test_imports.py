@@ -18,9 +18,9 @@ from codistill.reproduce.workers import Processes, Submitit
 from codistill.training.loop import train
 from codistill.utils.allow_import import check_imports, command_line, is_user_code
 from codistill.utils.files import write_json
+from helpers.command_line import one_sentence
 from helpers.common import read_json
-from test_checkpoints import small
-from test_security import one_sentence
+from helpers.runs import small
 
 
 @pytest.fixture(scope="module")

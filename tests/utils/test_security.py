@@ -24,20 +24,11 @@ from codistill.training.loop import train
 from codistill.utils.errors import InputError
 from codistill.utils.files import write_json
 from codistill.utils.safe_load import load_tensors
+from helpers.command_line import one_sentence
 from helpers.common import read_json
 from helpers.images import Malicious, arrays, write_npz
 
 EVIL = "<img src=x onerror=alert(1)> & [b]*x*[/b] `y` </script>\n\x1b[31m"
-
-
-def one_sentence(capsys, words: list[str], code: int = 2) -> str:
-    assert main(words) == code
-    said = capsys.readouterr().err.strip()
-    assert "Traceback" not in said
-    said = said.splitlines()[-1]
-    assert said.startswith("codistill: ")
-    assert "weights_only=False" not in said
-    return said
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,60 @@
+"""Every method with its options and topologies, built through the real set-up."""
+
+import dataclasses
+
+import pytest
+
+from codistill.config.config import Config
+from codistill.config.methods import METHODS, method_config
+from codistill.peers.networks import NetworkPeers
+from codistill.training.build import setup
+from codistill.training.loop import zero_sums
+
+OPTIONS = {
+    "kdcl-naive": ("kdcl", {"target": "naive"}),
+    "kdcl-linear": ("kdcl", {"target": "linear"}),
+    "kdcl-linear-batch": ("kdcl", {"target": "linear", "granularity": "batch"}),
+    "kdcl-general": ("kdcl", {"target": "general", "holdout_fraction": 0.1}),
+    "kdcl-one-view": ("kdcl", {"own_views": False}),
+    "dml-joint": ("dml", {"update": "joint"}),
+    "dml-code": ("dml", {"variant": "okddip_code"}),
+    "one-code": ("one", {"variant": "okddip_code"}),
+    "cl_ilr-code": ("cl_ilr", {"variant": "okddip_code"}),
+    "okddip-code": ("okddip", {"variant": "okddip_code"}),
+    "okddip-detached": ("okddip", {"detach": "all"}),
+    "okddip-no-leader": ("okddip", {"ablation": "no_leader"}),
+    "okddip-random": ("okddip", {"ablation": "random"}),
+    "independent-rescaled": ("independent", {"rescale": True}),
+}
+
+
+CASES = [(name, {}, topology) for name, c in METHODS.items() for topology in c.topologies]
+
+
+EXTRA = [
+    (n, o, t) for n, o in OPTIONS.values() for t in METHODS[n].topologies if o.get("update") is None or t == "networks"
+]
+
+
+every = pytest.mark.parametrize(("name", "options", "topology"), CASES + EXTRA)
+
+
+def config(name, options, topology, **more) -> Config:
+    method = dataclasses.replace(method_config(name), **options)
+    peers = 1 if name == "kd" and topology == "networks" else 3
+    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 12, "epochs": 3, "peers": peers}
+    return Config(method=method, topology=topology, **values | more)
+
+
+def teacher_for(name):
+    return (
+        NetworkPeers("resnet8", 1, 10, seed=5, in_channels=1, image_size=8).export_member(0) if name == "kd" else None
+    )
+
+
+def build(name, options, topology, **more):
+    t = setup(config(name, options, topology, **more).resolved(), teacher_for(name))
+    t.sums = zero_sums(t)
+    t.peers.train()
+    t.method.train()
+    return t
