@@ -1,7 +1,4 @@
-# make demo     install, then train peers on real images and print what it buys (DATA=digits|fashion-mnist|cifar100, DATA_DIR=...)
-# make test     install, then lint, type-check and test
-# make bench    install, then measure the hot path against the published shape: ratios, in about 7 minutes
-# make clean    remove the environment and what the demo wrote
+# Targets; `make help` prints them. Options of demo: DATA=digits|fashion-mnist|cifar100, DATA_DIR=...
 PYTHON ?= $(shell for v in python3.13 python3.12 python3.11 python3; do command -v $$v >/dev/null && $$v -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$v && break; done)
 VENV   ?= .venv
 BIN     = $(VENV)/bin
@@ -9,7 +6,11 @@ DATA   ?= digits
 OUT    ?= demo/$(DATA)
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test bench lint install install-dev clean
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast bench lint format install install-dev clean
+
+help:  ## print this list
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
 
 $(VENV)/.made: pyproject.toml constraints.txt
 	@test -n "$(PYTHON)" || { echo "codistill needs Python 3.11 or newer; name one with: make PYTHON=/path/to/python3"; exit 2; }
@@ -22,23 +23,30 @@ $(VENV)/.made-dev: $(VENV)/.made
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group dev
 	touch $@
 
-install: $(VENV)/.made
-install-dev: $(VENV)/.made-dev
+install: $(VENV)/.made  ## make the environment
+install-dev: $(VENV)/.made-dev  ## make the environment with what tests and linters need
 
-demo: install
+demo: install  ## install, then train peers on real images and print what they gain
 	$(BIN)/codistill demo --data $(DATA) --out $(OUT) $(if $(DATA_DIR),--data-dir $(DATA_DIR))
 
-lint: install-dev
+lint: install-dev  ## ruff, import layers and the type checker
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/lint-imports --no-cache
 	$(BIN)/pyrefly check
 
-test: lint
+test: lint  ## install, lint, type-check, and run all tests
 	$(BIN)/python -m pytest -n 2 --dist loadscope
 
-bench: install
+test-fast: install-dev  ## run the quick tests alone
+	$(BIN)/python -m pytest -n 2 --dist loadscope -m 'not slow'
+
+format: install-dev  ## format the code and sort its imports
+	$(BIN)/ruff check --select I --fix .
+	$(BIN)/ruff format .
+
+bench: install  ## install, then measure the hot path against the published shape, as ratios
 	$(BIN)/python benchmarks/hotpath.py
 
-clean:
+clean:  ## remove the environment and what the demo wrote
 	rm -rf $(VENV) demo
