@@ -1,4 +1,4 @@
-"""The structure of the source: packages are imported through their `__init__` alone, and its two lists of names agree."""
+"""The structure of the source: packages are imported through their `__init__` alone, whose two lists of names agree."""
 
 import ast
 import importlib
