@@ -164,7 +164,7 @@ RUNS = {
         "independent", "--peers 3 --topology branches --freeze trunk --method.rescale --no-channels-last --accumulate 2"
     ),
     "independent, the ensemble deployed": short(
-        "independent", "--peers 2 --topology networks --deploy ensemble --balanced-sampling", EXPORT
+        "independent", "--peers 2 --topology networks --deploy ensemble --balanced-sampling"
     ),
     "fused evaluation": Run(
         (
