@@ -98,11 +98,11 @@ def _judge(run: Run, loader: Loader, options: EvaluateOptions, folder: Path) -> 
     scores_NC, labels_N = deployed_scores(run, loader)
     more: dict[str, Any] = {}
     if options.per_class or options.confusion:
-        counts_CC = judging.confusion_matrix(scores_NC.argmax(-1), labels_N, len(run.data.classes))
+        confusion = judging.confusion_matrix(scores_NC, labels_N)
         if options.per_class:
-            more["classes"] = judging.class_rows(counts_CC, run.data.classes)
+            more["classes"] = judging.class_rows(confusion, run.data.classes)
         if options.confusion:
-            judging.write_confusion(Path(options.confusion), counts_CC, run.data.classes)
+            judging.write_confusion(Path(options.confusion), confusion, run.data.classes)
             more["confusion"] = options.confusion
     if options.calibrate:
         validation = curve_loader(run) if len(run.splits.val) else None
