@@ -27,9 +27,9 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-import codistill.cli.commands
+from codistill.cli import commands
 from codistill.cli.main import main
-from codistill.cli.options import COMMANDS
+from codistill.cli.options import COMMANDS, Parsed
 from codistill.config.config import Config, ReproduceConfig
 from codistill.config.methods import METHODS
 from codistill.training.build import setup
@@ -191,18 +191,21 @@ def try_file(content: bytes, place: Path, suffix: str) -> None:
 def try_command_line(words: list[str]) -> None:
     """Run a command line, with `train` ending at the set-up and grids before their first run."""
     said = io.StringIO()
-    kept = {name: getattr(codistill.cli.commands, name) for name in ("train", "compare", "reproduce", "demo")}
-    codistill.cli.commands.train = lambda parsed: (set_up(parsed.options), 0)[1]
-    for name in ("compare", "reproduce", "demo"):
-        setattr(codistill.cli.commands, name, lambda parsed: 0)
+    run_command = commands.run_command
+
+    def set_up_only(name: str, parsed: Parsed) -> int:
+        if name == "train":
+            set_up(parsed.options)
+        return 0 if name in ("train", "compare", "reproduce", "demo") else run_command(name, parsed)
+
+    commands.run_command = set_up_only
     try:
         with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
             code = main(words)
     except SystemExit as end:  # help
         code = int(end.code or 0)
     finally:
-        for name, command in kept.items():
-            setattr(codistill.cli.commands, name, command)
+        commands.run_command = run_command
     SEEN[f"exit code {code}"] += 1
     assert code in (0, 1, 2), code
     assert "Traceback" not in said.getvalue()

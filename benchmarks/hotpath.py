@@ -224,7 +224,7 @@ def peak_memory(name: str, topology: str, checkpoint: bool = False) -> float:
 import torch
 torch.set_num_threads(1)
 from codistill.config.config import Config
-from codistill.utils.device import forget_peak, peak_megabytes
+from codistill.utils.device import reset_peak_memory, peak_megabytes
 from codistill.training.build import setup
 from codistill.training.step import train_step
 from codistill.training.loop import _zero_sums
@@ -233,7 +233,7 @@ t = setup(Config({name!r}, "resnet32", "digits", **size).resolved())
 t.sums = _zero_sums(t)
 t.peers.train()
 views = torch.randn(t.loader.first().shape[0], 128, 1, 32, 32)
-forget_peak(t.device)
+reset_peak_memory(t.device)
 start = peak_megabytes(t.device)
 for _ in range(2):
     train_step(t, views, torch.randint(10, (128,)), 1.0)

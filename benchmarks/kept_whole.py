@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from codistill.runs.checkpoint import checkpoints, load_checkpoint
+from codistill.runs.checkpoint import list_checkpoints, load_checkpoint
 from codistill.utils.files import read_lines
 
 
@@ -32,7 +32,7 @@ def unreadable(folder: Path) -> list[str]:
 
 def behind(folder: Path, done: int, steps: int) -> int:
     """Return how many finished steps a continuation repeats."""
-    newest = next(iter(checkpoints(folder)), None)
+    newest = next(iter(list_checkpoints(folder)), None)
     if newest is None:
         return done
     state = load_checkpoint(newest)

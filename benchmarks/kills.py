@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 
-import codistill.cli.commands
 import codistill.runs.checkpoint
 import codistill.runs.run_folder
 import codistill.training.loop
@@ -107,7 +106,7 @@ def arm(board: Board, place: str | None, count: int) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
 
     step, replace, fsync = codistill.training.loop.train_step, os.replace, os.fsync
-    write, log, update = codistill.runs.checkpoint._Hashed.write, RunFolder.log, PeerMetrics.update
+    write, log, update = codistill.runs.checkpoint._HashingStream.write, RunFolder.append_metrics, PeerMetrics.update
 
     def counted_step(t: Any, *args: Any) -> Any:
         at("step")
@@ -136,8 +135,8 @@ def arm(board: Board, place: str | None, count: int) -> None:
         update(self, *args)
 
     codistill.training.loop.train_step = counted_step
-    codistill.runs.checkpoint._Hashed.write = half_written
-    RunFolder.log, PeerMetrics.update = half_a_line, evaluated
+    codistill.runs.checkpoint._HashingStream.write = half_written
+    RunFolder.append_metrics, PeerMetrics.update = half_a_line, evaluated
     os.replace = lambda *args: (at("rename"), replace(*args), at("rename"))  # type: ignore[assignment]
     os.fsync = lambda handle: (fsync(handle), at("flush"))  # type: ignore[assignment]
 

@@ -26,7 +26,7 @@ import torch
 from codistill.config.config import Config
 from codistill.training.loop import train
 from codistill.training.reporter import Reporter
-from codistill.utils.signals import Stopped
+from codistill.utils.errors import Stopped
 
 
 def resident() -> float:

@@ -14,14 +14,13 @@ import torch
 
 from codistill.cli.main import main
 from codistill.data import DeviceLoader
-from codistill.runs.checkpoint import checkpoints, load_checkpoint
+from codistill.runs.checkpoint import list_checkpoints, load_checkpoint
 from codistill.runs.run_folder import RunFolder
 from codistill.training.build import setup
 from codistill.training.loop import train, zero_sums
 from codistill.training.reporter import Reporter
 from codistill.training.step import train_step
-from codistill.utils.errors import InputError
-from codistill.utils.failures import explain
+from codistill.utils.errors import InputError, explain_failure
 from codistill.utils.files import read_lines
 from helpers import read_json
 from test_checkpoints import small
@@ -71,7 +70,7 @@ def test_a_folder_in_use_is_refused_until_its_process_dies_however_it_dies(tmp_p
     out = tmp_path / "run"
 
     def hold():
-        with RunFolder(small(out)).held():
+        with RunFolder(small(out)).lock():
             time.sleep(60)
 
     child = in_child(hold)
@@ -94,13 +93,13 @@ def test_what_a_run_forks_does_not_hold_its_folder(tmp_path):
         os.write(begun, b"x")
         time.sleep(60)
 
-    with folder.held():
+    with folder.lock():
         child = in_child(outlive)
         os.read(ready, 1)
-        with pytest.raises(InputError, match="is in use"), folder.held():  # the child's copy is closed, no lock undone
+        with pytest.raises(InputError, match="is in use"), folder.lock():  # the child's copy is closed, no lock undone
             pass
     try:
-        with folder.held():
+        with folder.lock():
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -156,7 +155,7 @@ def test_a_full_disk_while_a_checkpoint_is_written(tmp_path, whole, size):
     said = with_little_room([*WORDS, "--out", str(out)], size)
     assert "best.pt: File too large; what was there is kept" in said
     assert not list(out.glob(".*"))
-    assert not checkpoints(out)
+    assert not list_checkpoints(out)
     assert main([*WORDS, "--out", str(out), "--resume", "auto"]) == 0
     same_end(out, whole)
 
@@ -265,11 +264,11 @@ def test_a_nan_batch_ends_the_run_with_its_weights_kept(tmp_path, capsys, whole,
     ],
 )
 def test_every_allocators_failure_is_a_sentence(error, sentence):
-    said, code = explain(error)
+    said, code = explain_failure(error)
     assert said is not None
     assert said.startswith(sentence)
     assert code == 1
-    assert explain(torch.AcceleratorError("CUDA error: an illegal memory access")) == (None, 1)
+    assert explain_failure(torch.AcceleratorError("CUDA error: an illegal memory access")) == (None, 1)
 
 
 def test_running_statistics_survive_a_bad_first_step_of_a_continuation(tmp_path, capsys, whole, poisoned):

@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from codistill.cli.main import main
-from codistill.deploy.model_card import escape
 from codistill.training.build import load_run
+from codistill.utils.tables import escape_markdown
 from helpers import read_json
 
 ODD = ["a|b", "<script>", "naïve `x`", 'say "hi": yes', "[link](x)"]
@@ -106,15 +106,15 @@ def test_the_card_says_what_the_folder_holds_and_no_name_breaks_out_of_it(run, t
     assert f"value: {read_json(run / 'result.json')['student']['top1'] / 100:.6f}" in front
     assert 'license: "unknown"' in front
     assert "<script>" not in body
-    assert "\\<script\\>" in body
+    assert "&lt;script&gt;" in body
     assert "[link](" not in body
-    assert "## Licence\n\nNot stated." in body
+    assert "## License\n\nNot stated." in body
     for line in front.strip().splitlines():
         assert ":" in line or line.startswith("-")
 
 
 def test_escaping_leaves_no_character_that_markdown_reads():
-    assert escape("a|b\nc`<x>") == "a\\|b c\\`\\<x\\>"
+    assert escape_markdown("a|b\nc`<x>") == "a\\|b c\\`&lt;x&gt;"
 
 
 def test_the_card_shows_the_grids_baseline_where_there_is_one(run, tmp_path, capsys):

@@ -125,7 +125,7 @@ def test_a_runs_statistics_are_kept_and_used_by_all(tmp_path, capsys):
     assert (about["mean"], about["std"]) == ([0.25, 0.5, 0.75], [0.1, 0.2, 0.4])
     t = load_run(run, device="cpu")
     assert torch.allclose(t.loader.scale_C, 1 / (255 * torch.tensor([0.1, 0.2, 0.4])))
-    assert load_predictor(run, "cpu").about["mean"] == [0.25, 0.5, 0.75]
+    assert load_predictor(run, "cpu").data_info["mean"] == [0.25, 0.5, 0.75]
     assert main(["export", str(run)]) == 0
     from safetensors import safe_open
 

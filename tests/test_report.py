@@ -165,7 +165,7 @@ def test_differences_are_coloured_only_where_they_are_differences(column, text, 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("report", "report needs at least one RUN"),
+        ("report", "report takes at least one RUN"),
         ("report {tmp}/nowhere", "nowhere is no folder"),
         ("report {tmp}", "holds no runs of codistill"),
         ("report {page} -o {tmp}", "is a folder; name a file"),

@@ -19,11 +19,11 @@ from PIL import Image
 from codistill.cli.main import main
 from codistill.config.config import Config
 from codistill.data import load_set
-from codistill.deploy.model_card import escape
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
 from codistill.utils.files import write_json
 from codistill.utils.safe_load import load_tensors
+from codistill.utils.tables import escape_markdown
 from helpers import read_json
 from images import Malicious, arrays, write_npz
 
@@ -295,4 +295,4 @@ def test_names_are_escaped_in_the_model_card_and_the_terminal(tmp_path, capsys):
     for part in ("<b>", "<u>", "[link](", "\x1b"):
         assert part not in outside
     assert "\\<b\\>bold" in card
-    assert escape("[x](y)\n# z") == "\\[x\\]\\(y\\) \\# z"
+    assert escape_markdown("[x](y)\n# z") == "\\[x\\](y) \\# z"

@@ -19,8 +19,7 @@ from codistill.training.loop import train
 from codistill.training.optim import learning_rate_at
 from codistill.training.reporter import Reporter
 from codistill.training.step import train_step
-from codistill.utils.errors import InputError, MachineError
-from codistill.utils.signals import Stopped
+from codistill.utils.errors import InputError, MachineError, Stopped
 from helpers import read_json
 
 
@@ -151,7 +150,7 @@ def test_the_papers_protocol_keeps_last_and_best_apart(tmp_path):
     result = train(tiny(out=str(tmp_path / "run"), protocol="paper", method="independent", peers=1))
     lines = RunFolder(
         tiny(out=str(tmp_path / "run"), protocol="paper", method="independent", peers=1, resume="auto").resolved()
-    ).lines()
+    ).read_metrics()
     curve = [line["test"]["top1"][0] for line in lines]
     assert result.figures["test"]["top1"][0] == curve[-1]
     assert result.figures["best_test"]["top1"] == max(curve)

@@ -14,7 +14,7 @@ import numpy as np
 from codistill.data.image_folder import load_folder
 from codistill.data.image_set import GIVEN, ImageSet
 from codistill.utils.errors import InputError, suggest
-from codistill.utils.safe_load import check_arrays
+from codistill.utils.safe_load import check_npz_sizes
 
 SETS = {
     "digits": "1,797 handwritten digits, 8 x 8 gray, 10 classes; embedded, no download",
@@ -148,7 +148,7 @@ def _load_npz(name: str, path: Path) -> ImageSet:
                 raise InputError(
                     f"--data {name}: {path} lacks {', '.join(missing)}; it needs x_ and y_, train and test"
                 )
-            check_arrays(path, ("x_train", "y_train", "x_test", "y_test"))  # before anything is given room
+            check_npz_sizes(path, ("x_train", "y_train", "x_test", "y_test"))  # before anything is given room
             x_train, y_train, x_test, y_test = (archive[k] for k in ("x_train", "y_train", "x_test", "y_test"))
     except InputError:
         raise

@@ -20,7 +20,7 @@ from codistill.data.decode import open_upright
 from codistill.data.image_files import ImageFiles, side_of
 from codistill.data.image_set import ImageSet
 from codistill.utils.errors import InputError
-from codistill.utils.safe_load import deep_links, links_out
+from codistill.utils.safe_load import find_looping_links, find_outside_links
 
 RESIDENT_LIMIT = 2 * 2**30
 """Bytes of decoded images (one a channel and pixel, 3 channels) up to which a folder is kept in memory."""
@@ -75,12 +75,12 @@ def refuse_unsafe_links(path: Path) -> None:
 
     An archive of strangers could name any file of this machine, or hold links that go round in a circle.
     """
-    link = next(links_out(path), None)
+    link = next(find_outside_links(path), None)
     if link is not None:
         raise InputError(
             f"--data folder: {link} is a link out of {path}; links are followed inside only, so copy the file there"
         )
-    link = next(deep_links(path), None)
+    link = next(find_looping_links(path), None)
     if link is not None:
         raise InputError(
             f"--data folder: {link} is a link to a folder, which only a class as a whole may be; copy what it leads to"

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from codistill.evaluation.metrics import NUM_BINS, PeerMetrics
-from codistill.utils.files import write_atomically
+from codistill.utils.files import write_text
 
 
 def confusion_matrix(scores_NC: Tensor, labels_N: Tensor) -> list[list[int]]:
@@ -88,4 +88,4 @@ def write_confusion(path: Path, confusion: list[list[int]], classes: Sequence[st
     writer = csv.writer(stream, lineterminator="\n")
     writer.writerow(["true \\ predicted", *classes])
     writer.writerows([name, *row] for name, row in zip(classes, confusion))
-    write_atomically(path, lambda file: file.write(stream.getvalue().encode()))
+    write_text(path, stream.getvalue())

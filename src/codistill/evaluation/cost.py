@@ -18,7 +18,7 @@ from codistill.methods import Method
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.modes import eval_mode
 from codistill.peers.networks import NetworkPeers
-from codistill.utils.device import _allocated, peak_megabytes, reset_peak_memory, synchronize
+from codistill.utils.device import allocated_bytes, peak_megabytes, reset_peak_memory, synchronize
 
 
 def training_flops(peers: Peers, method: Method, outputs_of: Any, views_VBCHW: Tensor, targets_B: Tensor) -> float:
@@ -56,7 +56,7 @@ def inference_cost(
     with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
         with counter:
             student(one_BCHW)
-        others = _allocated(device) - sum(x.nbytes for x in (*student.parameters(), *student.buffers()))
+        others = allocated_bytes(device) - sum(x.nbytes for x in (*student.parameters(), *student.buffers()))
         reset_peak_memory(device)
         alone, among = _milliseconds(student, one_BCHW), _milliseconds(student, many_BCHW) / len(many_BCHW)
     return {

@@ -1,4 +1,4 @@
-"""Faster evaluation, on a copy of the peers: BatchNorm is folded into the convolution before it, where this is possible.
+"""Faster evaluation, on a copy of the peers: BatchNorm is folded into the convolution before it.
 
 A BatchNorm follows a convolution if, in a forward pass of an example, its input is the tensor that the convolution
 returned. The folded copy is compared with the original on the example. If they differ (a convolution's output is also

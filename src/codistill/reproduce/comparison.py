@@ -9,7 +9,7 @@ from codistill.config.config import CompareConfig, Config, slug
 from codistill.config.methods import METHODS, method_config
 from codistill.reproduce.grid import Cell, list_failures
 from codistill.utils.errors import InputError
-from codistill.utils.files import write_atomically, write_json
+from codistill.utils.files import write_json, write_text
 from codistill.utils.tables import Rows, markdown
 
 
@@ -123,5 +123,4 @@ def write_comparison(cells: list[Cell], config: CompareConfig, folder: Path, row
     labels = [{"label": cell.label, "baseline": cell.baseline} for cell in cells]
     write_json(folder / "grid.json", {"kind": "compare", "title": title, "seeds": config.seeds, "cells": labels})
     write_json(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
-    text = f"{title}\n\n{markdown(rows)}"
-    write_atomically(folder / "table.md", lambda stream: stream.write(text.encode()))
+    write_text(folder / "table.md", f"{title}\n\n{markdown(rows)}")

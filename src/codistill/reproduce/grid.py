@@ -21,15 +21,15 @@ from typing import Any, Protocol
 from codistill.config.config import Config
 from codistill.config.methods import KDConfig
 from codistill.reproduce.run_result import RunOutcome, read_outcome
-from codistill.utils.errors import InputError
+from codistill.utils.errors import InputError, Stopped
 from codistill.utils.files import read_json, write_json
-from codistill.utils.signals import Stopped, caught_signals
+from codistill.utils.signals import catch_signals
 
 
 class GridStopped(Stopped):
     """A signal ended a grid; its runs have written checkpoints."""
 
-    mend = "the same command"
+    hint = "the same command"
 
 
 @dataclass
@@ -140,7 +140,7 @@ def run_grid(
         from codistill.reproduce.workers import Processes
 
         executor = Processes(workers, len(jobs))
-    with caught_signals() as caught:
+    with catch_signals() as caught:
         try:
             while not all(job.ended for job in jobs):
                 _advance_jobs(jobs, executor)

@@ -12,7 +12,7 @@ from codistill.reproduce.grid import Executor, list_failures, read_results
 from codistill.reproduce.plan import Plan, make_plan
 from codistill.reproduce.table_rows import table_notes
 from codistill.utils.errors import InputError, MachineError
-from codistill.utils.files import read_json, write_atomically, write_json
+from codistill.utils.files import read_json, write_json, write_text
 from codistill.utils.tables import Rows, comma_separated, latex, markdown
 
 # Options that may change between two calls for one folder; the others decide what its runs are.
@@ -42,7 +42,7 @@ def write_table(plan: Plan, rows: Rows) -> None:
         "table.tex": latex(rows, plan.title()),
     }
     for name, text in texts.items():
-        write_atomically(folder / name, lambda stream, text=text: stream.write(text.encode()))
+        write_text(folder / name, text)
     write_json(folder / "table.json", {"title": plan.title(), "rows": rows, "notes": notes, "failures": failures})
 
 

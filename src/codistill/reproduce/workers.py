@@ -10,16 +10,15 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from codistill.config.config import Config
 from codistill.reproduce.run_result import RunOutcome, read_outcome
 from codistill.utils.allow_import import ImportPolicy, asked, use_policy
-from codistill.utils.errors import InputError, MachineError, first_line
+from codistill.utils.errors import InputError, MachineError, Stopped, explain_failure, first_line
+from codistill.utils.files import lock
 
 
 def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
@@ -29,12 +28,9 @@ def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
         config: The run.
         policy: The user code that the starting command may import; default this process's policy.
     """
-    from codistill.utils.failures import explain
-    from codistill.utils.signals import Stopped
-
     assert config.out is not None
     try:
-        with use_policy(policy or asked()), _lock(Path(f"{config.out}.lock")):
+        with use_policy(policy or asked()), lock(Path(f"{config.out}.lock"), wait=True):
             outcome = read_outcome(config)  # another process may have trained it while this one waited
             if outcome is not None:
                 return outcome
@@ -44,31 +40,7 @@ def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
     except (InputError, MachineError, Stopped) as error:
         return None, str(error)
     except Exception as error:  # a run that fails must not end the grid
-        return None, explain(error)[0] or f"{type(error).__name__}: {error}"
-
-
-@contextmanager
-def _lock(path: Path) -> Iterator[None]:
-    """Wait until no other process trains this run; continue without a lock where files cannot be locked."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a") as stream:
-        _wait_for_lock(stream)
-        yield
-
-
-def _wait_for_lock(stream: IO[str]) -> None:
-    try:
-        import fcntl
-    except ImportError:  # no POSIX
-        return
-    while True:
-        try:
-            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return
-        except BlockingIOError:
-            time.sleep(1.0)
-        except OSError:  # a file system without locks
-            return
+        return None, explain_failure(error)[0] or f"{type(error).__name__}: {error}"
 
 
 class Processes:

@@ -28,7 +28,8 @@ from codistill.peers.base import Peers
 from codistill.peers.branches import BranchPeers
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.from_config import build_peers
-from codistill.runs.checkpoint import load_state
+from codistill.runs.checkpoint import load_run_checkpoint
+from codistill.runs.run_folder import open_run
 from codistill.training.execution import choose_execution, stack
 from codistill.training.loaders import load_images, make_loader
 from codistill.training.nonfinite_guard import FiniteGuard
@@ -180,12 +181,10 @@ def load_run(
             or it names code.
     """
     path = Path(path)
-    if not (path / "config.json").exists():
-        raise InputError(f"{path} is no run folder (it has no config.json)")
-    config = Config.from_file(path)
+    config = open_run(path)
     check_imports(names_of(config), path, allow_import)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
-    state = load_state(path, checkpoint)
+    state = load_run_checkpoint(path, checkpoint)
     held = read_json(path / "data.json", "mean", "std")
     run = setup(config, execution=state.get("execution"), fresh=False, data=data, held=held)
     run.load_state(state)

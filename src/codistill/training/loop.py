@@ -13,7 +13,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from codistill.data import ImageSet, Loader
 from codistill.distributed.launch import init_mesh, resume_after_restart
 from codistill.evaluation.evaluate import collect, validate
 from codistill.peers.base import Peers
+from codistill.runs.records import CheckpointState, EpochLine
 from codistill.runs.run_folder import RunFolder, SilentFolder
 from codistill.runs.trackers import Tracker
 from codistill.training.build import load_run, setup
@@ -35,10 +36,16 @@ from codistill.training.student import deployed_figures, deployed_network
 from codistill.training.summary import MOST_CLASSES_IN_DETAIL, cost, describe, details, holdout_outputs, outcome
 from codistill.utils.cpu_memory import keep_freed_memory, release_kept_memory
 from codistill.utils.device import accumulation_dtype, peak_megabytes, pick_device, reset_peak_memory
-from codistill.utils.errors import InputError, MachineError, OtherRankFailedError, UnreadableError
-from codistill.utils.failures import out_of_memory
+from codistill.utils.errors import (
+    InputError,
+    MachineError,
+    OtherRankFailedError,
+    Stopped,
+    UnreadableError,
+    out_of_memory,
+)
 from codistill.utils.files import write_json
-from codistill.utils.signals import Stopped, caught_signals
+from codistill.utils.signals import catch_signals
 
 
 @dataclass
@@ -70,7 +77,7 @@ def fit(run: Run, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> No
     """
     curve = curve_loader(run)
     run.guard.steps_before = run.epoch * len(run.loader) + run.step
-    with caught_signals() as caught:
+    with catch_signals() as caught:
         while run.epoch < run.config.epochs:
             if run.step == 0:
                 run.sums = zero_sums(run)
@@ -78,7 +85,7 @@ def fit(run: Run, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> No
                 _run_epoch(run, folder, reporter, caught)
                 line = _close_epoch(run, curve)
             better = run.best_validation is not None and run.best_validation["epoch"] == run.epoch
-            folder.log(line)
+            folder.append_metrics(line)
             tracker.log(line)
             reporter.epoch(line)
             run.epoch, run.step = run.epoch + 1, 0
@@ -183,7 +190,7 @@ def zero_sums(run: Run) -> dict[str, Tensor]:
     return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
 
 
-def _close_epoch(run: Run, curve: Loader | None) -> dict[str, Any]:
+def _close_epoch(run: Run, curve: Loader | None) -> EpochLine:
     """Return the epoch's line: schedule, training figures, and the curve's set where it is due."""
     if run.mesh is not None:
         run.mesh.align([run.peers, *([run.ema] if run.ema else [])], run.method)
@@ -218,7 +225,7 @@ def _close_epoch(run: Run, curve: Loader | None) -> dict[str, Any]:
         if held is None or figures["student"]["top1"] > held["top1"]:  # of equal ones the first
             best = figures["student"] | {"epoch": run.epoch}
             run.best, run.best_validation = (best, None) if part == "test" else (None, best)
-    return line
+    return cast(EpochLine, line)
 
 
 def measure(run: Run, loader: Loader) -> dict[str, Any]:
@@ -260,14 +267,14 @@ def train(
             stack.callback(release_kept_memory)
         if mesh is None:
             folder = RunFolder(config)
-            stack.enter_context(folder.held())
+            stack.enter_context(folder.lock())
             state = _held(folder)
             execution, held = None if state is None else state.get("execution"), folder.read("data.json")
             run = setup(config, teacher, execution, fresh=state is None, data=data, held=held)
             return _train(run, state, folder, reporter)
         stack.enter_context(mesh.watched())
         folder = mesh.run_on_main_rank(lambda: RunFolder(config))
-        mesh.run_on_main_rank(lambda: stack.enter_context(folder.held()))
+        mesh.run_on_main_rank(lambda: stack.enter_context(folder.lock()))
         state = mesh.run_on_main_rank(lambda: _held(folder))
         held = mesh.run_on_main_rank(lambda: folder.read("data.json"))
         run = mesh.run_on_all_ranks(
@@ -278,7 +285,7 @@ def train(
         return _train(run, state, folder, reporter)
 
 
-def _held(folder: RunFolder) -> dict[str, Any] | None:
+def _held(folder: RunFolder) -> CheckpointState | None:
     """Return the newest good checkpoint, None where there is none yet.
 
     Raises:
@@ -293,7 +300,7 @@ def _held(folder: RunFolder) -> dict[str, Any] | None:
     return state
 
 
-def _train(run: Run, state: dict[str, Any] | None, folder: RunFolder, reporter: Reporter) -> Result:
+def _train(run: Run, state: CheckpointState | None, folder: RunFolder, reporter: Reporter) -> Result:
     """Train what is built, from `state` on if there is one."""
     first, run_on_main_rank = (
         run.mesh is None or run.mesh.rank == 0,
@@ -304,7 +311,11 @@ def _train(run: Run, state: dict[str, Any] | None, folder: RunFolder, reporter: 
         run.load_state(state) if run.mesh is None else run.mesh.run_on_all_ranks(lambda: run.load_state(state))
     if not complete:
         run_on_main_rank(
-            lambda: (folder.begin(), folder.describe(run.data.about()), folder.truncate_metrics(run.epoch))
+            lambda: (
+                folder.write_metadata(),
+                folder.write_data_info(run.data.about()),
+                folder.truncate_metrics(run.epoch),
+            )
         )
     tracker = Tracker(run.config.tracker if first else "none", run.config)
     notes = describe(run, None if state is None else state["file"])

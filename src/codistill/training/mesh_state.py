@@ -7,6 +7,7 @@ one process, so that a checkpoint does not show on which mesh it was written.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -49,7 +50,7 @@ def gathered(run: Run, mesh: Mesh) -> State | None:
     }
 
 
-def load(run: Run, mesh: Mesh, state: State) -> None:
+def load(run: Run, mesh: Mesh, state: Mapping[str, Any]) -> None:
     """Take this rank's part of a checkpoint of any mesh."""
     run.peers.load_state_dict(_own_members(state["peers"], mesh))
     run.method.load_state_dict(state["method"])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from codistill.runs.records import EpochLine, RunResult
 
 
 class Reporter:
@@ -14,8 +14,8 @@ class Reporter:
     def step(self, epoch: int, step: int, loss: float) -> None:
         """Hear of a log point: `loss` is the epoch's mean so far."""
 
-    def epoch(self, line: dict[str, Any]) -> None:
+    def epoch(self, line: EpochLine) -> None:
         """Hear that an epoch is over; `line` is what metrics.jsonl holds of it."""
 
-    def end(self, result: dict[str, Any]) -> None:
+    def end(self, result: RunResult) -> None:
         """Hear that the run is complete."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,7 +91,7 @@ class Run:
             )
         return held if same or runner is None else runner.join_optimizer(held)
 
-    def load_state(self, state: dict[str, Any]) -> None:
+    def load_state(self, state: Mapping[str, Any]) -> None:
         """Continue from what `state` returned, on this mesh or another."""
         if self.mesh is not None:
             mesh_state.load(self, self.mesh, state)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -17,12 +18,12 @@ from codistill.peers.from_config import build_peers
 from codistill.training.run import Run
 
 
-def saved_student(config: Config, state: dict[str, Any], classes: int, channels: int, image_size: int) -> nn.Module:
+def saved_student(config: Config, state: Mapping[str, Any], classes: int, channels: int, image_size: int) -> nn.Module:
     """Return the network that `config.deploy` names, with a checkpoint's weights, in evaluation mode.
 
     Args:
         config: The run's, resolved and without pretrained weights.
-        state: What `checkpoint.load_state` returns.
+        state: What `load_run_checkpoint` returns.
         classes: Number of classes.
         channels: Channels of the images.
         image_size: Their side.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.config.config import Config
 from codistill.config.methods import KDConfig
 from codistill.data import ImageSet
 from codistill.models import build, resolve
-from codistill.runs.checkpoint import load_state
+from codistill.runs.checkpoint import load_run_checkpoint
+from codistill.runs.run_folder import open_run
 from codistill.training.student import saved_student
 from codistill.utils.allow_import import check_imports
 from codistill.utils.errors import InputError, suggest
@@ -56,12 +55,10 @@ def load_teacher(config: KDConfig, data: ImageSet, known: Iterable[str] = ()) ->
 
 
 def _from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
-    if not (path / "config.json").exists():
-        raise InputError(f"--method.teacher {path} is no run folder (it has no config.json)")
-    config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
+    config = open_run(path, "--method.teacher", without_initial_weights=True)
     check_imports(config.model, f"--method.teacher {path}", known=known)
     about = read_json(path / "data.json") or {}
-    student = saved_student(config, load_state(path), len(data.classes), data.channels, data.image_size)
+    student = saved_student(config, load_run_checkpoint(path), len(data.classes), data.channels, data.image_size)
     return _as_it_was_trained(student, about, data, path)
 
 

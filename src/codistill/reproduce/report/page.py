@@ -12,7 +12,7 @@ from typing import Any
 from codistill.reproduce.report.charts import make_charts
 from codistill.reproduce.report.collect import Section, collect_sections
 from codistill.utils.errors import InputError
-from codistill.utils.files import write_atomically
+from codistill.utils.files import write_text
 from codistill.utils.tables import Rows
 
 _NAME_COLUMNS = ("network", "method", "peers", "run")
@@ -74,7 +74,7 @@ def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
         data=json.dumps(data).replace("<", "\\u003c"),  # no name can end the script
         body="\n".join(_section_html(section, number) for number, section in enumerate(sections)),
     )
-    write_atomically(out, lambda stream: stream.write(page.encode()))
+    write_text(out, page)
     runs = sum(len(group.runs) for section in sections for group in section.groups)
     return f"{len(sections)} section{'s' if len(sections) > 1 else ''}, {runs} runs, {len(page) / 2**20:.1f} MB"
 
