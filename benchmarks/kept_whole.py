@@ -44,7 +44,7 @@ def difference(one: Any, other: Any, path: str = "") -> str | None:
     if isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and torch.equal(one, other)
     elif isinstance(one, dict):
-        keys = (one.keys() | other.keys()) - {"seconds", "cost", "file", "s a run"}
+        keys = (one.keys() | other.keys()) - {"seconds", "cost", "file", "s per run"}
         return next((d for k in sorted(keys, key=str) if (d := difference(one[k], other[k], f"{path}/{k}"))), None)
     elif isinstance(one, list | tuple):
         same = len(one) == len(other)

@@ -243,15 +243,15 @@ class Inline:
     def __init__(self, *_: Any) -> None:
         pass
 
-    def room(self) -> bool:
-        """Say that a run may begin."""
+    def has_capacity(self) -> bool:
+        """Return True."""
         return True
 
     def start(self, config: Config) -> grid.RunOutcome:
         """Train it."""
         return workers.train_job(config)
 
-    def answer(self, handle: grid.RunOutcome) -> grid.RunOutcome:
+    def poll(self, handle: grid.RunOutcome) -> grid.RunOutcome:
         """Return what came out."""
         return handle
 

@@ -102,7 +102,7 @@ def test_workers_run_the_code_that_their_command_was_asked_to_run(kind, run, spy
     def answer_of(argv):
         with command_line(argv):
             handle = pool.start(config)
-        while (answer := pool.answer(handle)) is None:
+        while (answer := pool.poll(handle)) is None:
             time.sleep(0.05)
         return answer
 

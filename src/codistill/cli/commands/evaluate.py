@@ -66,11 +66,11 @@ def _extra_metrics(trained: Run, loader: Loader, options: EvaluateOptions, folde
     classes = trained.data.classes
     extra: dict[str, Any] = {}
     if options.per_class or options.confusion:
-        confusion_CC = calibration.confusion_matrix(logits_NC.argmax(-1), labels_N, len(classes))
+        confusion = calibration.confusion_matrix(logits_NC, labels_N)
         if options.per_class:
-            extra["classes"] = calibration.class_rows(confusion_CC, classes)
+            extra["classes"] = calibration.class_rows(confusion, classes)
         if options.confusion:
-            calibration.write_confusion(Path(options.confusion), confusion_CC, classes)
+            calibration.write_confusion(Path(options.confusion), confusion, classes)
             extra["confusion"] = options.confusion
     if options.calibrate:
         temperature = calibrate_student(trained, folder, options.checkpoint)
