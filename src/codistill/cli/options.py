@@ -8,8 +8,9 @@ import io
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from codistill.config.config import Checkpoint, CompareConfig, Config, Device, ReproduceConfig, names_of
-from codistill.config.methods import METHODS, MethodConfig, method_config
+from codistill.config.config import Checkpoint, CompareConfig, Config, Device, ReproduceConfig
+from codistill.config.methods import METHODS, method_config
+from codistill.config.old_names import rename_old_flags
 from codistill.utils.allow_import import check_imports
 from codistill.utils.errors import InputError, suggest
 
@@ -188,21 +189,20 @@ def _parse_train(words: list[str], rest: list[str], asks_help: bool) -> Parsed:
     if words:
         method = method_config(words[0])
         held = config.method if config is not None else None
-        method = held if isinstance(held, MethodConfig) and held.name == words[0] else method
+        method = held if held is not None and held.name == words[0] else method
     elif config is not None:
         method = config.method
     elif asks_help:
         method = method_config("okddip")
     else:
         raise InputError(f"train needs a METHOD{suggest('', METHODS)}, as in: codistill train okddip")
-    assert isinstance(method, MethodConfig)
     config = dataclasses.replace(config or Config(), method=method)
     seeds, rest = _take(rest, "--seeds")
     if seeds is not None and (not seeds.isdigit() or int(seeds) < 1):
         raise InputError(f"--seeds {seeds} must be a number of seeds, 1 or more")
     options = _tyro(config, rest, f"codistill train {words[0] if words else 'METHOD'}")
     if path is not None:
-        check_imports(names_of(options), f"--config {path}")
+        check_imports(options.network_names(), f"--config {path}")
     return Parsed(words, options, int(seeds) if seeds else None)
 
 
@@ -258,7 +258,7 @@ def _tyro(default: Any, argv: list[str], prog: str) -> Any:
     description = kind.__doc__ or ""
     shown, start = kind, default
     if isinstance(default, Config):
-        argv = _gather(argv, "--model")
+        argv = _gather(rename_old_flags(argv), "--model")
         hidden = kind is CompareConfig  # several methods: each keeps its own defaults
         method_type = type(default.method)
         annotation = tyro.conf.Suppress[method_type] if hidden else method_type  # type: ignore[valid-type]

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config.config import Checkpoint
-from codistill.config.methods import MethodConfig
 from codistill.methods import CLASSES
 from codistill.training.run import Run
 from codistill.training.student import deployed_name, numbers_trained_and_deployed
@@ -44,11 +43,6 @@ def model_card(
     return "\n\n".join([*parts, _use(run, exported, difference, licence)]) + "\n"
 
 
-def _method(run: Run) -> str:
-    assert isinstance(run.config.method, MethodConfig)
-    return run.config.method.name
-
-
 def _front(run: Run, result: dict[str, Any], licence: str) -> str:
     """Return the YAML front matter; JSON's strings are YAML's, so nothing in a name can leave its quotes."""
     kinds = {name.partition(":")[0] for name in run.config.model if ":" in name}
@@ -58,11 +52,14 @@ def _front(run: Run, result: dict[str, Any], licence: str) -> str:
         f"license: {json.dumps(licence)}",
         f"library_name: {library}",
         "pipeline_tag: image-classification",
-        f"tags: {json.dumps(['image-classification', 'knowledge-distillation', 'codistill', _method(run)])}",
+        f"tags: {json.dumps(['image-classification', 'knowledge-distillation', 'codistill', run.config.method.name])}",
     ]
     student = result.get("student")
     if student:
-        data, name = json.dumps(run.data.name), json.dumps(f"{run.config.model[0]} trained with {_method(run)}")
+        data, name = (
+            json.dumps(run.data.name),
+            json.dumps(f"{run.config.model[0]} trained with {run.config.method.name}"),
+        )
         lines += [
             "model-index:",
             f"- name: {name}",
@@ -134,12 +131,12 @@ def _training(run: Run, folder: Path, result: dict[str, Any]) -> str:
     )
     device = environment.get("gpu") or f"CPU ({environment.get('threads', '?')} threads)"
     seconds = result.get("seconds", run.seconds)
-    paper = getattr(CLASSES[_method(run)], "citation", None)
+    paper = getattr(CLASSES[run.config.method.name], "citation", None)
     cited = f" ({escape(paper)})" if paper else ""
     varied = result.get("augmentation") or run.data.describe_augmentation(c.augment, c.cutout)
     lines = [
         f"- Data: {escape(c.data)}; {result.get('split') or run.splits.describe(run.data)}",
-        f"- Method: {_method(run)}, {run.peers.num_peers} {c.topology}{cited}",
+        f"- Method: {run.config.method.name}, {run.peers.num_peers} {c.topology}{cited}",
         f"- From {escape(start)}; {c.epochs} epochs, batch {c.batch_size}, learning rate {c.lr:g}, "
         f"weight decay {c.weight_decay:g}; {varied}; seed {c.seed}",
         f"- Cost: {trained:,} parameters trained, {deployed:,} deployed; {seconds:.0f} s on {escape(device)}",

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from codistill.config.config import Checkpoint, Config, Device, names_of
+from codistill.config.config import Checkpoint, Config, Device
 from codistill.data.decode import read_pixels
 from codistill.runs.checkpoint import load_state
 from codistill.training.student import saved_student
@@ -67,7 +67,7 @@ def load_predictor(
     if about is None:
         raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")
     config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
-    check_imports(names_of(config), path, allow_import)
+    check_imports(config.network_names(), path, allow_import)
     state = load_state(path, checkpoint)
     network = saved_student(config, state, len(about["classes"]), about["channels"], about["image_size"])
     where = pick_device(device)

@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from codistill.config.config import CompareConfig, Config
-from codistill.config.methods import METHODS, method_config
+from codistill.config.methods import METHODS, TeacherConfig, method_config
 from codistill.reproduce.grid import Cell
 from codistill.utils.errors import InputError
 
@@ -22,8 +22,11 @@ def plan(methods: list[str], config: CompareConfig) -> list[Cell]:
     }
     cells = [Cell("one plain network", _run(shared, "independent", "networks", peers=1))]
     names = [method_config(name).name for name in dict.fromkeys(methods) if name != "independent"]
-    if "kd" in names:
-        raise InputError("compare trains peers without a teacher; train kd by itself: train kd --method.teacher RUN")
+    for name in names:
+        if issubclass(METHODS[name], TeacherConfig):
+            raise InputError(
+                f"compare trains peers without a teacher; train {name} by itself: train {name} --method.teacher RUN"
+            )
     asked = config.topology
     for name in names:
         if asked in ("networks", "branches") and asked not in METHODS[name].topologies:

@@ -11,15 +11,14 @@ its runs' checkpoints stand when the same command is given again.
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from codistill.config.config import Config
-from codistill.config.methods import KDConfig
+from codistill.config.config import Config, slug
+from codistill.config.methods import TeacherConfig
 from codistill.reproduce.run_result import RunOutcome, finished
 from codistill.utils.errors import InputError
 from codistill.utils.files import read_json
@@ -49,7 +48,7 @@ class Cell:
 
     def place(self, folder: Path, seed: int) -> Path:
         """Return the run folder of a seed."""
-        return folder / slug(self.label) / f"seed{seed}"
+        return folder / slug(self.label, lower=True) / f"seed{seed}"
 
     def run_config(self, folder: Path, seed: int, cells: list[Cell] | None = None) -> Config:
         """Return the resolved config of one seed's run; `cells` holds the teacher's, if it has one."""
@@ -60,14 +59,9 @@ class Cell:
         config = dataclasses.replace(self.config, seed=seed, out=str(self.place(folder, seed)), resume="auto")
         teacher = next((c for c in cells or () if c.label == self.teacher), None)
         if teacher is not None:
-            assert isinstance(config.method, KDConfig)
+            assert isinstance(config.method, TeacherConfig)
             config.method = dataclasses.replace(config.method, teacher=str(teacher.place(folder, seed)))
         return config
-
-
-def slug(label: str) -> str:
-    """Return the label as a folder's name."""
-    return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")
 
 
 @dataclass

@@ -16,20 +16,6 @@ from codistill.utils.errors import InputError, MachineError
 from codistill.utils.files import read_json, write_atomically, write_json
 from codistill.utils.tables import Rows, comma_separated, latex, markdown
 
-_FREE = {
-    "network",
-    "method",
-    "seeds",
-    "workers",
-    "submit",
-    "submit_option",
-    "print_commands",
-    "out",
-    "baselines",
-    "device",
-    "data_dir",
-}
-
 
 def keep(plan: Plan, rows: Rows) -> None:
     """Write the table in every form, and what a report needs to draw it."""
@@ -74,7 +60,7 @@ def _check_folder(plan: Plan) -> None:
         if held.get("table") != plan.name:
             raise InputError(f"--out {plan.folder} holds {held.get('table', 'another grid')}; name another folder")
         plain = json.loads(json.dumps(options))
-        for key in sorted(plain.keys() - _FREE):
+        for key in sorted(plain.keys() - ReproduceConfig.NOT_IDENTITY):
             if held["options"].get(key) != plain[key]:
                 flag = key.replace("_", "-")
                 raise InputError(

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from codistill.config.config import Config
 from codistill.reproduce.run_result import RunOutcome, finished
-from codistill.utils.allow_import import ImportPolicy, asked, use_policy
+from codistill.utils.allow_import import ImportPolicy, current_policy, use_policy
 from codistill.utils.errors import InputError, MachineError
 
 
@@ -34,7 +34,7 @@ def train_job(config: Config, asked_for: ImportPolicy | None = None) -> RunOutco
 
     assert config.out is not None
     try:
-        with use_policy(asked_for or asked()), _lock(Path(f"{config.out}.lock")):
+        with use_policy(asked_for or current_policy()), _lock(Path(f"{config.out}.lock")):
             answer = finished(config)  # another process may have trained it while this one waited
             if answer is not None:
                 return answer
@@ -126,7 +126,7 @@ class _Worker:
 
     def begin(self, config: Config) -> None:
         self.busy = True
-        self.pipe.send((config, asked()))
+        self.pipe.send((config, current_policy()))
 
     def answer(self) -> RunOutcome | None:
         try:
@@ -225,7 +225,7 @@ class Submitit:
 
     def start(self, config: Config) -> Any:
         """Hand the run over."""
-        job = self.executor.submit(train_job, config, asked())
+        job = self.executor.submit(train_job, config, current_policy())
         self.jobs.append(job)
         return job
 

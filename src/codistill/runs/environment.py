@@ -14,7 +14,6 @@ import numpy as np
 import torch
 
 from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 
 
 def environment(config: Config) -> dict[str, Any]:
@@ -23,7 +22,6 @@ def environment(config: Config) -> dict[str, Any]:
 
     from codistill import __version__
 
-    assert isinstance(config.method, MethodConfig)
     return {
         "codistill": __version__,
         "git_commit": _git_commit(),

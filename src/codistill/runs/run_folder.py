@@ -28,12 +28,6 @@ from codistill.runs.environment import environment
 from codistill.utils.errors import InputError, MachineError
 from codistill.utils.files import _FULL, _locked, read_json, read_lines, write_atomically, write_json
 
-# What may differ between a run and its continuation without changing its result.
-_FREE = {
-    *("out", "resume", "data_dir", "checkpoint_every_epochs", "checkpoint_every_steps", "tracker", "device"),
-    *("mesh", "collective_timeout", "checkpoint_activations", "execution", "keep_checkpoints", "skip_nonfinite"),
-    *("data_workers", "skip_corrupt"),
-}
 _locks: set[IO[str]] = set()  # those that this process holds
 
 
@@ -117,7 +111,9 @@ class RunFolder:
     def _compare(self, held: Config, asked: bool) -> None:
         theirs, ours = held.to_dict(), self.config.to_dict()
         keys = sorted(ours, key=lambda k: k == "method")  # last: its ramp follows from the epochs
-        differing = [k for k in keys if k not in _FREE and json.dumps(ours[k]) != json.dumps(theirs.get(k))]
+        differing = [
+            k for k in keys if k not in Config.NOT_IDENTITY and json.dumps(ours[k]) != json.dumps(theirs.get(k))
+        ]
         if differing:
             key = differing[0]
             flag = "--resume" if asked else "--out"

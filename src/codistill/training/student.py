@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 from codistill.data import Loader
 from codistill.distributed.peers import MeshPeers, require_local
 from codistill.methods import build_method
@@ -27,7 +26,6 @@ def saved_student(config: Config, state: dict[str, Any], classes: int, channels:
         channels: Channels of the images.
         image_size: Their side.
     """
-    assert isinstance(config.method, MethodConfig)
     peers = build_peers(config, classes, channels, image_size)
     method = build_method(config.method, peers, config.seed)
     if config.deploy == "ema":

@@ -18,10 +18,6 @@ from codistill.utils.errors import InputError
 from codistill.utils.files import read_json, read_lines
 from codistill.utils.tables import Rows
 
-# Two runs that differ in these alone are seeds of one group.
-_APART = ("seed", "out", "resume", "data_dir", "device", "tracker", "checkpoint_every_epochs", "checkpoint_every_steps",
-          "keep_checkpoints", "skip_nonfinite", "data_workers")  # fmt: skip
-
 
 @dataclass
 class Run:
@@ -128,7 +124,10 @@ def _of_runs(runs: list[Run]) -> Section:
     """Group runs that differ in their seed alone."""
     groups: dict[str, Group] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run.config.to_dict().items() if k not in _APART})
+        values = run.config.to_dict()
+        key = json.dumps(
+            {name: values[name] for name in values.keys() - Config.NOT_IDENTITY - {"seed"}}, sort_keys=True
+        )
         folder = run.path.resolve()
         label = (
             folder.parent.name
