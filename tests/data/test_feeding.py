@@ -103,7 +103,7 @@ def test_statistics_are_given_imagenets_the_sets_own_or_a_pretrained_networks():
     assert known["torchvision:resnet18"] == IMAGENET
     assert known["timm:vit_tiny_patch16_224"] == ((0.5,) * 3, (0.5,) * 3)
     assert normalised(colour, None, {"a": known["timm:vit_tiny_patch16_224"], "b": None}).std == (0.5,) * 3
-    with pytest.raises(InputError, match=r"normalised in different ways.*--normalise"):
+    with pytest.raises(InputError, match=r"normalised in different ways.*--normalize"):
         normalised(colour, None, known)
     assert normalised(colour, None, known, held={"mean": [0.7] * 3, "std": [0.8] * 3}).mean == (0.7,) * 3
 

@@ -284,8 +284,8 @@ def test_a_resident_run_does_not_go_on_with_other_readable_files(tmp_path, capsy
     [
         (["--data", "digits", "--data-pipeline", "files"], "--data-pipeline files reads the images of a folder"),
         (["--data", "digits", "--data-workers", "-1"], "--data-workers is -1"),
-        (["--data", "digits", "--normalise", "0.5,x"], "--normalise 0.5,x: give imagenet"),
-        (["--data", "digits", "--normalise", "0.5,0"], "--normalise 0.5,0: give imagenet"),
+        (["--data", "digits", "--normalise", "0.5,x"], "--normalize 0.5,x: give imagenet"),
+        (["--data", "digits", "--normalise", "0.5,0"], "--normalize 0.5,0: give imagenet"),
     ],
 )
 def test_mistakes_are_one_sentence(options, sentence, tmp_path, capsys):

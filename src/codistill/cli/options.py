@@ -9,8 +9,9 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from codistill.config.config import Checkpoint, CompareConfig, Config, Device, ReproduceConfig, names_of
-from codistill.config.methods import METHODS, MethodConfig, method_config
+from codistill.config.config import Checkpoint, CompareConfig, Config, Device, ReproduceConfig
+from codistill.config.methods import METHODS, method_config
+from codistill.config.old_names import rename_old_flags
 from codistill.utils.allow_import import check_imports
 from codistill.utils.errors import InputError, suggest
 
@@ -255,8 +256,7 @@ def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: 
         )
     if positionals:
         method = method_config(positionals[0])
-        saved = config.method
-        if path is None or not isinstance(saved, MethodConfig) or saved.name != method.name:
+        if path is None or config.method.name != method.name:
             config = dataclasses.replace(config, method=method)
     elif path is None:
         config = dataclasses.replace(config, method=method_config("okddip"))
@@ -264,7 +264,7 @@ def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: 
         raise InputError(f"--seeds {seeds} must be a number of seeds, 1 or more")
     options = _parse_options(config, argv, name)
     if path is not None:
-        check_imports(names_of(options), f"--config {path}")
+        check_imports(options.network_names(), f"--config {path}")
     return Parsed(positionals, options, int(seeds) if seeds else None)
 
 
@@ -312,6 +312,7 @@ def _parse_options(default: Any, argv: list[str], name: str) -> Any:
             argv = _merge_repeated(argv, flag)
     start, description = _with_method_options(default) if isinstance(default, Config) else (default, default.__doc__)
     stderr_text = io.StringIO()
+    argv = rename_old_flags(argv)
     try:
         with contextlib.redirect_stderr(stderr_text):
             parsed, unknown = tyro.cli(

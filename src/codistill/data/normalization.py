@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from codistill.config.checks import parse_normalise
+from codistill.config.checks import parse_normalize
 from codistill.data.image_files import ImageFiles
 from codistill.data.image_set import ImageSet, statistics
 from codistill.utils.errors import InputError
@@ -26,7 +26,7 @@ def normalised(
 
     Args:
         data: A set; its own statistics are estimated on a sample where its images are files.
-        rule: `Config.normalise`.
+        rule: `Config.normalize`.
         pretrained: For every network that starts from pretrained weights, what it was trained with, if that is known;
             looked at where neither `rule` nor `held` says anything.
         held: What the run's folder holds already (data.json), which goes before all else.
@@ -36,7 +36,7 @@ def normalised(
     """
     if held is not None:
         return replace(data, mean=tuple(held["mean"]), std=tuple(held["std"]))
-    parsed = parse_normalise(rule)
+    parsed = parse_normalize(rule)
     if parsed == "imagenet":
         return _with(data, IMAGENET)
     if isinstance(parsed, tuple):
@@ -46,7 +46,7 @@ def normalised(
         if len({*known.values()}) > 1:
             raise InputError(
                 f"--pretrained: {' and '.join(known)} were trained on images normalised in different ways, and peers "
-                "see the same; say which with --normalise"
+                "see the same; say which with --normalize"
             )
         return _with(data, next(iter(known.values())))
     if not data.mean and isinstance(data.x_train, ImageFiles):
@@ -62,5 +62,5 @@ def _with(data: ImageSet, found: Statistics) -> ImageSet:
             numbers = (round(sum(numbers) / len(numbers), 4),)
         values.append(numbers * data.channels if len(numbers) == 1 else numbers)
     if len(values[0]) != data.channels:
-        raise InputError(f"--normalise gives {len(values[0])} means for images of {data.channels} channels")
+        raise InputError(f"--normalize gives {len(values[0])} means for images of {data.channels} channels")
     return replace(data, mean=values[0], std=values[1])

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from codistill.config.config import Checkpoint, Device, names_of
+from codistill.config.config import Checkpoint, Device
 from codistill.data.decode import read_pixels
 from codistill.deploy.calibrate import temperature_key
 from codistill.runs.checkpoint import load_run_checkpoint
@@ -66,7 +66,7 @@ def load_predictor(
     data_info = read_json(path / "data.json", "classes", "channels", "image_size", "mean", "std")
     if data_info is None:
         raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")
-    check_imports(names_of(config), path, allow_import)
+    check_imports(config.network_names(), path, allow_import)
     state = load_run_checkpoint(path, checkpoint)
     info = cast(DataInfo, data_info)
     network = saved_student(config, state, len(info["classes"]), info["channels"], info["image_size"])

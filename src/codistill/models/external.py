@@ -22,6 +22,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from codistill.utils.allow_import import current_network_name
 from codistill.utils.errors import InputError
 from codistill.utils.safe_load import load_tensors
 
@@ -82,6 +83,7 @@ class Source:
 
 def parse_source(name: str, pretrained: bool = False) -> Source | None:
     """Read a name from elsewhere; None where it is none (it has no colon)."""
+    name = current_network_name(name)
     kind, colon, rest = name.partition(":")
     if not colon:
         return None

@@ -7,12 +7,10 @@ import shlex
 from typing import Any
 
 from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 
 
 def command_line(config: Config) -> str:
     """Return `codistill train ...` with every option that is not the default; it parses into the same config."""
-    assert isinstance(config.method, MethodConfig)
     words = ["codistill", "train", config.method.name]
     words += _to_flags(config, Config(method=type(config.method)()), "--", skip="method")
     words += _to_flags(config.method, type(config.method)(), "--method.")

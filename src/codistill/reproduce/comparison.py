@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from codistill.config.config import CompareConfig, Config, slug
-from codistill.config.methods import METHODS, method_config
+from codistill.config.methods import METHODS, TeacherConfig, method_config
 from codistill.reproduce.grid import Cell, list_failures
 from codistill.utils.errors import InputError
 from codistill.utils.files import write_json, write_text
@@ -64,9 +64,11 @@ def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
 
 
 def _check_methods(names: list[str], topology: str | None) -> None:
-    if "kd" in names:
-        raise InputError("compare trains peers without a teacher; train kd by itself: train kd --method.teacher RUN")
     for name in names:
+        if issubclass(METHODS[name], TeacherConfig):
+            raise InputError(
+                f"compare trains peers without a teacher; train {name} by itself: train {name} --method.teacher RUN"
+            )
         if topology in ("networks", "branches") and topology not in METHODS[name].topologies:
             raise InputError(f"{name} works on {METHODS[name].topologies[0]} only; drop --topology {topology}")
 

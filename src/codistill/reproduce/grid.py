@@ -11,15 +11,14 @@ killed grid from the checkpoints of its runs.
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from codistill.config.config import Config
-from codistill.config.methods import KDConfig
+from codistill.config.config import Config, slug
+from codistill.config.methods import TeacherConfig
 from codistill.reproduce.run_result import RunOutcome, read_outcome
 from codistill.utils.errors import InputError, Stopped
 from codistill.utils.files import read_json, write_json
@@ -49,7 +48,7 @@ class Cell:
 
     def run_path(self, folder: Path, seed: int) -> Path:
         """Return the run folder of a seed."""
-        return folder / folder_name(self.label) / f"seed{seed}"
+        return folder / slug(self.label, lower=True) / f"seed{seed}"
 
     def run_config(self, folder: Path, seed: int, cells: list[Cell] | None = None) -> Config:
         """Return the resolved config of one seed's run; `cells` includes its teacher, if it has one."""
@@ -59,14 +58,9 @@ class Cell:
         """Return the config of one seed's run before its defaults are filled in."""
         config = dataclasses.replace(self.config, seed=seed, out=str(self.run_path(folder, seed)), resume="auto")
         teacher = next((c for c in cells or () if c.label == self.teacher), None)
-        if teacher is not None and isinstance(config.method, KDConfig):
+        if teacher is not None and isinstance(config.method, TeacherConfig):
             config.method = dataclasses.replace(config.method, teacher=str(teacher.run_path(folder, seed)))
         return config
-
-
-def folder_name(label: str) -> str:
-    """Return the folder name of a row: lower case, runs of other characters than letters, digits and dots as `-`."""
-    return re.sub(r"[^a-z0-9.]+", "-", label.lower()).strip("-.")
 
 
 @dataclass

@@ -15,21 +15,6 @@ from codistill.utils.errors import InputError, MachineError
 from codistill.utils.files import read_json, write_json, write_text
 from codistill.utils.tables import Rows, comma_separated, latex, markdown
 
-# Options that may change between two calls for one folder; the others decide what its runs are.
-_NOT_IDENTITY = {
-    "network",
-    "method",
-    "seeds",
-    "workers",
-    "submit",
-    "submit_option",
-    "print_commands",
-    "out",
-    "baselines",
-    "device",
-    "data_dir",
-}
-
 
 def write_table(plan: Plan, rows: Rows) -> None:
     """Write the table as Markdown, CSV, LaTeX and JSON."""
@@ -88,7 +73,7 @@ def _check_same_table(plan: Plan, options: dict[str, Any], grid_info: dict[str, 
     if grid_info.get("table") != plan.name:
         raise InputError(f"--out {plan.folder} holds {grid_info.get('table', 'another grid')}; name another folder")
     as_json = json.loads(json.dumps(options))
-    for key in sorted(as_json.keys() - _NOT_IDENTITY):
+    for key in sorted(as_json.keys() - ReproduceConfig.NOT_IDENTITY):
         before = grid_info["options"].get(key)
         if before != as_json[key]:
             flag = f"--{key.replace('_', '-')}"

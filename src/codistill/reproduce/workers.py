@@ -16,7 +16,7 @@ from typing import Any
 
 from codistill.config.config import Config
 from codistill.reproduce.run_result import RunOutcome, read_outcome
-from codistill.utils.allow_import import ImportPolicy, asked, use_policy
+from codistill.utils.allow_import import ImportPolicy, current_policy, use_policy
 from codistill.utils.errors import InputError, MachineError, Stopped, explain_failure, first_line
 from codistill.utils.files import lock
 
@@ -30,7 +30,7 @@ def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
     """
     assert config.out is not None
     try:
-        with use_policy(policy or asked()), lock(Path(f"{config.out}.lock"), wait=True):
+        with use_policy(policy or current_policy()), lock(Path(f"{config.out}.lock"), wait=True):
             outcome = read_outcome(config)  # another process may have trained it while this one waited
             if outcome is not None:
                 return outcome
@@ -99,7 +99,7 @@ class _Worker:
     def begin(self, config: Config) -> None:
         """Send a run to the process."""
         self.busy = True
-        self.pipe.send((config, asked()))
+        self.pipe.send((config, current_policy()))
 
     def poll(self) -> RunOutcome | None:
         """Return the run's outcome, or that the process died; None while it is running."""
@@ -202,7 +202,7 @@ class Submitit:
 
     def start(self, config: Config) -> Any:
         """Submit the run and return its job."""
-        job = self.executor.submit(train_job, config, asked())
+        job = self.executor.submit(train_job, config, current_policy())
         self.jobs.append(job)
         return job
 

@@ -30,13 +30,6 @@ from codistill.utils import files
 from codistill.utils.errors import InputError, MachineError
 from codistill.utils.files import read_json, read_lines, write_atomically, write_json, write_text
 
-NOT_IDENTITY = {
-    *("out", "resume", "data_dir", "checkpoint_every_epochs", "checkpoint_every_steps", "tracker", "device"),
-    *("mesh", "collective_timeout", "checkpoint_activations", "execution", "keep_checkpoints", "skip_nonfinite"),
-    *("data_workers", "skip_corrupt"),
-}
-"""Options that may differ between a run and its continuation."""
-
 
 def open_run(path: str | Path, flag: str = "", *, without_initial_weights: bool = False) -> Config:
     """Read the config of a run folder.
@@ -86,7 +79,7 @@ class RunFolder:
         """Raise InputError if the folder's config is another run's, or this run's and `resume` is not set."""
         old, new = saved.to_dict(), self.config.to_dict()
         keys = sorted(new, key=lambda k: k == "method")  # last: its ramp follows from the epochs
-        differing = [k for k in keys if k not in NOT_IDENTITY and json.dumps(new[k]) != json.dumps(old.get(k))]
+        differing = [k for k in keys if k not in Config.NOT_IDENTITY and json.dumps(new[k]) != json.dumps(old.get(k))]
         if differing:
             key, was, now = _find_difference(differing[0], old, new)
             raise InputError(

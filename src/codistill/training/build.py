@@ -15,8 +15,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from codistill.config.config import Checkpoint, Config, Device, names_of
-from codistill.config.methods import KDConfig, MethodConfig
+from codistill.config.config import Checkpoint, Config, Device
+from codistill.config.methods import TeacherConfig
 from codistill.data import ImageSet
 from codistill.data.loader import Augmentation
 from codistill.data.mixup import mixes_images
@@ -65,7 +65,6 @@ def setup(
     Raises:
         InputError: some part of the config cannot be had.
     """
-    assert isinstance(config.method, MethodConfig)
     device = pick_device(config.device) if mesh is None else mesh.device
     if config.dtype == "float64" and accumulation_dtype(device) is not torch.float64:
         raise InputError(f"--dtype float64: {device.type} has none; give --device cpu, or another --dtype")
@@ -84,7 +83,7 @@ def setup(
         peers.to(memory_format=torch.channels_last)  # pyrefly: ignore
     method.to(device, DTYPES[config.dtype])
     if "teacher" in method.needs:
-        assert isinstance(config.method, KDConfig)
+        assert isinstance(config.method, TeacherConfig)
         teacher = load_teacher(config.method, data, config.model) if teacher is None else teacher
         teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
         if config.channels_last:
@@ -137,7 +136,6 @@ def setup(
 
 def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None, fresh: bool) -> tuple[Peers, Method]:
     """Build the peers (on a mesh the rank's own) and the method that hears all of them."""
-    assert isinstance(config.method, MethodConfig)
     start = config if fresh else dataclasses.replace(config, pretrained=False, weights=None)
     local = build_peers(start, len(data.classes), data.channels, data.image_size, mesh.own if mesh else None)
     for index in range(local.num_peers):
@@ -182,7 +180,7 @@ def load_run(
     """
     path = Path(path)
     config = open_run(path)
-    check_imports(names_of(config), path, allow_import)
+    check_imports(config.network_names(), path, allow_import)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_run_checkpoint(path, checkpoint)
     held = read_json(path / "data.json", "mean", "std")

@@ -52,8 +52,8 @@ def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | Non
     """Return why these peers cannot be stacked, in words."""
     if peers.num_peers == 1:
         return "one peer has nobody to be stacked with"
-    if config.freeze or config.head_lr != 1.0:
-        return "--freeze and --head-lr mean single modules, and stacked ones hold all members' numbers in one"
+    if config.freeze or config.head_lr_scale != 1.0:
+        return "--freeze and --head-lr-scale mean single modules, and stacked ones hold all members' numbers in one"
     if method.update == "alternating":
         return "alternating updates step one member at a time"
     if isinstance(peers, BranchPeers) and "views" in method.needs:

@@ -9,7 +9,6 @@ import numpy as np
 import torch
 
 from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 from codistill.data import DeviceLoader, FileLoader, ImageSet, Loader, Splits, load_set, make_splits
 from codistill.data.datasets import check_set
 from codistill.data.image_files import ImageFiles
@@ -23,7 +22,6 @@ from codistill.utils.errors import InputError
 
 def load_images(config: Config, data: ImageSet | None, held: dict[str, Any] | None) -> tuple[ImageSet, Splits]:
     """Load the set as the networks take it, and split it."""
-    assert isinstance(config.method, MethodConfig)
     if data is None:
         data = load_set(config.data, config.data_dir, config.image_size, config.data_pipeline, config.skip_corrupt)
     elif not data.stand_in:
@@ -35,8 +33,8 @@ def load_images(config: Config, data: ImageSet | None, held: dict[str, Any] | No
                 f"--data {config.data} is not what it was when the run began: other files, labels or numbers, so its "
                 "splits would mix; put it back as it was, or start a run of another name"
             )
-    asked = config.pretrained and config.normalise is None and held is None  # a library, or a hub, need not be there
-    data = normalised(data, config.normalise, pretrained_statistics(config.model) if asked else {}, held)
+    asked = config.pretrained and config.normalize is None and held is None  # a library, or a hub, need not be there
+    data = normalised(data, config.normalize, pretrained_statistics(config.model) if asked else {}, held)
     if data.stand_in:
         nothing = np.arange(0)
         return data, Splits(np.arange(len(data.y_train)), nothing, nothing)

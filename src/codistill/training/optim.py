@@ -68,11 +68,11 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
     for share in shares:
         trained = [p for p in share if p.requires_grad]
         groups = [{"params": trained}]
-        if config.head_lr != 1.0:
+        if config.head_lr_scale != 1.0:
             heads = {id(q) for p in range(peers.num_peers) for q in peers.member(p).head.parameters()}
             groups = [
                 {"params": [p for p in trained if id(p) not in heads], "lr_scale": 1.0},
-                {"params": [p for p in trained if id(p) in heads], "lr_scale": config.head_lr},
+                {"params": [p for p in trained if id(p) in heads], "lr_scale": config.head_lr_scale},
             ]
         groups = [group for group in groups if group["params"]]
         if config.optimizer == "adamw":

@@ -9,7 +9,6 @@ import torch
 from torch import Tensor, nn
 
 from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 from codistill.data import Loader
 from codistill.distributed.peers import MeshPeers, require_local
 from codistill.methods import build_method
@@ -28,7 +27,6 @@ def saved_student(config: Config, state: Mapping[str, Any], classes: int, channe
         channels: Channels of the images.
         image_size: Their side.
     """
-    assert isinstance(config.method, MethodConfig)
     peers = build_peers(config, classes, channels, image_size)
     method = build_method(config.method, peers, config.seed)
     if config.deploy == "ema":

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codistill.config.methods import MethodConfig
 from codistill.distributed.peers import MeshPeers, imbalance
 from codistill.evaluation.cost import inference_cost, training_flops
 from codistill.evaluation.metrics import PeerMetrics
@@ -35,7 +34,6 @@ def describe(run: Run, resumed: str | None = None) -> list[str]:
         resumed: The checkpoint it goes on from, if it does.
     """
     config, method = run.config, run.method
-    assert isinstance(config.method, MethodConfig)
     members = f"{run.peers.num_peers} {config.topology}" if run.peers.num_peers > 1 else "1 network"
     trained, deployed = numbers_trained_and_deployed(run)
     where = str(run.device) if run.mesh is None else f"{run.mesh.world} x {run.device.type} as {config.mesh}"

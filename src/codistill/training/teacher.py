@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.config.methods import KDConfig
+from codistill.config.methods import TeacherConfig
 from codistill.data import ImageSet
 from codistill.models import build, resolve
 from codistill.runs.checkpoint import load_run_checkpoint
@@ -24,7 +24,7 @@ from codistill.utils.safe_load import load_tensors
 WAYS = ("a run folder", "an exported .safetensors file", "a .pt or .pth state dict with --method.teacher-model")
 
 
-def load_teacher(config: KDConfig, data: ImageSet, known: Iterable[str] = ()) -> nn.Module:
+def load_teacher(config: TeacherConfig, data: ImageSet, known: Iterable[str] = ()) -> nn.Module:
     """Load the teacher that `config` names, for the classes and channels of `data`.
 
     Args:
@@ -36,7 +36,7 @@ def load_teacher(config: KDConfig, data: ImageSet, known: Iterable[str] = ()) ->
         InputError: none is named, it is missing or damaged, or it does not fit the data.
     """
     if config.teacher is None:
-        raise InputError(f"kd needs a teacher; give --method.teacher: {', '.join(WAYS)}")
+        raise InputError(f"{config.name} needs a teacher; give --method.teacher: {', '.join(WAYS)}")
     path = Path(config.teacher)
     if not path.exists():
         raise InputError(f"--method.teacher {path} does not exist; give {', '.join(WAYS)}")

@@ -24,8 +24,8 @@ MODELS = {
     "resnet50": "torchvision:resnet50",
     "resnet18": "torchvision:resnet18",
     "mobilenet_v2": "torchvision:mobilenet_v2",
-    "mobilenet_v2_x0_5": "codistill.reproduce.recipes.networks:mobilenet_v2_x0_5",
-    "mobilenet_v2_x1_2": "codistill.reproduce.recipes.networks:mobilenet_v2_x1_2",
+    "mobilenet_v2_x0_5": "torchvision:mobilenet_v2,width_mult=0.5",
+    "mobilenet_v2_x1_2": "torchvision:mobilenet_v2,width_mult=1.2",
 }
 NAMES = {
     "ResNet-50": "resnet50",

@@ -18,12 +18,6 @@ from codistill.utils.errors import InputError
 from codistill.utils.files import read_json, read_lines
 from codistill.utils.tables import Rows
 
-# Runs that differ in these options only are seeds of one group.
-_NOT_IDENTITY = {
-    "seed", "out", "resume", "data_dir", "device", "tracker", "checkpoint_every_epochs", "checkpoint_every_steps",
-    "keep_checkpoints", "skip_nonfinite", "data_workers",
-}  # fmt: skip
-
 
 @dataclass
 class RunData:
@@ -131,7 +125,7 @@ def _runs_section(runs: list[RunData]) -> Section:
     """Return the section of single runs; those that differ in their seed only are one group."""
     groups: dict[str, Group] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run.config.to_dict().items() if k not in _NOT_IDENTITY})
+        key = json.dumps({k: v for k, v in run.config.to_dict().items() if k not in Config.NOT_IDENTITY | {"seed"}})
         folder = run.path.resolve()
         label = (
             folder.parent.name
