@@ -69,7 +69,7 @@ def test_members_are_views_and_go_round_without_loss():
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    ({"model": ("resnet8", "wrn16_2", "resnet8"), "name": "independent"}, "peers of one kind"),
+    ({"model": ("resnet8", "wrn16_2", "resnet8"), "name": "independent"}, "peers of the same architecture"),
     ({"model": "densenet40_12"}, "mixes channels"),
     ({"model": "vgg16"}, "heads of one Linear"),
     ({"name": "dml"}, "alternating updates"),
@@ -91,7 +91,7 @@ def test_measuring_touches_nothing():
     assert chosen in ("loop", "stacked")
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(v, state[k]) for k, v in t.peers.state_dict().items())
-    assert t.peers.runner is None
+    assert t.peers.stacked_runner is None
 
 
 def test_the_choice_is_kept_and_used_again(tmp_path, monkeypatch):

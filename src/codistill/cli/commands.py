@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import builtins
 import dataclasses
 import json
 from pathlib import Path
@@ -268,42 +267,14 @@ def list(parsed: Parsed) -> int:
             for name, published in published_tables().items()
         ]
     elif what == "branch-points":
-        rows, what = branch_point_rows(parsed.options), f"where {parsed.options.model} may fork (--branch-at)"
+        from codistill.peers.branch_points import branch_point_rows
+
+        options: ListOptions = parsed.options
+        rows = branch_point_rows(options.model, options.image_size)
+        what = f"where {options.model} may fork (--branch-at)"
     else:
         raise InputError(
             f'list: unknown "{what}"{suggest(what, ("methods", "models", "data", "tables", "branch-points"))}'
         )
     print_rows(rows, what)
     return 0
-
-
-def branch_point_rows(options: ListOptions) -> builtins.list[dict[str, str]]:
-    """Return the places where a network may fork, in the order in which they run."""
-    from codistill.models import build, resolve
-    from codistill.models.external import Source
-    from codistill.peers.branch_points import branch_points, default_fork
-    from codistill.peers.split_head import dummy_input, split_head
-
-    factory = resolve(options.model)
-    if options.image_size is not None and options.image_size < 8:
-        raise InputError(f"--image-size is {options.image_size}; give 8 or more")
-    size = options.image_size or (factory.native_size if isinstance(factory, Source) else None)
-    size = size or (224 if isinstance(factory, Source) and factory.is_library else 32)
-    model = build(factory, num_classes=100, in_channels=3, image_size=options.image_size)
-    example = dummy_input(model, 3, size)
-    member = split_head(model, example)
-    points = branch_points(member.body, member.head_path, example)
-    try:
-        chosen = default_fork(options.model, member, 3, size)
-    except InputError:  # a network of one's own has no default
-        chosen = None
-    whole = sum(p.numel() for p in member.parameters())
-    return [
-        {
-            "module": point.path + (" (default)" if point.path == chosen else ""),
-            "entering": " x ".join(map(str, point.entering)),
-            "in every branch": f"{100 * (point.after + member.head_parameters) / whole:.0f} %",
-            "parameters a branch": f"{point.after + member.head_parameters:,}",
-        }
-        for point in points
-    ]

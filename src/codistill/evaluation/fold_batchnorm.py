@@ -8,6 +8,7 @@ map is used elsewhere too, as in DenseNet), each is tried by itself, once, and t
 from __future__ import annotations
 
 import copy
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from codistill.evaluation.fused_conv import FusedConv, fuse, is_available
 from codistill.peers.base import Peers
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
+_foldable_pairs: WeakKeyDictionary[Peers, list[int]] = WeakKeyDictionary()
+"""Indices of the pairs that may be folded, of peers for which not all may be: found once, by one trial per pair."""
 
 
 @torch.no_grad()
@@ -65,13 +68,13 @@ def _fused(folded: Peers, example: Tensor, autocast: torch.dtype | None) -> Peer
 
 def _checked(peers: Peers, example: Tensor) -> Peers:
     expected = peers(example).logits_PBC
-    known: list[int] | None = peers.__dict__.get("foldable_pairs")
+    known = _foldable_pairs.get(peers)
     folded, count = _folded(peers, example, known)
     if count and not _differ(folded, example, expected):
         return folded
     if count and known is None:
         good = [i for i in range(count) if not _differ(_folded(peers, example, [i])[0], example, expected)]
-        peers.__dict__["foldable_pairs"] = good
+        _foldable_pairs[peers] = good
         return _folded(peers, example, good)[0] if good else peers
     return peers
 
@@ -83,11 +86,11 @@ def _differ(folded: Peers, example: Tensor, expected: Tensor) -> bool:
 
 def _folded(peers: Peers, example: Tensor, chosen: list[int] | None) -> tuple[Peers, int]:
     """Return a copy with the chosen pairs folded (None: all), and how many pairs there are."""
-    runner, peers.runner = peers.runner, None
+    runner, peers.stacked_runner = peers.stacked_runner, None
     try:
         folded = copy.deepcopy(peers).eval()
     finally:
-        peers.runner = runner
+        peers.stacked_runner = runner
     pairs = _pairs(folded, example)
     norms = set()
     for conv, norm in pairs if chosen is None else [pairs[i] for i in chosen]:

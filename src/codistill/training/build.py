@@ -140,7 +140,7 @@ def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None, fresh: 
     start = config if fresh else dataclasses.replace(config, pretrained=False, weights=None)
     local = build_peers(start, len(data.classes), data.channels, data.image_size, mesh.own if mesh else None)
     for index in range(local.num_peers):
-        local.member(index).recompute = config.checkpoint_activations
+        local.member(index).checkpoint_activations = config.checkpoint_activations
     local.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     if mesh is None:
         peers = local

@@ -74,7 +74,11 @@ class Run:
     def _optimizer_states(self) -> list[dict[str, Any]]:
         """Return the optimisers' states in the one form that every execution and mesh reads: an entry a member."""
         states = [optimizer.state_dict() for optimizer in self.optimizers]
-        return states if self.peers.runner is None else [self.peers.runner.split_optimizer(s) for s in states]
+        return (
+            states
+            if self.peers.stacked_runner is None
+            else [self.peers.stacked_runner.split_optimizer(s) for s in states]
+        )
 
     def _own_form(self, held: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return an optimiser's saved state as this execution has it.
@@ -82,7 +86,7 @@ class Run:
         Raises:
             InputError: it is a stacked run's of schema 1, whose optimiser was not yet kept a member.
         """
-        runner, count = self.peers.runner, [len(group["params"]) for group in optimizer.param_groups]
+        runner, count = self.peers.stacked_runner, [len(group["params"]) for group in optimizer.param_groups]
         same = [len(group["params"]) for group in held["param_groups"]] == count
         if runner is None and not same:
             raise InputError(
