@@ -87,7 +87,9 @@ def test_what_cannot_be_stacked_is_refused(options, sentence):
 def test_measuring_touches_nothing():
     t = build()
     state, rng = {k: v.clone() for k, v in t.peers.state_dict().items()}, torch.get_rng_state()
-    chosen = choose_execution(dataclasses.replace(t.config, execution="measure"), t.peers, t.method, t.loader.first())
+    chosen = choose_execution(
+        dataclasses.replace(t.config, execution="measure"), t.peers, t.method, t.loader.sample_batch()
+    )
     assert chosen in ("loop", "stacked")
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(v, state[k]) for k, v in t.peers.state_dict().items())

@@ -48,7 +48,7 @@ def train(parsed: Parsed) -> int:
 
 def evaluate(parsed: Parsed) -> int:
     """Measure a run's members on one of its splits, or on another set."""
-    from codistill.data.external_test_set import load_other
+    from codistill.data.external_test_set import load_external_test_set
     from codistill.training.build import load_run, load_without_images
     from codistill.training.loaders import curve_loader, make_loader, test_loader
     from codistill.training.loop import measure
@@ -63,7 +63,7 @@ def evaluate(parsed: Parsed) -> int:
     if run.device.type == "cpu":
         keep_freed_memory()
     if options.data is not None:
-        images, labels, note = load_other(options.data, options.data_dir, run.data.about())
+        images, labels, note = load_external_test_set(options.data, options.data_dir, run.data.metadata())
         if note:
             err.print(f"{options.data}: {note}", style="dim", markup=False)
         loader = make_loader(run.config, run.data, (images, labels), run.device)
@@ -109,7 +109,7 @@ def _judge(run: Run, loader: Loader, options: EvaluateOptions, folder: Path) -> 
             raise InputError("--calibrate fits on validation images, and this run kept none (--val-fraction 0)")
         temperature = judging.fit_temperature(*deployed_scores(run, validation))
         name = "temperature" if options.checkpoint == "last" else f"temperature_{options.checkpoint}"
-        write_json(folder / "data.json", (read_json(folder / "data.json") or run.data.about()) | {name: temperature})
+        write_json(folder / "data.json", (read_json(folder / "data.json") or run.data.metadata()) | {name: temperature})
         more["calibration"] = [judging.calibration(scores_NC, labels_N, value) for value in (1.0, temperature)]
     return more
 

@@ -70,6 +70,6 @@ def describe(cells: list[Cell], config: CompareConfig, folder: Path) -> None:
         f"augmentation: {data.describe_augmentation(config.augment, config.cutout)}; "
         f"{' + '.join(config.model)}, {config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
     )
-    for line in (note, *data.notes, data.imbalance(splits.train)):
+    for line in (note, *data.provenance.messages, data.imbalance(splits.train)):
         if line:
             err.print(line, style="dim")

@@ -85,7 +85,11 @@ def _title(run: Run, exported: Path) -> str:
     names = [escape(name) for name in run.data.classes[:MOST_NAMES]]
     more = f", and {len(run.data.classes) - MOST_NAMES} more" if len(run.data.classes) > MOST_NAMES else ""
     size = run.data.image_size
-    cut = f" (the shorter side resized to {round(size * 8 / 7)}, the centre cut out)" if run.data.fit == "crop" else ""
+    cut = (
+        f" (the shorter side resized to {round(size * 8 / 7)}, the centre cut out)"
+        if run.data.resize_mode == "crop"
+        else ""
+    )
     return (
         f"# {escape(exported.name)}\n\n"
         f"An image classifier ({models}) for {len(run.data.classes)} classes: {', '.join(names)}{more}. It takes "
@@ -150,10 +154,12 @@ def _training(run: Run, folder: Path, result: dict[str, Any]) -> str:
 
 def _use(run: Run, exported: Path, difference: float, licence: str) -> str:
     name = on_one_line(exported.name).replace("`", "")
+    on_noise = run.data.provenance.placeholder_reason
+    images = "images of noise" if on_noise else f"{min(64, len(run.data.y_test))} test images"
     return (
         f"## File\n\nThe metadata of `{name}` hold the classes, mean, std and image size. "
         f"Its outputs, read back in its own runtime, differ from the trained student's by at most {difference:.3g} on "
-        f"{'images of noise' if run.data.stand_in else f'{min(64, len(run.data.y_test))} test images'}.\n\n"
+        f"{images}.\n\n"
         "## Licence\n\n"
         + (
             "Not stated. The licence of the data, and of pretrained weights, may bind it."

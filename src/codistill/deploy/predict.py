@@ -106,7 +106,9 @@ def predict(predictor: Predictor, files: Sequence[Path], top: int, batch_size: i
         pixels = []
         for file in files[first : first + batch_size]:
             try:
-                pixels.append(read_pixels(file, about["channels"], about["image_size"], about.get("fit") == "crop"))
+                pixels.append(
+                    read_pixels(file, about["channels"], about["image_size"], crop=about.get("fit") == "crop")
+                )
                 rows.append({"file": str(file)})
             except InputError as error:
                 rows.append({"file": str(file), "error": str(error)})

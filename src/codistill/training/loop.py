@@ -304,7 +304,7 @@ def _train(run: Run, state: dict[str, Any] | None, folder: RunFolder, reporter: 
         run.load_state(state) if run.mesh is None else run.mesh.run_on_all_ranks(lambda: run.load_state(state))
     if not complete:
         run_on_main_rank(
-            lambda: (folder.begin(), folder.describe(run.data.about()), folder.truncate_metrics(run.epoch))
+            lambda: (folder.begin(), folder.describe(run.data.metadata()), folder.truncate_metrics(run.epoch))
         )
     tracker = Tracker(run.config.tracker if first else "none", run.config)
     notes = describe(run, None if state is None else state["file"])

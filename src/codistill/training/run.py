@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from codistill.config.config import Config
 from codistill.data import ImageSet, Loader, Splits
+from codistill.data.mixup import Mixer
 from codistill.distributed.mesh import Mesh
 from codistill.methods import Method
 from codistill.peers.base import Peers
@@ -51,6 +53,12 @@ class Run:
     sums: dict[str, Tensor] = field(default_factory=dict)
     mesh: Mesh | None = None
     """The place among several processes, where there are."""
+
+    @cached_property
+    def mixer(self) -> Mixer:
+        """Mixes training batches and makes their labels soft, as the config asks."""
+        c = self.config
+        return Mixer(self.peers.num_classes, c.seed, c.mixup, c.cutmix, c.label_smoothing)
 
     def state(self) -> dict[str, Any] | None:
         """Return all that a continuation needs, on whatever mesh; only the first rank gets it."""
