@@ -26,7 +26,7 @@ from codistill.config.config import Config
 from codistill.config.methods import METHODS
 from codistill.peers.branches import BranchPeers
 from codistill.peers.networks import NetworkPeers
-from codistill.peers.shared_trunk import Entry
+from codistill.peers.shared_trunk import BranchEntry
 from codistill.training.build import setup
 from codistill.training.loop import zero_sums
 from codistill.training.step import train_step
@@ -112,7 +112,7 @@ def prove(name: str, size: int, num_peers: int = 2) -> Proof:
             zeros = torch.zeros_like(parameter)
             expected[id(parameter)] = expected.get(id(parameter), zeros) + (zeros if grad is None else grad)
             ours[id(parameter)] = zeros if parameter.grad is None else parameter.grad
-    fork = next(n for n, m in peers.member(0).body.named_modules() if isinstance(m, Entry)).replace(".inner", "")
+    fork = next(n for n, m in peers.member(0).body.named_modules() if isinstance(m, BranchEntry)).replace(".inner", "")
     gradients = max(gap(ours[key], expected[key]) for key in ours)
     return Proof(fork, peers.member(0).head_path, gap(logits_PBC, expected_PBC), gradients)
 

@@ -28,7 +28,7 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from codistill.data import FileLoader, load_set
-from codistill.data.loader import Augmentation
+from codistill.data.loader import Augmentation, LoaderOptions
 from codistill.data.normalization import IMAGENET
 
 CLASSES = 4
@@ -93,8 +93,8 @@ def main() -> int:
         data = load_set(f"folder:{root}", image_size=options.size, pipeline="files")
         assert data.from_files
         ours = FileLoader(
-            data.x_train, data.y_train, *IMAGENET, workers=options.workers, batch_size=options.batch_size,  # pyrefly: ignore
-            augmentation=Augmentation(flip=True, resized_crop=True), channels_last=True,
+            data.x_train, data.y_train, *IMAGENET,   # pyrefly: ignore
+            LoaderOptions(options.batch_size, Augmentation(flip=True, resized_crop=True)), workers=options.workers,
         )  # fmt: skip
         plain = plain_loader(root, options.batch_size, options.workers, options.size)
         pairs = []

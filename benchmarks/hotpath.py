@@ -232,7 +232,7 @@ size = {{"topology": {topology!r}, "peers": 4, "batch_size": 128, "checkpoint_ac
 t = setup(Config({name!r}, "resnet32", "digits", **size).resolved())
 t.sums = _zero_sums(t)
 t.peers.train()
-views = torch.randn(t.loader.first().shape[0], 128, 1, 32, 32)
+views = torch.randn(t.loader.sample_batch().shape[0], 128, 1, 32, 32)
 reset_peak_memory(t.device)
 start = peak_megabytes(t.device)
 for _ in range(2):

@@ -76,7 +76,7 @@ class Ours:
         """Fold and fuse for evaluation, once an epoch, as for CIFAR-100's 10,000 test images."""
         self.t.peers.eval()
         with torch.inference_mode():
-            self.folded = folded_for_evaluation(self.t.peers, self.test.first()[0][:2], large=True)
+            self.folded = folded_for_evaluation(self.t.peers, self.test.sample_batch()[0][:2], large=True)
         self.t.peers.train()
 
     def evaluate(self) -> None:

@@ -180,7 +180,7 @@ def test_parts_of_a_batch_make_up_the_batch():
         pieces = []
         for index in range(parts):
             loader = setup(config("pcl", peers=2)).loader
-            loader.share(index, parts, range(1, 2))
+            loader.shard(index, parts, range(1, 2))
             pieces.append(list(loader.epoch(1)))
         for number, (views, targets) in enumerate(whole):
             sizes = [math.ceil((len(targets) - index) / parts) for index in range(parts)]
@@ -209,7 +209,7 @@ def test_recomputed_activations_need_less_memory():
             return x
 
         t.peers.train()
-        views = t.loader.first()
+        views = t.loader.sample_batch()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             outputs = t.peers(views)
         kept.append(sum(sizes.values()))

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.data import DeviceLoader
+from codistill.data import DeviceLoader, LoaderOptions
 from codistill.evaluation import fold_batchnorm as folding
 from codistill.evaluation.evaluate import folded_members
 from codistill.evaluation.fold_batchnorm import folded_for_evaluation
@@ -223,5 +223,7 @@ def test_without_the_kernels_or_if_they_err_the_folded_network_is_used(monkeypat
 def test_it_is_done_where_much_is_evaluated(count, fused):
     peers = trained(NetworkPeers, "resnet8")
     images = torch.zeros(count, 16, 16, 3, dtype=torch.uint8).numpy()
-    loader = DeviceLoader(images, torch.zeros(count, dtype=torch.int64).numpy(), (0.5,) * 3, (0.5,) * 3, batch_size=32)
+    loader = DeviceLoader(
+        images, torch.zeros(count, dtype=torch.int64).numpy(), (0.5,) * 3, (0.5,) * 3, LoaderOptions(32)
+    )
     assert bool(number_fused(folded_members(peers, loader))) is fused

@@ -6,9 +6,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from codistill.config.config import Config
 from codistill.config.methods import METHODS, method_config
-from codistill.data.mixup import cut_square, mix_batch
+from codistill.data.mixup import Mixer, cut_square
 from codistill.models import resolve
 from codistill.training.build import setup
 from codistill.training.loop import train, zero_sums
@@ -137,10 +136,10 @@ def test_every_method_takes_soft_labels_or_says_why_not(name, topology):
 def test_smoothed_labels_are_torchs_own_smoothing():
     from codistill.losses import cross_entropy
 
-    c = Config("independent", label_smoothing=0.2)
+    mixer = Mixer(5, label_smoothing=0.2)
     logits, labels = torch.randn(3, 6, 5, dtype=torch.float64), torch.randint(5, (6,))
     views = torch.zeros(1, 6, 1, 8, 8, dtype=torch.float64)
-    _, soft = mix_batch(c, 5, views, labels, 0, 0)
+    _, soft = mixer(views, labels, 0, 0)
     for p in range(3):
         theirs = F.cross_entropy(logits[p], labels, label_smoothing=0.2)
         assert torch.allclose(cross_entropy(logits, soft)[p], theirs, atol=1e-12)
@@ -148,17 +147,17 @@ def test_smoothed_labels_are_torchs_own_smoothing():
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_labels_are_mixed_as_the_pixels_are(kind):
-    c = Config("independent", seed=3, **{kind: 1.0})
+    mixer = Mixer(8, seed=3, **{kind: 1.0})
     labels = torch.arange(8)
     views = labels.double().view(1, 8, 1, 1, 1).expand(2, 8, 1, 16, 16).contiguous()  # every pixel is its image's label
-    mixed, soft = mix_batch(c, 8, views, labels, 2, 5)
+    mixed, soft = mixer(views, labels, 2, 5)
     assert torch.allclose(soft.sum(1), torch.ones(8, dtype=soft.dtype))
     expected = (soft * torch.arange(8)).sum(1)  # a mean of labels by their shares is the mean pixel
     for view in mixed:
         assert torch.allclose(view.mean((1, 2, 3)), expected, atol=1e-12)
-    again, _ = mix_batch(c, 8, views, labels, 2, 5)
+    again, _ = mixer(views, labels, 2, 5)
     assert torch.equal(mixed, again)
-    other, _ = mix_batch(c, 8, views, labels, 2, 6)
+    other, _ = mixer(views, labels, 2, 6)
     assert not torch.equal(mixed, other)
 
 

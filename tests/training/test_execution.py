@@ -69,7 +69,7 @@ def test_members_are_views_and_go_round_without_loss():
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    ({"model": ("resnet8", "wrn16_2", "resnet8"), "name": "independent"}, "peers of one kind"),
+    ({"model": ("resnet8", "wrn16_2", "resnet8"), "name": "independent"}, "peers of the same architecture"),
     ({"model": "densenet40_12"}, "mixes channels"),
     ({"model": "vgg16"}, "heads of one Linear"),
     ({"name": "dml"}, "alternating updates"),
@@ -87,11 +87,13 @@ def test_what_cannot_be_stacked_is_refused(options, sentence):
 def test_measuring_touches_nothing():
     t = build()
     state, rng = {k: v.clone() for k, v in t.peers.state_dict().items()}, torch.get_rng_state()
-    chosen = choose_execution(dataclasses.replace(t.config, execution="measure"), t.peers, t.method, t.loader.first())
+    chosen = choose_execution(
+        dataclasses.replace(t.config, execution="measure"), t.peers, t.method, t.loader.sample_batch()
+    )
     assert chosen in ("loop", "stacked")
     assert torch.equal(rng, torch.get_rng_state())
     assert all(torch.equal(v, state[k]) for k, v in t.peers.state_dict().items())
-    assert t.peers.runner is None
+    assert t.peers.stacked_runner is None
 
 
 def test_the_choice_is_kept_and_used_again(tmp_path, monkeypatch):

@@ -9,7 +9,7 @@ import torch
 
 from codistill.config.config import Config
 from codistill.data import DeviceLoader, load_set, make_splits
-from codistill.data.loader import Augmentation
+from codistill.data.loader import Augmentation, LoaderOptions
 from codistill.models import resolve
 from codistill.peers.members import member_seed
 from codistill.runs.run_folder import RunFolder
@@ -64,9 +64,7 @@ def test_one_independent_peer_is_a_plain_network_bit_for_bit(tmp_path):
         data.y_train[splits.train],
         data.mean,
         data.std,
-        batch_size=16,
-        augmentation=Augmentation(1),
-        channels_last=False,
+        LoaderOptions(16, Augmentation(1), channels_last=False),
     )
     torch.manual_seed(member_seed(0, 0))
     network = resolve("resnet8")(num_classes=10, in_channels=1)

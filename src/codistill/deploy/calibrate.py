@@ -28,6 +28,6 @@ def calibrate_student(run: Run, folder: Path, checkpoint: Checkpoint) -> float:
     if validation is None:
         raise InputError("--calibrate fits on validation images, and this run kept none (--val-fraction 0)")
     temperature = fit_temperature(*deployed_scores(run, validation))
-    data_info = read_json(folder / "data.json") or run.data.about()
+    data_info = read_json(folder / "data.json") or run.data.metadata()
     write_json(folder / "data.json", data_info | {temperature_key(checkpoint): temperature})
     return temperature

@@ -45,7 +45,7 @@ def student_metadata(run: Run) -> dict[str, Any]:
         "classes": list(run.data.classes),
         "channels": run.data.channels,
         "image_size": run.data.image_size,
-        "fit": run.data.fit,
+        "fit": run.data.resize_mode,
         "mean": list(run.data.mean),
         "std": list(run.data.std),
     }

@@ -81,7 +81,9 @@ def _describe_student(run: Run, exported: Path) -> str:
     names = [escape_markdown(name) for name in run.data.classes[:MAX_CLASS_NAMES]]
     more = f", and {len(run.data.classes) - MAX_CLASS_NAMES} more" if len(run.data.classes) > MAX_CLASS_NAMES else ""
     size = run.data.image_size
-    crop = f" (the shorter side resized to {round(size * 8 / 7)}, center crop)" if run.data.fit == "crop" else ""
+    crop = (
+        f" (the shorter side resized to {round(size * 8 / 7)}, center crop)" if run.data.resize_mode == "crop" else ""
+    )
     return (
         f"# {escape_markdown(exported.name)}\n\n"
         f"An image classifier ({models}) for {len(run.data.classes)} classes: {', '.join(names)}{more}. It takes "
@@ -146,10 +148,12 @@ def _describe_training(run: Run, folder: Path, result: dict[str, Any]) -> str:
 
 def _describe_file(run: Run, exported: Path, difference: float, license: str) -> str:
     name = on_one_line(exported.name).replace("`", "")
+    on_noise = run.data.provenance.placeholder_reason
+    images = "images of noise" if on_noise else f"{min(64, len(run.data.y_test))} test images"
     return (
         f"## File\n\nThe metadata of `{name}` holds the classes, mean, std and image size. "
         f"Its outputs, read back in its own runtime, differ from the trained student's by at most {difference:.3g} on "
-        f"{'images of noise' if run.data.stand_in else f'{min(64, len(run.data.y_test))} test images'}.\n\n"
+        f"{images}.\n\n"
         "## License\n\n"
         + (
             "Not stated. The licenses of the data and of pretrained weights may apply."

@@ -114,7 +114,7 @@ def predict(predictor: Predictor, files: Sequence[Path], top: int, batch_size: i
         pixels = []
         for file in files[first : first + batch_size]:
             try:
-                pixels.append(read_pixels(file, info["channels"], info["image_size"], info.get("fit") == "crop"))
+                pixels.append(read_pixels(file, info["channels"], info["image_size"], crop=info.get("fit") == "crop"))
                 rows.append({"file": str(file)})
             except InputError as error:
                 rows.append({"file": str(file), "error": str(error)})

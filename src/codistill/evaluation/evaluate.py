@@ -22,7 +22,7 @@ def folded_members(peers: Peers, loader: Loader) -> Peers:
     """Return peers that evaluate faster; on a mesh each rank sees to its own, if it has a sample to try them on."""
     if not len(loader):
         return peers
-    example = loader.first()[0][:2]
+    example = loader.sample_batch()[0][:2]
     large = loader.num_samples * example.shape[-1] * example.shape[-2] >= _MANY_PIXELS
     if not isinstance(peers, MeshPeers):
         return folded_for_evaluation(peers, example, large)

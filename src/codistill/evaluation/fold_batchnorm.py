@@ -88,11 +88,11 @@ def _differ(folded: Peers, example: Tensor, expected: Tensor) -> bool:
 
 def _fold_pairs(peers: Peers, example: Tensor, chosen: list[int] | None) -> tuple[Peers, int]:
     """Return a copy with the chosen pairs folded (None: all), and how many pairs there are."""
-    runner, peers.runner = peers.runner, None
+    runner, peers.stacked_runner = peers.stacked_runner, None
     try:
         folded = copy.deepcopy(peers).eval()
     finally:
-        peers.runner = runner
+        peers.stacked_runner = runner
     pairs = _find_pairs(folded, example)
     norms = set()
     for conv, norm in pairs if chosen is None else [pairs[i] for i in chosen]:

@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
-from codistill.peers.shared_trunk import Entry, Shared
+from codistill.peers.shared_trunk import BranchEntry, SharedModule
 
 
 class FusedConv(nn.Module):
@@ -63,7 +63,7 @@ def fuse(module: nn.Module, done: dict[nn.Module, nn.Module] | None = None) -> n
 
 def _traced(module: nn.Module) -> fx.GraphModule | None:
     """Return the module as a graph, fused; None where it has no graph that can be relied on."""
-    if any(isinstance(m, Shared | Entry) for m in module.modules()):  # they keep what they have seen
+    if any(isinstance(m, SharedModule | BranchEntry) for m in module.modules()):  # they keep what they have seen
         return None
     try:
         traced = fx.symbolic_trace(module)

@@ -116,7 +116,7 @@ def describe_comparison(cells: list[Cell], config: CompareConfig, folder: Path) 
         f"augmentation: {data.describe_augmentation(config.augment, config.cutout)}; "
         f"{' + '.join(config.model)}, {config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
     )
-    return [text for text in (line, *data.notes, data.imbalance(splits.train)) if text]
+    return [text for text in (line, *data.provenance.messages, data.imbalance(splits.train)) if text]
 
 
 def write_comparison(cells: list[Cell], config: CompareConfig, folder: Path, rows: Rows) -> None:

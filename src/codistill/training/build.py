@@ -18,8 +18,8 @@ from torch import nn
 from codistill.config.config import Checkpoint, Config, Device
 from codistill.config.methods import TeacherConfig
 from codistill.data import ImageSet
+from codistill.data.image_set import Provenance
 from codistill.data.loader import Augmentation
-from codistill.data.mixup import mixes_images
 from codistill.distributed.mesh import Mesh
 from codistill.distributed.peers import MeshPeers
 from codistill.distributed.sync_batchnorm import synchronise
@@ -103,10 +103,10 @@ def setup(
     part = (data.x_train[splits.train], data.y_train[splits.train])
     loader = make_loader(config, data, part, device, augmentation, views)
     if mesh is not None:
-        place = (0, 1) if mixes_images(config) else (mesh.data_index, mesh.num_data)
-        loader.share(*place, mesh.own)
+        place = (0, 1) if config.mixup or config.cutmix else (mesh.data_index, mesh.num_data)
+        loader.shard(*place, mesh.own)
         execution = "loop"
-    batch = loader.first()
+    batch = loader.sample_batch()
     if execution is None or (mesh is None and config.execution in ("loop", "stacked")):
         execution = choose_execution(config, peers, method, batch)
     if execution == "stacked":
@@ -139,7 +139,7 @@ def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None, fresh: 
     start = config if fresh else dataclasses.replace(config, pretrained=False, weights=None)
     local = build_peers(start, len(data.classes), data.channels, data.image_size, mesh.own if mesh else None)
     for index in range(local.num_peers):
-        local.member(index).recompute = config.checkpoint_activations
+        local.member(index).checkpoint_activations = config.checkpoint_activations
     local.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
     if mesh is None:
         peers = local
@@ -210,5 +210,6 @@ def load_without_images(
     noise = np.random.default_rng(0).integers(0, 256, (64, size, size, held["channels"]), dtype=np.uint8)
     labels = np.arange(64) % len(held["classes"])
     parts, classes, fit = (noise, labels, noise, labels), tuple(held["classes"]), held.get("fit", "stretch")
-    stand_in = ImageSet(held["name"], *parts, classes, fit=fit, stand_in=why or "not asked for")
-    return load_run(path, device=device, checkpoint=checkpoint, data=stand_in)
+    provenance = Provenance(placeholder_reason=why or "not asked for")
+    placeholder = ImageSet(held["name"], *parts, classes, resize_mode=fit, provenance=provenance)
+    return load_run(path, device=device, checkpoint=checkpoint, data=placeholder)

@@ -41,7 +41,7 @@ def choose_execution(config: Config, peers: Peers, method: Method, views_VBCHW: 
     loop = copy.deepcopy(peers)
     stacked = copy.deepcopy(peers)
     try:
-        stacked.runner = StackedPeers(stacked, views_VBCHW[0][:2])
+        stacked.stacked_runner = StackedPeers(stacked, views_VBCHW[0][:2])
     except InputError:
         return "loop"
     seconds = time_interleaved([loop, stacked], views_VBCHW)
@@ -81,8 +81,8 @@ def time_interleaved(contenders: list[Peers], views_VBCHW: Tensor) -> list[float
 def stack(peers: Peers, ema: MeanTeacher | None, views_VBCHW: Tensor) -> None:
     """Make the peers (and their mean teachers) run stacked."""
     example = views_VBCHW[0][:2]
-    peers.runner = StackedPeers(peers, example)
+    peers.stacked_runner = StackedPeers(peers, example)
     if ema is not None:
-        ema.peers.runner = StackedPeers(ema.peers, example)
-        for parameter in ema.peers.runner.parameters:
+        ema.peers.stacked_runner = StackedPeers(ema.peers, example)
+        for parameter in ema.peers.stacked_runner.parameters:
             parameter.requires_grad_(False)

@@ -10,10 +10,9 @@ import torch
 
 from codistill.config.config import Config
 from codistill.data import DeviceLoader, FileLoader, ImageSet, Loader, Splits, load_set, make_splits
-from codistill.data.datasets import check_set
-from codistill.data.image_files import ImageFiles
-from codistill.data.loader import Augmentation
-from codistill.data.normalization import normalised
+from codistill.data.lazy_images import LazyImages
+from codistill.data.loader import Augmentation, LoaderOptions
+from codistill.data.normalization import with_normalization
 from codistill.models.external import pretrained_statistics, takes_colour_alone
 from codistill.training.run import Run
 from codistill.utils.device import DTYPES
@@ -23,10 +22,12 @@ from codistill.utils.errors import InputError
 def load_images(config: Config, data: ImageSet | None, held: dict[str, Any] | None) -> tuple[ImageSet, Splits]:
     """Load the set as the networks take it, and split it."""
     if data is None:
-        data = load_set(config.data, config.data_dir, config.image_size, config.data_pipeline, config.skip_corrupt)
-    elif not data.stand_in:
-        check_set(data)
-    if not data.stand_in:
+        data = load_set(
+            config.data, config.data_dir, config.image_size, config.data_pipeline, skip_corrupt=config.skip_corrupt
+        )
+    elif not data.provenance.placeholder_reason:
+        data.check()
+    if not data.provenance.placeholder_reason:
         data = data.with_channels(channels_taken(config, data.channels))
         if held is not None and held.get("checksum", data.checksum()) != data.checksum():
             raise InputError(
@@ -34,8 +35,8 @@ def load_images(config: Config, data: ImageSet | None, held: dict[str, Any] | No
                 "splits would mix; put it back as it was, or start a run of another name"
             )
     asked = config.pretrained and config.normalize is None and held is None  # a library, or a hub, need not be there
-    data = normalised(data, config.normalize, pretrained_statistics(config.model) if asked else {}, held)
-    if data.stand_in:
+    data = with_normalization(data, config.normalize, pretrained_statistics(config.model) if asked else {}, held)
+    if data.provenance.placeholder_reason:
         nothing = np.arange(0)
         return data, Splits(np.arange(len(data.y_train)), nothing, nothing)
     holdout_fraction = getattr(config.method, "holdout_fraction", 0.0) if config.method.needs_holdout() else 0.0
@@ -63,21 +64,21 @@ def make_loader(
     views: int = 1,
 ) -> Loader:
     """Return batches of `part`, normalised by the statistics of `data`; in order, where nothing is augmented."""
-    options: dict[str, Any] = {
-        "batch_size": config.batch_size if augmentation else max(config.batch_size, 256),
-        "augmentation": augmentation,
-        "views": views,
-        "seed": config.seed,
-        "balanced": config.balanced_sampling and augmentation is not None,
-        "device": device,
-        "dtype": DTYPES[config.dtype],
-        "channels_last": config.channels_last,
-    }
+    options = LoaderOptions(
+        batch_size=config.batch_size if augmentation else max(config.batch_size, 256),
+        augmentation=augmentation,
+        views=views,
+        seed=config.seed,
+        balanced=config.balanced_sampling and augmentation is not None,
+        device=device,
+        dtype=DTYPES[config.dtype],
+        channels_last=config.channels_last,
+    )
     images, labels = part
-    if not isinstance(images, ImageFiles):
-        return DeviceLoader(images, labels, data.mean, data.std, **options)
+    if not isinstance(images, LazyImages):
+        return DeviceLoader(images, labels, data.mean, data.std, options)
     workers = decoding_processes(config)
-    return FileLoader(images, labels, data.mean, data.std, workers=workers, skip_corrupt=config.skip_corrupt, **options)
+    return FileLoader(images, labels, data.mean, data.std, options, workers=workers, skip_corrupt=config.skip_corrupt)
 
 
 def decoding_processes(config: Config) -> int:

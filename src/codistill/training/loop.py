@@ -313,7 +313,7 @@ def _train(run: Run, state: CheckpointState | None, folder: RunFolder, reporter:
         run_on_main_rank(
             lambda: (
                 folder.write_metadata(),
-                folder.write_data_info(run.data.about()),
+                folder.write_data_info(run.data.metadata()),
                 folder.truncate_metrics(run.epoch),
             )
         )

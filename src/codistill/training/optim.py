@@ -11,7 +11,7 @@ from torch import nn
 from codistill.config.config import Config
 from codistill.peers.base import Peers
 from codistill.peers.branches import BranchPeers
-from codistill.peers.shared_trunk import Shared
+from codistill.peers.shared_trunk import SharedModule
 from codistill.utils.errors import InputError, suggest
 
 
@@ -42,7 +42,7 @@ def freeze(peers: Peers, paths: Iterable[str]) -> list[nn.Module]:
             body = peers.member(p).body
             named = {name.replace(".inner", ""): module for name, module in body.named_modules() if name}
             if path == "trunk" and isinstance(peers, BranchPeers):
-                frozen += [module for module in body.modules() if isinstance(module, Shared)]
+                frozen += [module for module in body.modules() if isinstance(module, SharedModule)]
             elif path == "trunk":
                 frozen.append(body)
             elif path in named:

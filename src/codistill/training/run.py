@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch import Tensor, nn
 
 from codistill.config.config import Config
 from codistill.data import ImageSet, Loader, Splits
+from codistill.data.mixup import Mixer
 from codistill.distributed.mesh import Mesh
 from codistill.methods import Method
 from codistill.peers.base import Peers
@@ -53,6 +55,12 @@ class Run:
     mesh: Mesh | None = None
     """The place among several processes, where there are."""
 
+    @cached_property
+    def mixer(self) -> Mixer:
+        """Mixes training batches and makes their labels soft, as the config asks."""
+        c = self.config
+        return Mixer(self.peers.num_classes, c.seed, c.mixup, c.cutmix, c.label_smoothing)
+
     def state(self) -> dict[str, Any] | None:
         """Return all that a continuation needs, on whatever mesh; only the first rank gets it."""
         if self.mesh is not None:
@@ -75,7 +83,11 @@ class Run:
     def _optimizer_states(self) -> list[dict[str, Any]]:
         """Return the optimisers' states in the one form that every execution and mesh reads: an entry a member."""
         states = [optimizer.state_dict() for optimizer in self.optimizers]
-        return states if self.peers.runner is None else [self.peers.runner.split_optimizer(s) for s in states]
+        return (
+            states
+            if self.peers.stacked_runner is None
+            else [self.peers.stacked_runner.split_optimizer(s) for s in states]
+        )
 
     def _own_form(self, held: dict[str, Any], optimizer: torch.optim.Optimizer) -> dict[str, Any]:
         """Return an optimiser's saved state as this execution has it.
@@ -83,7 +95,7 @@ class Run:
         Raises:
             InputError: it is a stacked run's of schema 1, whose optimiser was not yet kept a member.
         """
-        runner, count = self.peers.runner, [len(group["params"]) for group in optimizer.param_groups]
+        runner, count = self.peers.stacked_runner, [len(group["params"]) for group in optimizer.param_groups]
         same = [len(group["params"]) for group in held["param_groups"]] == count
         if runner is None and not same:
             raise InputError(

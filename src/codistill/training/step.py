@@ -10,7 +10,6 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from codistill.data.mixup import mix_batch, mixes_images, wants_soft_labels
 from codistill.distributed.peers import MeshPeers
 from codistill.peers.base import PeerOutputs
 from codistill.peers.networks import NetworkPeers
@@ -20,14 +19,12 @@ from codistill.training.run import Run
 def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> dict[str, Tensor]:
     """Do one step and return the method's terms; the host waits for nothing here."""
     count, number, labels_B = len(targets_B), run.epoch * len(run.loader) + run.step, targets_B
-    if wants_soft_labels(run.config):
-        views_VBCHW, targets_B = mix_batch(
-            run.config, run.peers.num_classes, views_VBCHW, labels_B, run.epoch, run.step
-        )
+    if run.mixer.makes_soft_labels:
+        views_VBCHW, targets_B = run.mixer(views_VBCHW, labels_B, run.epoch, run.step)
     if run.mesh is not None:
         run.mesh.open(count, number)
         count, own = run.mesh.num_counted(run.method.needs_full_batch), run.mesh.own_rows()
-        if mixes_images(run.config):  # until here the rank has had the whole batch
+        if run.mixer.mixes_images:  # until here the rank has had the whole batch
             views_VBCHW = views_VBCHW[:, own]
         if not run.method.needs_full_batch:
             targets_B, labels_B = targets_B[own], labels_B[own]

@@ -46,7 +46,7 @@ def describe(run: Run, resumed: str | None = None) -> list[str]:
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
         f"{config.dtype} on {where}, execution {run.execution}, seed {config.seed}",
     ]
-    notes += run.data.notes
+    notes += run.data.provenance.messages
     unequal = run.data.imbalance(run.splits.train)
     if config.balanced_sampling:
         notes.append(f"every class is drawn equally often{f', though {unequal}' if unequal else ''}")
@@ -62,7 +62,7 @@ def describe(run: Run, resumed: str | None = None) -> list[str]:
                 stacklevel=2,
             )
     if isinstance(run.peers, MeshPeers) and run.mesh is not None:
-        example = run.loader.first()[0][:1]
+        example = run.loader.sample_batch()[0][:1]
         if (said := imbalance(run.peers, example)) is not None and run.mesh.rank == 0:
             warnings.warn(said, stacklevel=2)
     if resumed is not None:

@@ -9,7 +9,7 @@ from typing import Any
 from codistill.cli.console import err, members_table, out, print_rows
 from codistill.cli.options import EvaluateOptions, Parsed
 from codistill.data import Loader
-from codistill.data.external_test_set import load_other
+from codistill.data.external_test_set import load_external_test_set
 from codistill.deploy.calibrate import calibrate_student
 from codistill.evaluation import calibration
 from codistill.training.build import load_run, load_without_images
@@ -46,7 +46,7 @@ def run(parsed: Parsed) -> int:
 def _load_images(trained: Run, options: EvaluateOptions) -> Loader:
     """Return the loader over the images that --data or --split names."""
     if options.data is not None:
-        images, labels, note = load_other(options.data, options.data_dir, trained.data.about())
+        images, labels, note = load_external_test_set(options.data, options.data_dir, trained.data.metadata())
         if note:
             err.print(f"{options.data}: {note}", style="dim", markup=False)
         return make_loader(trained.config, trained.data, (images, labels), trained.device)

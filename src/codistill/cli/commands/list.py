@@ -69,34 +69,9 @@ def _list_tables(_options: ListOptions) -> Rows:
 
 def _list_branch_points(options: ListOptions) -> Rows:
     """Return the modules at which a network can fork, in the order in which they run."""
-    from codistill.models import build, resolve
-    from codistill.models.external import Source
-    from codistill.peers.branch_points import branch_points, default_fork
-    from codistill.peers.split_head import dummy_input, split_head
+    from codistill.peers.branch_points import branch_point_rows
 
-    factory = resolve(options.model)
-    if options.image_size is not None and options.image_size < 8:
-        raise InputError(f"--image-size is {options.image_size}; give 8 or more")
-    size = options.image_size or (factory.native_size if isinstance(factory, Source) else None)
-    size = size or (224 if isinstance(factory, Source) and factory.is_library else 32)
-    model = build(factory, num_classes=100, in_channels=3, image_size=options.image_size)
-    example = dummy_input(model, 3, size)
-    member = split_head(model, example)
-    points = branch_points(member.body, member.head_path, example)
-    try:
-        default = default_fork(options.model, member, 3, size)
-    except InputError:  # a network of the user's own has no default
-        default = None
-    total = sum(p.numel() for p in member.parameters())
-    return [
-        {
-            "module": point.path + (" (default)" if point.path == default else ""),
-            "entering": " x ".join(map(str, point.entering)),
-            "in every branch": f"{100 * (point.after + member.head_parameters) / total:.0f} %",
-            "parameters per branch": f"{point.after + member.head_parameters:,}",
-        }
-        for point in points
-    ]
+    return branch_point_rows(options.model, options.image_size)
 
 
 _SUBJECTS: dict[str, Callable[[ListOptions], Rows]] = {
