@@ -32,7 +32,7 @@ from codistill.cli.main import main
 from codistill.cli.options import COMMANDS
 from codistill.config.config import Config, ReproduceConfig
 from codistill.config.methods import METHODS
-from codistill.training.build import setup
+from codistill.training.build import build_run as setup
 from codistill.utils.errors import InputError
 
 SEEN: Counter[str] = Counter()

@@ -25,7 +25,7 @@ from codistill.config.methods import IndependentConfig, MethodConfig, OKDDipConf
 from codistill.data import ImageSet
 from codistill.evaluation.fold_batchnorm import folded_for_evaluation
 from codistill.evaluation.metrics import PeerMetrics
-from codistill.training.build import setup
+from codistill.training.build import build_run as setup
 from codistill.training.loaders import test_loader
 from codistill.training.loop import zero_sums
 from codistill.training.step import train_step
@@ -59,7 +59,7 @@ class Ours:
         method = method or OKDDipConfig(variant="okddip_code")
         options: Any = {"dtype": dtype, "batch_size": batch, "protocol": "paper", "device": "cpu"}
         self.t = setup(Config(method, "resnet32", "random", peers=4, **options).resolved(), data=data)
-        self.t.sums = zero_sums(self.t)
+        self.t.progress.sums = zero_sums(self.t)
         self.t.peers.train()
         self.views, self.targets = next(self.t.loader.epoch(0))
         self.test = test_loader(self.t)

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.training.build import setup
+from codistill.training.build import build_run as setup
 from mesh_worker import STEPS, config, finish, run_steps, teacher
 
 

@@ -11,7 +11,7 @@ import torch
 
 from accelerator_cases import CASES
 from codistill.config.config import Config
-from codistill.training.build import setup
+from codistill.training.build import build_run as setup
 from codistill.utils.errors import InputError
 
 WORKER = Path(__file__).parent / "accelerator_worker.py"

@@ -130,7 +130,7 @@ def test_train_per_class_takes_that_many_of_every_class_and_leaves_validation_al
 
 
 def test_all_seeds_train_on_the_same_few_images_and_are_judged_on_the_same():
-    from codistill.training.build import setup
+    from codistill.training.build import build_run as setup
 
     def splits_of(seed):
         config = Config(

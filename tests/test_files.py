@@ -15,7 +15,7 @@ from codistill.data import image_folder as folder_module
 from codistill.data.decode import fit_square, read_pixels
 from codistill.data.image_files import ImageFiles
 from codistill.data.loader import Augmentation
-from codistill.training.build import setup
+from codistill.training.build import build_run as setup
 from codistill.utils.errors import InputError
 
 VARIED = Augmentation(flip=True, resized_crop=True)

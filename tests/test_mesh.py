@@ -19,12 +19,13 @@ import torch
 from codistill.cli.main import main
 from codistill.config.checks import mesh_shape
 from codistill.config.config import Config
-from codistill.distributed.launch import init_mesh
-from codistill.distributed.mesh import backend_for
-from codistill.distributed.peers import imbalance
+from codistill.distributed.launch import backend_for, init_mesh
+from codistill.distributed.mesh import SingleProcess
+from codistill.distributed.peers import describe_imbalance
 from codistill.peers.networks import NetworkPeers
-from codistill.training.build import setup
+from codistill.training.build import build_run as setup
 from codistill.training.optim import learning_rate_at
+from codistill.training.state import checkpoint_state
 from codistill.utils.errors import InputError
 from mesh_reference import largest_difference, one_process
 from mesh_worker import CASES, config, num_peers, run_steps
@@ -181,7 +182,8 @@ def test_a_missing_backend_is_named(monkeypatch):
 
 
 def test_one_process_needs_no_mesh_and_compare_takes_none(tmp_path, capsys):
-    assert init_mesh(Config(mesh="data=1,peer=1").resolved(), torch.device("cpu")) is None
+    assert isinstance(init_mesh(Config(mesh="data=1,peer=1").resolved(), torch.device("cpu")), SingleProcess)
+    assert not torch.distributed.is_initialized()
     assert main(["compare", "okddip", "--mesh", "peer=2", "--out", str(tmp_path / "grid")]) == 2
     assert "drop --mesh" in capsys.readouterr().err
 
@@ -207,7 +209,7 @@ def test_recomputed_activations_change_no_digit():
     for again in (False, True):
         t = setup(config("pcl", peers=2, checkpoint_activations=again))
         run_steps(t, 4)
-        states.append(t.state())
+        states.append(checkpoint_state(t))
     assert largest_difference(*states) == 0.0
 
 
@@ -245,10 +247,10 @@ def test_only_networks_recompute(words, capsys):
 
 def test_unequal_work_along_peer_is_spoken_of():
     peers = Peers2()
-    said = imbalance(peers, torch.zeros(1, 3, 8, 8))
+    said = describe_imbalance(peers, torch.zeros(1, 3, 8, 8))
     assert "the members on peer=1 cost 3.0 times those on peer=0, which will wait" in said
     peers.mesh.factor = 1
-    assert imbalance(peers, torch.zeros(1, 3, 8, 8)) is None
+    assert describe_imbalance(peers, torch.zeros(1, 3, 8, 8)) is None
 
 
 class Peers2(torch.nn.Module):

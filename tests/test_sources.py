@@ -11,7 +11,7 @@ from codistill.models import resolve
 from codistill.models.external import parse_source, pretrained_statistics
 from codistill.peers.branches import BranchPeers
 from codistill.peers.networks import NetworkPeers
-from codistill.training.build import setup
+from codistill.training.build import build_run as setup
 from codistill.utils.errors import InputError
 
 OWN = """

@@ -9,7 +9,7 @@ from codistill.cli.main import main
 from codistill.config.config import Config
 from codistill.config.methods import KDConfig
 from codistill.models import resolve
-from codistill.training.build import setup
+from codistill.training.build import build_run as setup
 from codistill.training.loaders import test_loader as whole_test_set
 from codistill.training.loop import train
 from codistill.utils.errors import InputError

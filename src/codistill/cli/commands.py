@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 def train(parsed: Parsed) -> int:
     """Train one run, or one a seed."""
-    from codistill.distributed.launch import leave
+    from codistill.distributed.launch import shutdown
     from codistill.training.loop import train as run
 
     config: Config = parsed.options
@@ -33,8 +33,8 @@ def train(parsed: Parsed) -> int:
         configs = [dataclasses.replace(config, seed=s, out=f"{folder}/seed{s}") for s in range(parsed.seeds)]
     for one in configs:
         result = run(one, RichReporter())
-        if result.training.mesh is not None and result.training.mesh.rank:
-            continue  # the first rank speaks
+        if result.training.mesh.rank:
+            continue  # the main rank prints
         figures = result.figures
         title = f"test set, last epoch ({figures['epochs']} epochs, {figures['seconds']:.0f} s)"
         out.print(members_table(figures["test"], figures["deployed"], title, figures.get("test_ema")))
@@ -43,7 +43,7 @@ def train(parsed: Parsed) -> int:
             line = f"best test epoch ({best['epoch']}, chosen on the test set): {best['top1']:.2f} %"
             out.print(line)
         out.print(f"run folder: {result.folder}")
-    leave()
+    shutdown()
     return 0
 
 
@@ -52,8 +52,8 @@ def evaluate(parsed: Parsed) -> int:
     from codistill.data.external_test_set import load_other
     from codistill.training.build import load_run, load_without_images
     from codistill.training.loaders import curve_loader, make_loader, test_loader
-    from codistill.training.loop import measure
     from codistill.training.student import deployed_name
+    from codistill.training.summary import evaluate_run
     from codistill.utils.cpu_memory import keep_freed_memory
 
     options: EvaluateOptions = parsed.options
@@ -75,7 +75,7 @@ def evaluate(parsed: Parsed) -> int:
     else:
         loader = test_loader(run)
     assert loader is not None
-    measured = measure(run, loader)
+    measured = evaluate_run(run, loader)
     more = _judge(run, loader, options, Path(parsed.words[0]))
     if options.json:
         print(json.dumps(measured | {"deployed": deployed_name(run)} | more))
@@ -235,7 +235,7 @@ def list(parsed: Parsed) -> int:
     elif what == "models":
         from codistill.models import MODELS
         from codistill.models.external import EXTERNAL_MODELS
-        from codistill.training.student import count_parameters
+        from codistill.utils.parameters import count_parameters
 
         rows = [
             {

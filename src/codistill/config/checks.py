@@ -102,8 +102,8 @@ def check_peers(c: Config, method: MethodConfig) -> None:
             raise InputError("--method.update alternating steps one network at a time; branches share a trunk, drop it")
     elif c.branch_at or c.fan_out:
         raise InputError("--branch-at and --fan-out shape branches; add --topology branches")
-    if c.checkpoint_activations and (c.topology == "branches" or c.execution in ("stacked", "measure")):
-        why = "branches share a trunk" if c.topology == "branches" else f"--execution {c.execution} runs them as one"
+    if c.checkpoint_activations and (c.topology == "branches" or c.execution == "stacked"):
+        why = "branches share a trunk" if c.topology == "branches" else "--execution stacked runs them as one"
         raise InputError(f"--checkpoint-activations runs each network again by itself, but {why}; drop one of the two")
     if c.fan_out and math.prod(c.fan_out) != c.peers:
         raise InputError(

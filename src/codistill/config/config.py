@@ -138,7 +138,7 @@ class Config:
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
     execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
     """How peers run in training: loop, one after the other; stacked, as one network (equal peers; wins where launches
-    cost more than the arithmetic); measure tries both; auto takes loop."""
+    cost more than the arithmetic); auto takes loop; measure is an old name of auto."""
     checkpoint_activations: bool = False
     """Keep no activations of a network between forward and backward but run it again there: less memory, a third more
     arithmetic (networks only)."""

@@ -20,7 +20,7 @@ from torch import nn
 from codistill.config.config import Checkpoint, Config, Device, names_of
 from codistill.data.decode import read_pixels
 from codistill.runs.checkpoint import load_state
-from codistill.training.student import saved_student
+from codistill.training.student import load_student
 from codistill.utils.allow_import import check_imports
 from codistill.utils.device import pick_device
 from codistill.utils.errors import InputError
@@ -69,7 +69,7 @@ def load_predictor(
     config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
     check_imports(names_of(config), path, allow_import)
     state = load_state(path, checkpoint)
-    network = saved_student(config, state, len(about["classes"]), about["channels"], about["image_size"])
+    network = load_student(config, state, len(about["classes"]), about["channels"], about["image_size"])
     where = pick_device(device)
     temperature = about.get("temperature" if checkpoint == "last" else f"temperature_{checkpoint}", 1.0)
     return Predictor(network.to(where), about, where, temperature)

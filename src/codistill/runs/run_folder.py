@@ -191,31 +191,6 @@ class RunFolder:
         return load_newest(self.path, set_aside=True)
 
 
-class SilentFolder(RunFolder):
-    """The run folder as ranks other than the first see it: they check and write nothing."""
-
-    def __init__(self, config: Config) -> None:
-        assert config.out is not None
-        self.path = Path(config.resume if config.resume not in (None, "auto") else config.out)
-        self.config = config
-        self.checkpoint_path = self.path / "last.pt"
-
-    def begin(self) -> None:
-        """Write nothing."""
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Write nothing."""
-
-    def truncate_metrics(self, epochs: int) -> None:
-        """Write nothing."""
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Write nothing."""
-
-    def save_best(self, state: dict[str, Any]) -> None:
-        """Write nothing."""
-
-
 def _own_beginning(path: Path) -> bool:
     """Say whether a file is what a run leaves that was killed before it had described itself."""
     return path.name == "run.lock" or re.fullmatch(r"\.config\.json\.\w+\.tmp", path.name) is not None
