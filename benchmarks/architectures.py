@@ -27,8 +27,8 @@ from codistill.config.methods import METHODS
 from codistill.peers.branches import BranchPeers
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.shared_trunk import BranchEntry
-from codistill.training.build import setup
-from codistill.training.loop import zero_sums
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError, MachineError
 
@@ -160,12 +160,12 @@ def two_steps(name: str, size: int, method: str, topology: str, folder: Path) ->
     teacher = None
     if method == "kd":
         teacher = NetworkPeers("resnet8", 1, CLASSES, image_size=size).export_member(0)
-    t = setup(config.resolved(), teacher)
-    t.sums = zero_sums(t)
+    t = build_run(config.resolved(), teacher)
+    t.progress.sums = zero_sums(t)
     t.peers.train()
     batches = t.loader.epoch(0)
     losses = [train_step(t, *next(batches), 1.0)["loss"].item() for _ in range(2)]
-    if t.guard.look() is not None:
+    if t.guard.check_finite() is not None:
         raise MachineError(f"{method} on {topology}: not finite ({losses})")
     return losses
 

@@ -32,7 +32,7 @@ from codistill.cli.main import main
 from codistill.cli.options import COMMANDS, Parsed
 from codistill.config.config import Config, ReproduceConfig
 from codistill.config.methods import METHODS
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.utils.errors import InputError
 
 SEEN: Counter[str] = Counter()
@@ -164,7 +164,7 @@ def set_up(config: Config) -> None:
     resolved = config.resolved()
     SEEN["resolved"] += 1
     if small(resolved):
-        setup(resolved)
+        build_run(resolved)
         SEEN["set up"] += 1
 
 

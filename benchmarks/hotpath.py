@@ -30,8 +30,8 @@ from codistill.peers.branches import BranchPeers
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.stacked import StackedPeers
-from codistill.training.build import setup
-from codistill.training.loop import zero_sums
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.tables import markdown
 from programs import Elsewhere, Ours, Step, Theirs, independent, prepare, spent
@@ -210,9 +210,9 @@ def small_networks(pairs: int) -> list[dict[str, str]]:
 
 def reads_of_a_run() -> int:
     """Return the host reads of a whole training step as the loop does it, guard and sums included."""
-    t = setup(Config("okddip", "resnet8", "digits", batch_size=32).resolved())
+    t = build_run(Config("okddip", "resnet8", "digits", batch_size=32).resolved())
     with Counter() as counter:
-        t.sums = zero_sums(t)
+        t.progress.sums = zero_sums(t)
         t.peers.train()
         train_step(t, *next(t.loader.epoch(0)), 1.0)
     return counter.reads
@@ -224,13 +224,13 @@ def peak_memory(name: str, topology: str, checkpoint: bool = False) -> float:
 import torch
 torch.set_num_threads(1)
 from codistill.config.config import Config
-from codistill.utils.device import reset_peak_memory, peak_megabytes
-from codistill.training.build import setup
+from codistill.utils.device import forget_peak, peak_megabytes
+from codistill.training.build import build_run
 from codistill.training.step import train_step
-from codistill.training.loop import _zero_sums
+from codistill.training.run import zero_sums
 size = {{"topology": {topology!r}, "peers": 4, "batch_size": 128, "checkpoint_activations": {checkpoint}}}
-t = setup(Config({name!r}, "resnet32", "digits", **size).resolved())
-t.sums = _zero_sums(t)
+t = build_run(Config({name!r}, "resnet32", "digits", **size).resolved())
+t.progress.sums = zero_sums(t)
 t.peers.train()
 views = torch.randn(t.loader.sample_batch().shape[0], 128, 1, 32, 32)
 reset_peak_memory(t.device)

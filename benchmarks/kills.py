@@ -111,7 +111,7 @@ def arm(board: Board, place: str | None, count: int) -> None:
     def counted_step(t: Any, *args: Any) -> Any:
         at("step")
         terms = step(t, *args)
-        board["done"] = t.epoch * len(t.loader) + t.step + 1
+        board["done"] = t.progress.epoch * len(t.loader) + t.progress.step + 1
         return terms
 
     def half_written(self: Any, data: bytes) -> int:

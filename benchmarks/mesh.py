@@ -25,9 +25,10 @@ import torch.distributed as dist
 
 from codistill.config.config import Config
 from codistill.config.methods import method_config
-from codistill.distributed.launch import init_mesh, leave
-from codistill.training.build import setup
-from codistill.training.loop import zero_sums
+from codistill.distributed.launch import init_mesh, shutdown
+from codistill.distributed.mesh import ProcessMesh
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 
 KINDS = {
@@ -62,7 +63,7 @@ def noise(folder: Path, batch: int) -> str:
 
 def ddp_step(t, wrapped, views, targets):
     """Do a step as torch's DistributedDataParallel does it."""
-    wrapped(views, targets[t.mesh.own_rows()]).backward()
+    wrapped(views, targets[t.mesh.local_rows()]).backward()
     t.optimizers[0].step()
     t.optimizers[0].zero_grad(set_to_none=True)
 
@@ -88,20 +89,20 @@ def work(kind: str, options: argparse.Namespace) -> None:
         batch_size=options.batch, topology="networks", mesh=KINDS[kind], device="cpu",
     ).resolved()  # fmt: skip
     mesh = init_mesh(config, torch.device("cpu"))
-    t = setup(config, mesh=mesh)
-    t.sums = zero_sums(t)
+    t = build_run(config, mesh=mesh)
+    t.progress.sums = zero_sums(t)
     wrapped = torch.nn.parallel.DistributedDataParallel(Whole(t)) if kind == "DDP" else None
     seconds: list[float] = []
     sent = lo = 0
     for epoch in range(100):
         for views, targets in t.loader.epoch(epoch):
-            if len(seconds) == 2 and mesh is not None:  # the first two are a warm-up
+            if len(seconds) == 2 and isinstance(mesh, ProcessMesh):  # the first two are a warm-up
                 dist.barrier()
-                mesh.sent.clear()
+                mesh.bytes_sent.clear()
                 lo = loopback_bytes()
             began = time.perf_counter()
             if wrapped is not None:
-                mesh.open(len(targets), 0)
+                mesh.begin_step(len(targets), 0)
                 ddp_step(t, wrapped, views, targets)
             else:
                 train_step(t, views, targets, 1.0)
@@ -111,15 +112,14 @@ def work(kind: str, options: argparse.Namespace) -> None:
         else:
             continue
         break
-    if mesh is not None:
+    if isinstance(mesh, ProcessMesh):
         dist.barrier()
-        lo, sent = loopback_bytes() - lo, sum(mesh.sent.values())
-    if mesh is None or mesh.rank == 0:
+        lo, sent = loopback_bytes() - lo, sum(mesh.bytes_sent.values())
+    if mesh.rank == 0:
         numbers = sum(p.numel() for p in t.optimizers[0].param_groups[0]["params"])
         counted = numbers * 4 if kind == "DDP" else sent / options.steps  # a ring of two sends every gradient once
-        world = 1 if mesh is None else mesh.world
-        print(json.dumps([kind, counted, lo / options.steps / world, statistics.median(seconds[2:])]))
-    leave()
+        print(json.dumps([kind, counted, lo / options.steps / mesh.world, statistics.median(seconds[2:])]))
+    shutdown()
 
 
 def main() -> None:

@@ -25,9 +25,9 @@ from codistill.config.methods import IndependentConfig, MethodConfig, OKDDipConf
 from codistill.data import ImageSet
 from codistill.evaluation.fold_batchnorm import folded_for_evaluation
 from codistill.evaluation.metrics import PeerMetrics
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.training.loaders import test_loader
-from codistill.training.loop import zero_sums
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.cpu_memory import keep_freed_memory
 
@@ -58,8 +58,8 @@ class Ours:
         data = ImageSet("random", x, y, *test, classes, mean=published.MEAN, std=published.STD)
         method = method or OKDDipConfig(variant="okddip_code")
         options: Any = {"dtype": dtype, "batch_size": batch, "protocol": "paper", "device": "cpu"}
-        self.t = setup(Config(method, "resnet32", "random", peers=4, **options).resolved(), data=data)
-        self.t.sums = zero_sums(self.t)
+        self.t = build_run(Config(method, "resnet32", "random", peers=4, **options).resolved(), data=data)
+        self.t.progress.sums = zero_sums(self.t)
         self.t.peers.train()
         self.views, self.targets = next(self.t.loader.epoch(0))
         self.test = test_loader(self.t)

@@ -16,7 +16,7 @@ from codistill.data import lazy_images as lazy_module
 from codistill.data.decode import fit_square, read_pixels
 from codistill.data.image_files import ImageFiles
 from codistill.data.loader import Augmentation, LoaderOptions
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.utils.errors import InputError
 from helpers.folders import write_images
 
@@ -137,7 +137,7 @@ def test_a_large_folder_starts_without_being_decoded(tmp_path, monkeypatch):
     assert np.bincount(data.y_train[splits.val]).tolist() == [6, 6]
     assert opened == []
     config = Config("dml", "resnet8", f"folder:{tmp_path}", image_size=16, peers=2, batch_size=16, device="cpu")
-    t = setup(config.resolved())
+    t = build_run(config.resolved())
     assert len(opened) <= 10 + 8  # ten to normalise by, eight to try the networks on
     assert t.data.mean
     assert load_set(f"folder:{tmp_path}", pipeline="files").image_size == 224  # sizes differ and none is given
@@ -199,7 +199,7 @@ def test_a_corrupt_file_keeps_the_run_which_goes_on_to_the_same_end(tmp_path, ca
     assert main(words(folder, tmp_path / "whole", *given)) == 0
     data = load_set(f"folder:{folder}", image_size=16, pipeline="files")
     config = Config.from_file(tmp_path / "whole")
-    t = setup(config.resolved())
+    t = build_run(config.resolved())
     order = t.splits.train[t.loader._order(t.loader._generator(1)).numpy()]
     first = t.splits.train[t.loader._order(t.loader._generator(0)).numpy()][:8].tolist()
     place = next(n for n in range(5, 10) if order[n] not in first)  # in the second batch; not what setup tries

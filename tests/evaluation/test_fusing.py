@@ -7,7 +7,7 @@ from torch import nn
 
 from codistill.data import DeviceLoader, LoaderOptions
 from codistill.evaluation import fold_batchnorm as folding
-from codistill.evaluation.evaluate import folded_members
+from codistill.evaluation.evaluate import fold_members
 from codistill.evaluation.fold_batchnorm import folded_for_evaluation
 from codistill.evaluation.fused_conv import FusedConv, fuse
 from codistill.peers.branches import BranchPeers
@@ -226,4 +226,4 @@ def test_it_is_done_where_much_is_evaluated(count, fused):
     loader = DeviceLoader(
         images, torch.zeros(count, dtype=torch.int64).numpy(), (0.5,) * 3, (0.5,) * 3, LoaderOptions(32)
     )
-    assert bool(number_fused(folded_members(peers, loader))) is fused
+    assert bool(number_fused(fold_members(peers, loader))) is fused

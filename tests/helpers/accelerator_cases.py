@@ -17,7 +17,6 @@ CASES = {
     "pcl, mean teacher deployed": {"method": "pcl", "deploy": "ema"},
     "stacked": {"execution": "stacked"},
     "stacked branches": {"execution": "stacked", "topology": "branches"},
-    "measured": {"execution": "measure", "topology": "branches"},
     "parts": {"accumulate": 2},
     "recomputed": {"checkpoint_activations": True},
     "mixup": {"mixup": 0.2},

@@ -9,17 +9,19 @@ import torch.nn.functional as F
 from codistill.config.methods import METHODS, method_config
 from codistill.data.mixup import Mixer, cut_square
 from codistill.models import resolve
-from codistill.training.build import setup
-from codistill.training.loop import train, zero_sums
+from codistill.training.build import build_run
+from codistill.training.loop import train
+from codistill.training.run import zero_sums
+from codistill.training.state import checkpoint_state
 from codistill.training.step import train_step
-from codistill.training.student import numbers_trained_and_deployed
+from codistill.training.student import count_trained_and_deployed
 from codistill.utils.errors import InputError
 from helpers.method_cases import config, teacher_for
 
 
 def build(c, teacher=None):
-    t = setup(c.resolved(), teacher)
-    t.sums = zero_sums(t)
+    t = build_run(c.resolved(), teacher)
+    t.progress.sums = zero_sums(t)
     t.peers.train()
     t.method.train()
     return t
@@ -94,7 +96,7 @@ def test_the_mean_teacher_of_a_frozen_part_stands_still_too(topology):
 
 
 def test_what_is_frozen_is_deployed_but_not_trained():
-    trained, deployed = numbers_trained_and_deployed(build(config("dml", {}, "networks", freeze=("trunk",))))
+    trained, deployed = count_trained_and_deployed(build(config("dml", {}, "networks", freeze=("trunk",))))
     plain = resolve("resnet8")(10, 1)
     assert deployed == sum(p.numel() for p in plain.parameters())
     assert trained == 3 * sum(p.numel() for p in plain.fc.parameters())
@@ -183,6 +185,6 @@ def test_a_run_with_all_of_it_resumes_bit_identically(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         train(stopped, StopAt(1, 2))
     again = train(dataclasses.replace(stopped, resume="auto"))
-    for key, value in whole.training.state()["peers"].items():
-        assert torch.equal(value, again.training.state()["peers"][key]), key
+    for key, value in checkpoint_state(whole.training)["peers"].items():
+        assert torch.equal(value, checkpoint_state(again.training)["peers"][key]), key
     assert method_config("okddip").name == "okddip"

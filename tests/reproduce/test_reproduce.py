@@ -79,7 +79,7 @@ def test_every_recipe_resolves_at_every_scale(scale):
 
 
 def test_every_kind_of_cell_of_the_imagenet_tables_can_be_set_up_at_smoke_scale():
-    from codistill.training.build import setup
+    from codistill.training.build import build_run
 
     seen = set()
     for name, network, method in every_cell():
@@ -91,7 +91,7 @@ def test_every_kind_of_cell_of_the_imagenet_tables_can_be_set_up_at_smoke_scale(
             key = json.dumps(config.to_dict() | {"out": None})
             if key not in seen and config.method.name != "kd":
                 seen.add(key)
-                setup(config)
+                build_run(config)
     assert len(seen) > 20
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from codistill.config.config import Config
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.utils.errors import InputError
 from helpers.accelerator_cases import CASES
 
@@ -60,7 +60,7 @@ def test_float64_is_refused_on_a_device_without_it(monkeypatch):
     monkeypatch.setattr("codistill.utils.device.pick_device", lambda _name: torch.device("mps"))
     config = Config("okddip", "resnet8", "digits", dtype="float64").resolved()
     with pytest.raises(InputError, match="--dtype float64: mps has none; give --device cpu"):
-        setup(config)
+        build_run(config)
 
 
 def test_what_a_device_refuses_is_seen(tmp_path):

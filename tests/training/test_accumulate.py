@@ -5,8 +5,8 @@ from torch import nn
 
 from codistill.config.config import Config
 from codistill.config.methods import method_config
-from codistill.training.build import setup
-from codistill.training.loop import zero_sums
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError
 from helpers.common import close
@@ -20,8 +20,10 @@ def build(name, topology, accumulate=1, **options):
     for key in [k for k in options if hasattr(method, k)]:
         setattr(method, key, options.pop(key))
     values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 20, "epochs": 2, "peers": 3}
-    t = setup(Config(method, topology=topology, accumulate=accumulate, dtype="float64", **values | options).resolved())
-    t.sums = zero_sums(t)
+    t = build_run(
+        Config(method, topology=topology, accumulate=accumulate, dtype="float64", **values | options).resolved()
+    )
+    t.progress.sums = zero_sums(t)
     t.peers.train()
     return t
 
@@ -37,7 +39,7 @@ def test_parts_add_up_to_the_batch(name, topology):
         terms = [train_step(t, *batch, 0.7) for t in (ours, whole)]
         close(terms[0]["loss"], terms[1]["loss"].detach(), 1e-11)
         for t in (ours, whole):
-            t.step += 1
+            t.progress.step += 1
     close(ours.sums["hits_P"], whole.sums["hits_P"])
     for name in ("loss", "distill_P"):
         close(ours.sums[name], whole.sums[name], 1e-11)

@@ -17,9 +17,10 @@ from codistill.cli.main import main
 from codistill.data import DeviceLoader
 from codistill.runs.checkpoint import list_checkpoints, load_checkpoint
 from codistill.runs.run_folder import RunFolder
-from codistill.training.build import setup
-from codistill.training.loop import train, zero_sums
+from codistill.training.build import build_run
+from codistill.training.loop import train
 from codistill.training.reporter import Reporter
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError, explain_failure
 from codistill.utils.files import read_lines
@@ -365,15 +366,15 @@ def test_mean_teachers_stand_still_from_the_first_bad_step_on():
     config = small(Path("unused"), model="resnet8")
     config.method, config.peers = "pcl", 2
     config.__post_init__()
-    t = setup(config.resolved())
-    t.sums = zero_sums(t)
+    t = build_run(config.resolved())
+    t.progress.sums = zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     train_step(t, *batches[0], 1.0)
-    t.step += 1
+    t.progress.step += 1
     train_step(t, *batches[1], 1.0)
-    t.step += 1
+    t.progress.step += 1
     kept = {k: v.detach().clone() for k, v in t.ema.named_parameters()}
     for _ in range(3):
         train_step(t, torch.full_like(batches[2][0], float("nan")), batches[2][1], 1.0)
-        t.step += 1
+        t.progress.step += 1
     assert all(torch.equal(v, kept[k]) for k, v in t.ema.named_parameters())

@@ -13,7 +13,7 @@ from codistill.data.loader import Augmentation, LoaderOptions
 from codistill.models import resolve
 from codistill.peers.members import member_seed
 from codistill.runs.run_folder import RunFolder
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.training.loop import train
 from codistill.training.optim import learning_rate_at
 from codistill.training.reporter import Reporter
@@ -163,16 +163,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(tmp_path)
 
 
 def test_the_update_is_masked_from_the_first_bad_step_on():
-    t = setup(tiny().resolved())
-    t.sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("hits_P", "distill_P")}
-    t.sums["loss"] = torch.zeros((), dtype=torch.float64)
+    t = build_run(tiny().resolved())
+    t.progress.sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("hits_P", "distill_P")}
+    t.progress.sums["loss"] = torch.zeros((), dtype=torch.float64)
     views, targets = next(t.loader.epoch(0))
     train_step(t, views, targets, 1.0)
-    assert t.guard.look() is None
+    assert t.guard.check_finite() is None
     before = {name: value.clone() for name, value in t.peers.state_dict().items() if "num_batches" not in name}
     train_step(t, torch.full_like(views, float("nan")), targets, 1.0)
     train_step(t, views, targets, 1.0)
-    good, terms = t.guard.look()
+    good, terms = t.guard.check_finite()
     assert good == 1
     assert terms["loss"] != terms["loss"]
     for name, value in before.items():
@@ -181,9 +181,9 @@ def test_the_update_is_masked_from_the_first_bad_step_on():
 
 @pytest.mark.parametrize("topology", ["networks", "branches"])
 def test_a_step_reads_nothing_from_the_device(topology):
-    t = setup(tiny(topology=topology).resolved())
-    t.sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("hits_P", "distill_P")}
-    t.sums["loss"] = torch.zeros((), dtype=torch.float64)
+    t = build_run(tiny(topology=topology).resolved())
+    t.progress.sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("hits_P", "distill_P")}
+    t.progress.sums["loss"] = torch.zeros((), dtype=torch.float64)
     batches = t.loader.epoch(0)
     next(batches)
     with CountHostReads() as counter:
@@ -191,7 +191,7 @@ def test_a_step_reads_nothing_from_the_device(topology):
         train_step(t, views, targets, 0.5)
     assert counter.reads == []
     with CountHostReads() as counter:
-        t.guard.look()
+        t.guard.check_finite()
     assert counter.reads  # the counter does see a read
 
 
@@ -214,7 +214,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(tmp_path):
 
 
 def test_bfloat16_keeps_weights_and_losses_in_float32(tmp_path):
-    t = setup(tiny(dtype="bfloat16").resolved())
+    t = build_run(tiny(dtype="bfloat16").resolved())
     views, targets = next(t.loader.epoch(0))
     outputs = t.peers(views)
     assert outputs.logits_PBC.dtype == outputs.features[0].dtype == torch.float32

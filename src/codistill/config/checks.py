@@ -45,10 +45,8 @@ def check_peers(options: Options, peers: int) -> None:
         raise InputError("--topology branches takes one --model: branches share a trunk; use --topology networks")
     method.check(options)
     _check_branching(options, peers)
-    if options.checkpoint_activations and (topology == "branches" or options.execution in ("stacked", "measure")):
-        why = (
-            "branches share a trunk" if topology == "branches" else f"--execution {options.execution} runs them as one"
-        )
+    if options.checkpoint_activations and (topology == "branches" or options.execution == "stacked"):
+        why = "branches share a trunk" if topology == "branches" else "--execution stacked runs them as one"
         raise InputError(f"--checkpoint-activations runs each network again by itself, but {why}; drop one of the two")
 
 

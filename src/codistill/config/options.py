@@ -180,7 +180,7 @@ class RunOptions:
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
     execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
     """How peers run in training: loop, one after the other; stacked, as one network (equal peers only; faster if kernel
-    launches cost more than the arithmetic); measure times both; auto uses loop."""
+    launches cost more than the arithmetic); auto uses loop; measure is an old name of auto."""
     checkpoint_activations: bool = False
     """Recompute the activations of a network in the backward pass instead of keeping them: less memory, a third more
     arithmetic (networks only)."""

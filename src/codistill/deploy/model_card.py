@@ -12,7 +12,7 @@ from typing import Any
 from codistill.config.config import Checkpoint
 from codistill.methods import CLASSES
 from codistill.training.run import Run
-from codistill.training.student import deployed_name, numbers_trained_and_deployed
+from codistill.training.student import count_trained_and_deployed, deployed_name
 from codistill.utils.errors import on_one_line
 from codistill.utils.files import read_json
 from codistill.utils.tables import escape_markdown, markdown
@@ -95,7 +95,7 @@ def _describe_student(run: Run, exported: Path) -> str:
 def _describe_accuracy(run: Run, result: dict[str, Any], folder: Path) -> str:
     student = result.get("student")
     if not student and result:
-        best = run.best_validation or {"epoch": "?", "top1": float("nan")}
+        best = run.progress.best_validation or {"epoch": "?", "top1": float("nan")}
         return (
             f"## Accuracy\n\nThese are the weights of epoch {best['epoch']} (counted from 0), the best on validation "
             f"({best['top1']:.4g} %). The test set was read for the last epoch's weights, not for these."
@@ -121,7 +121,7 @@ def _describe_accuracy(run: Run, result: dict[str, Any], folder: Path) -> str:
 
 def _describe_training(run: Run, folder: Path, result: dict[str, Any]) -> str:
     c = run.config
-    trained, deployed = numbers_trained_and_deployed(run)
+    trained, deployed = count_trained_and_deployed(run)
     environment = read_json(folder / "environment.json") or {}
     start = (
         "the library's pretrained weights"
@@ -131,7 +131,7 @@ def _describe_training(run: Run, folder: Path, result: dict[str, Any]) -> str:
         else "scratch"
     )
     device = environment.get("gpu") or f"CPU ({environment.get('threads', '?')} threads)"
-    seconds = result.get("seconds", run.seconds)
+    seconds = result.get("seconds", run.progress.seconds)
     paper = getattr(CLASSES[run.method.name], "citation", None)
     cited = f" ({escape_markdown(paper)})" if paper else ""
     varied = result.get("augmentation") or run.data.describe_augmentation(c.augment, c.cutout)

@@ -22,7 +22,7 @@ from codistill.deploy.calibrate import temperature_key
 from codistill.runs.checkpoint import load_run_checkpoint
 from codistill.runs.records import DataInfo
 from codistill.runs.run_folder import open_run
-from codistill.training.student import saved_student
+from codistill.training.student import load_student
 from codistill.utils.allow_import import check_imports
 from codistill.utils.device import pick_device
 from codistill.utils.errors import InputError
@@ -69,7 +69,7 @@ def load_predictor(
     check_imports(config.network_names(), path, allow_import)
     state = load_run_checkpoint(path, checkpoint)
     info = cast(DataInfo, data_info)
-    network = saved_student(config, state, len(info["classes"]), info["channels"], info["image_size"])
+    network = load_student(config, state, len(info["classes"]), info["channels"], info["image_size"])
     torch_device = pick_device(device)
     return Predictor(network.to(torch_device), info, torch_device, data_info.get(temperature_key(checkpoint), 1.0))
 

@@ -62,6 +62,11 @@ class Peers(nn.Module):
         return list(self.parameters()) if self.stacked_runner is None else self.stacked_runner.parameters
 
     @property
+    def local(self) -> Peers:
+        """The members that this process holds: all of them, unless they are distributed over ranks."""
+        return self
+
+    @property
     def num_peers(self) -> int:
         """Number of members."""
         return len(self.members)

@@ -172,28 +172,6 @@ class RunFolder:
         return load_newest(self.path, rename_damaged=True)
 
 
-class SilentFolder(RunFolder):
-    """The run folder for all ranks but the first: they check and write nothing."""
-
-    def _check_folder(self) -> None:
-        """Check nothing."""
-
-    def write_metadata(self) -> None:
-        """Write nothing."""
-
-    def append_metrics(self, line: EpochLine) -> None:
-        """Write nothing."""
-
-    def truncate_metrics(self, epochs: int) -> None:
-        """Write nothing."""
-
-    def save(self, state: Mapping[str, Any]) -> None:
-        """Write nothing."""
-
-    def save_best(self, state: Mapping[str, Any]) -> None:
-        """Write nothing."""
-
-
 def _is_leftover(path: Path) -> bool:
     """Return whether a file is one that a run leaves if it is killed before its config is written."""
     return path.name == "run.lock" or re.fullmatch(r"\.config\.json\.\w+\.tmp", path.name) is not None

@@ -14,9 +14,9 @@ from codistill.deploy.calibrate import calibrate_student
 from codistill.evaluation import calibration
 from codistill.training.build import load_run, load_without_images
 from codistill.training.loaders import curve_loader, make_loader, test_loader
-from codistill.training.loop import measure
 from codistill.training.run import Run
 from codistill.training.student import deployed_name, deployed_scores
+from codistill.training.summary import evaluate_run
 from codistill.utils.cpu_memory import keep_freed_memory
 from codistill.utils.errors import InputError
 
@@ -32,7 +32,7 @@ def run(parsed: Parsed) -> int:
     if trained.device.type == "cpu":
         keep_freed_memory()
     loader = _load_images(trained, options)
-    figures, name = measure(trained, loader), deployed_name(trained)
+    figures, name = evaluate_run(trained, loader), deployed_name(trained)
     extra = _extra_metrics(trained, loader, options, folder)
     if options.json:
         print(json.dumps(figures | {"deployed": name} | extra))

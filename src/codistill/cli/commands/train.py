@@ -7,7 +7,7 @@ import dataclasses
 from codistill.cli.console import RichReporter, members_table, out
 from codistill.cli.options import Parsed
 from codistill.config.config import Config
-from codistill.distributed.launch import leave
+from codistill.distributed.launch import shutdown
 from codistill.training.loop import Result, train
 
 
@@ -15,9 +15,9 @@ def run(parsed: Parsed) -> int:
     """Train the runs one after the other; the first rank of a mesh prints each run's test figures."""
     for config in _configs_of_seeds(parsed.options, parsed.seeds):
         result = train(config, RichReporter())
-        if result.training.mesh is None or result.training.mesh.rank == 0:
+        if result.training.mesh.rank == 0:
             _print_result(result)
-    leave()
+    shutdown()
     return 0
 
 
