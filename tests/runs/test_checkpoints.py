@@ -180,7 +180,7 @@ def test_a_stored_checkpoint_of_schema_1_is_read_and_continued(tmp_path):
     assert load_checkpoint(out / "last.pt")["schema"] == SCHEMA
     path = stored(tmp_path / "other") / "last.pt"
     flip(path, path.read_bytes().index(b"archive/data/33") + 1000)
-    with pytest.raises(CorruptCheckpointError, match="archive/data/33 in it does not fit its checksum"):
+    with pytest.raises(CorruptCheckpointError, match="archive/data/33 in it does not match its checksum"):
         load_checkpoint(path)
 
 

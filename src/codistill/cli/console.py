@@ -69,13 +69,9 @@ def members_table(figures: Figures, deployed: str, title: str, ema: Figures | No
             top5 = part["top5"][index] if "top5" in part else None
             _add_figures(table, name, deployed, top1, top5, part["nll"][index], part["ece"][index])
     if len(figures["top1"]) > 1:
-        numbers = (
-            figures["ensemble_top1"],
-            figures.get("ensemble_top5"),
-            figures["ensemble_nll"],
-            figures["ensemble_ece"],
-        )
-        _add_figures(table, "ensemble", deployed, *numbers)
+        top5 = figures.get("ensemble_top5")
+        nll, ece = figures["ensemble_nll"], figures["ensemble_ece"]
+        _add_figures(table, "ensemble", deployed, figures["ensemble_top1"], top5, nll, ece)
     return table
 
 

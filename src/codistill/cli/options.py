@@ -290,7 +290,7 @@ def _merge_repeated(argv: list[str], flag: str) -> list[str]:
     position, collecting = None, False
     for index, word in enumerate(argv):
         if word == flag and (index + 1 == len(argv) or argv[index + 1].startswith("-")):
-            raise InputError(f"{flag} needs a value")
+            raise InputError(f"{flag} needs at least one value")
         if word == flag or word.startswith(flag + "="):
             position = len(rest) if position is None else position
             collecting = True
@@ -325,7 +325,7 @@ def _parse_options(default: Any, argv: list[str], name: str) -> Any:
             )
     except SystemExit as end:
         if end.code:
-            raise InputError(_read_error_box(stderr_text.getvalue())) from None
+            raise InputError(f"{_read_error_box(stderr_text.getvalue())}; `{name} --help` explains it") from None
         raise
     if unknown:
         _reject_unknown(unknown[0], default)
@@ -349,9 +349,14 @@ def _with_method_options(config: Config) -> tuple[Any, str | None]:
 
 
 def _read_error_box(box: str) -> str:
-    """Return the sentence in the frame that tyro draws around an error."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    return " ".join(lines[: lines.index("")] if "" in lines else lines).rstrip(".")
+    """Return the sentence that tyro prints in a box, drawn with lines or, where the terminal has only ASCII, dashes."""
+    sentence: list[str] = []
+    for line in (line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]):
+        if line.strip("-"):
+            sentence.append(line)
+        elif sentence:  # a rule ends the sentence
+            break
+    return " ".join(sentence).removeprefix("Error parsing ").rstrip(".")
 
 
 def _reject_unknown(word: str, default: Any) -> None:
