@@ -73,10 +73,10 @@ class Ours:
         return float(train_step(self.t, self.views, self.targets, WEIGHT)["loss"])
 
     def fold(self) -> None:
-        """Fold and fuse for evaluation, once an epoch, as for CIFAR-100's 10,000 test images."""
+        """Fold for evaluation, which is done once per epoch."""
         self.t.peers.eval()
         with torch.inference_mode():
-            self.folded = folded_for_evaluation(self.t.peers, self.test.first()[0][:2], large=True)
+            self.folded = folded_for_evaluation(self.t.peers, self.test.first()[0][:2])
         self.t.peers.train()
 
     def evaluate(self) -> None:

@@ -15,18 +15,15 @@ from codistill.methods import Method
 from codistill.peers.base import Peers
 from codistill.peers.modes import eval_mode
 
-_MANY_PIXELS = 2**21  # of an evaluation (2,048 images of 32 x 32), from which on tracing networks takes the lesser time
-
 
 def folded_members(peers: Peers, loader: Loader) -> Peers:
     """Return peers that evaluate faster; on a mesh each rank sees to its own, if it has a sample to try them on."""
     if not len(loader):
         return peers
     example = loader.first()[0][:2]
-    large = loader.num_samples * example.shape[-1] * example.shape[-2] >= _MANY_PIXELS
     if not isinstance(peers, MeshPeers):
-        return folded_for_evaluation(peers, example, large)
-    return peers.with_members(folded_for_evaluation(peers.local, example, large))
+        return folded_for_evaluation(peers, example)
+    return peers.with_members(folded_for_evaluation(peers.local, example))
 
 
 def collect(
