@@ -1,9 +1,9 @@
-"""Throw configs, config files and command lines at codistill that nobody would write: none may end in a traceback.
+"""Run codistill with random configs, config files and command lines: none may end in a traceback.
 
     python benchmarks/fuzz.py --cases 10000
 
-Each case is parsed, resolved and, where it resolves to something small, set up (data, networks, method, optimiser) as
-training would. What comes back must be a config, or one sentence with exit code 2 (1 where the machine refuses).
+Each case is parsed, resolved and, if the run is small, built (data, networks, method, optimizer) as in training. The
+result must be a config, or one sentence with exit code 2 (1 for a failure of the machine).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from codistill.training.build import build_run
 from codistill.utils.errors import InputError
 
 SEEN: Counter[str] = Counter()
-"""How cases ended."""
+"""Number of cases by outcome."""
 FIELDS = [f.name for f in dataclasses.fields(Config)]
 _WORDS = st.sampled_from(
     ["", "auto", "none", "okddip", "pcl", "kdcl", "kd", "ensemble", "ema", "0", "1", "2", "3", "-1", "1e400", "nan",
@@ -148,19 +148,19 @@ COMMAND_LINES = st.one_of(
 
 
 def _small_words() -> list[str]:
-    """Return the options of a run that is set up in a moment."""
+    """Return the options of a run that is built quickly."""
     return [word for key, value in _SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value).strip("[']"))]
 
 
 def small(config: Config) -> bool:
-    """Say whether a resolved config can be set up within a moment and without a download."""
+    """Return whether a run is built quickly and without a download."""
     networks = all(name == "resnet8" for name in config.model)
     size = (config.peers or 0) <= 4 and (config.image_size or 8) <= 32
     return networks and size and config.data == "digits" and config.mesh is None and not config.pretrained
 
 
 def set_up(config: Config) -> None:
-    """Do what training does before its first step."""
+    """Build the run as training does before its first step."""
     resolved = config.resolved()
     SEEN["resolved"] += 1
     if small(resolved):
@@ -169,7 +169,7 @@ def set_up(config: Config) -> None:
 
 
 def try_config(values: dict[str, Any]) -> None:
-    """Build, resolve and set up a config from values of any kind."""
+    """Make a config of any values, resolve it and build its run."""
     try:
         config = Config.from_dict(values)
         assert json.loads(json.dumps(config.to_dict())) is not None
@@ -189,8 +189,8 @@ def try_file(content: bytes, place: Path, suffix: str) -> None:
 
 
 def try_command_line(words: list[str]) -> None:
-    """Run a command line, with `train` ending at the set-up and grids before their first run."""
-    said = io.StringIO()
+    """Run a command line; `train` only builds its run, and grids do nothing."""
+    output = io.StringIO()
     run_command = commands.run_command
 
     def set_up_only(name: str, parsed: Parsed) -> int:
@@ -200,7 +200,7 @@ def try_command_line(words: list[str]) -> None:
 
     commands.run_command = set_up_only
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = main(words)
     except SystemExit as end:  # help
         code = int(end.code or 0)
@@ -208,11 +208,11 @@ def try_command_line(words: list[str]) -> None:
         commands.run_command = run_command
     SEEN[f"exit code {code}"] += 1
     assert code in (0, 1, 2), code
-    assert "Traceback" not in said.getvalue()
+    assert "Traceback" not in output.getvalue()
 
 
 def search(name: str, strategy: Any, what: Any, cases: int, number: int) -> int:
-    """Try so many cases; return 1 where one fails, after saying which is the smallest."""
+    """Run `cases` random cases; print the smallest that fails and return 1, else 0."""
     run = given(strategy)(what)
     run = settings(max_examples=cases, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
                    suppress_health_check=[*HealthCheck])(run)  # fmt: skip

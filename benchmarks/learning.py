@@ -1,9 +1,9 @@
-"""Do the methods learn? Every method on the embedded digits, against independent peers of equal cost.
+"""Accuracy of every method on the digits, against independent peers of equal cost.
 
     OMP_NUM_THREADS=1 python benchmarks/learning.py --out runs/learning            # about 15 minutes on 2 cores
 
-100 labelled images (10 a class), resnet8, 4 members, 100 epochs, batch 25, lr 0.05, 3 seeds, last epoch, test set. kd's
-teacher is a resnet20 trained alone on the same images, seed 0.
+100 labeled images (10 per class), resnet8, 4 members, 100 epochs, batch 25, lr 0.05, 3 seeds, last epoch, test set.
+kd's teacher is a resnet20 trained alone on the same images, seed 0.
 """
 
 import argparse

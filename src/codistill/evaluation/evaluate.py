@@ -13,8 +13,6 @@ from codistill.methods import Method
 from codistill.peers.base import Peers
 from codistill.peers.modes import eval_mode
 
-_MANY_PIXELS = 2**21  # of an evaluation (2,048 images of 32 x 32): from here on tracing the networks saves time
-
 
 def evaluate_peers(peers: Peers, method: Method, loader: Loader, mesh: Mesh, *, detail: bool = False) -> PeerMetrics:
     """Run every member and the method's ensemble over a data set and return the metrics of all its samples.
@@ -47,6 +45,5 @@ def fold_members(peers: Peers, loader: Loader) -> Peers:
     if not len(loader):
         return peers
     example_BCHW = loader.sample_batch()[0][:2]
-    many_pixels = loader.num_samples * example_BCHW.shape[-1] * example_BCHW.shape[-2] >= _MANY_PIXELS
-    local = folded_for_evaluation(peers.local, example_BCHW, many_pixels)
+    local = folded_for_evaluation(peers.local, example_BCHW)
     return peers.with_members(local) if isinstance(peers, MeshPeers) else local

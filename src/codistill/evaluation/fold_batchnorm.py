@@ -14,7 +14,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from codistill.evaluation.fused_conv import FusedConv, fuse, is_available
 from codistill.peers.base import Peers
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
@@ -23,47 +22,22 @@ _FOLDABLE_PAIRS: WeakKeyDictionary[Peers, list[int]] = WeakKeyDictionary()
 
 
 @torch.no_grad()
-def folded_for_evaluation(peers: Peers, example: Tensor, large: bool = False) -> Peers:
+def folded_for_evaluation(peers: Peers, example: Tensor) -> Peers:
     """Return a copy of the peers with the same outputs in evaluation mode and fewer layers; `peers` if nothing folds.
 
     Args:
         peers: They are not changed.
         example: One image or more, `B x C x H x W`.
-        large: Whether so much is to be evaluated that fusing kernels too (see `fusing`) pays for the tracing.
     """
     autocast, peers.autocast = peers.autocast, None  # the comparison is not possible in bfloat16, for rounding
     convolutions = torch.backends.cudnn.conv  # pyrefly: ignore
     precision, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"  # nor in TF32, a GPU's default
     try:
         folded = _fold_checked(peers.eval(), example)
-        if large and folded is not peers:
-            folded = _fused(folded, example, autocast)
     finally:
         peers.autocast, convolutions.fp32_precision = autocast, precision
     folded.autocast = autocast
     return folded
-
-
-def _fused(folded: Peers, example: Tensor, autocast: torch.dtype | None) -> Peers:
-    """Return a copy of folded peers with fused kernels; the peers where there are none, or they say something else."""
-    if not is_available(example):
-        return folded
-    expected, fused, done = folded(example).logits_PBC, copy.deepcopy(folded), {}
-    for index in range(fused.num_peers):
-        member = fused.member(index)
-        member.body = fuse(member.body, done)
-    try:
-        if _differ(fused, example, expected):
-            return folded
-        if autocast is not None:
-            for module in fused.modules():
-                if isinstance(module, FusedConv):
-                    module.to(autocast)
-            fused.autocast = autocast
-            fused(example)
-    except Exception:  # no such kernel on this processor, in this torch, for these shapes: evaluation goes on without
-        return folded
-    return fused
 
 
 def _fold_checked(peers: Peers, example: Tensor) -> Peers:
