@@ -52,7 +52,7 @@ def test_weights_of_another_network_or_a_broken_file_are_refused(tmp_path):
         build(config("dml", {}, "networks", weights=str(tmp_path / "broken.pt")))
     with pytest.raises(InputError, match="does not exist"):
         build(config("dml", {}, "networks", weights=str(tmp_path / "none.pt")))
-    with pytest.raises(InputError, match="built in and comes without weights"):
+    with pytest.raises(InputError, match="built in and has no pretrained weights"):
         build(config("dml", {}, "networks", pretrained=True))
 
 

@@ -71,7 +71,7 @@ def test_ones_own_code_is_imported_from_the_working_folder(own):
         ("timm:resnet19", 'timm has no "resnet19"'),
         ("torchvision:resnet19", 'torchvision has no "resnet19" (did you mean "resnet1'),
         ("timm:", "lacks a name"),
-        ("timm:resnet10t,nonsense", '"nonsense" is no option'),
+        ("timm:resnet10t,nonsense", '"nonsense" is not an option'),
         ("timm:resnet10t,nonsense=3", "cannot be built"),
         ("torchvision:resnet18,nonsense=3", "cannot be built"),
         ("hf:nowhere/at/all", "cannot be built"),
