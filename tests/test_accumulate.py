@@ -49,7 +49,7 @@ def test_parts_add_up_to_the_batch(name, topology):
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    ({"name": "one", "topology": "branches"}, "hears the whole batch at once"),
+    ({"name": "one", "topology": "branches"}, "needs the full batch"),
     ({"name": "dml", "topology": "networks"}, "one member after the other"),
     ({"name": "okddip", "topology": "networks", "accumulate": 21}, "--accumulate 21: --batch-size 20"),
     ({"name": "okddip", "topology": "networks", "accumulate": 0}, "--accumulate is 0; give at least 1"),
