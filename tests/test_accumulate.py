@@ -38,10 +38,10 @@ def test_parts_add_up_to_the_batch(name, topology):
         close(terms[0]["loss"], terms[1]["loss"].detach(), 1e-11)
         for t in (ours, whole):
             t.progress.step += 1
-    close(ours.sums["hits_P"], whole.sums["hits_P"])
+    close(ours.progress.sums["hits_P"], whole.progress.sums["hits_P"])
     for name in ("loss", "distill_P"):
-        close(ours.sums[name], whole.sums[name], 1e-11)
-    assert ours.sums.keys() == whole.sums.keys()
+        close(ours.progress.sums[name], whole.progress.sums[name], 1e-11)
+    assert ours.progress.sums.keys() == whole.progress.sums.keys()
     for part in ("peers", "method"):
         theirs = dict(getattr(whole, part).named_parameters())
         for key, value in getattr(ours, part).named_parameters():
