@@ -19,7 +19,7 @@ from codistill.config.checks import mesh_shape
 from codistill.config.config import Config
 from codistill.distributed.launch import backend_for, init_mesh
 from codistill.distributed.mesh import SingleProcess
-from codistill.distributed.peers import describe_imbalance
+from codistill.distributed.peers import MeshPeers, describe_imbalance
 from codistill.peers.networks import NetworkPeers
 from codistill.training.build import build_run
 from codistill.training.optim import learning_rate_at
@@ -238,6 +238,23 @@ def test_unequal_work_along_peer_is_spoken_of():
     assert "the members on peer=1 cost 3.0 times those on peer=0, which will wait" in said
     peers.mesh.factor = 1
     assert describe_imbalance(peers, torch.zeros(1, 3, 8, 8)) is None
+
+
+def test_a_member_on_another_rank_is_refused():
+    class SecondRank:
+        num_peer, local_members = 2, range(2, 4)
+
+        def all_gather_object(self, value):
+            return [value, value]
+
+    local = NetworkPeers("resnet8", 2, 10, image_size=8, first=2)
+    peers = MeshPeers(local, SecondRank())
+    assert peers.num_peers == 4
+    assert peers.local is local
+    assert local.local is local
+    assert peers.member(3) is local.member(1)
+    with pytest.raises(InputError, match="member 1 is on another rank; load the run folder in one process"):
+        peers.export_member(1)
 
 
 class Peers2(torch.nn.Module):

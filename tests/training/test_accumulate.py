@@ -40,10 +40,10 @@ def test_parts_add_up_to_the_batch(name, topology):
         close(terms[0]["loss"], terms[1]["loss"].detach(), 1e-11)
         for t in (ours, whole):
             t.progress.step += 1
-    close(ours.sums["hits_P"], whole.sums["hits_P"])
+    close(ours.progress.sums["hits_P"], whole.progress.sums["hits_P"])
     for name in ("loss", "distill_P"):
-        close(ours.sums[name], whole.sums[name], 1e-11)
-    assert ours.sums.keys() == whole.sums.keys()
+        close(ours.progress.sums[name], whole.progress.sums[name], 1e-11)
+    assert ours.progress.sums.keys() == whole.progress.sums.keys()
     for part in ("peers", "method"):
         theirs = dict(getattr(whole, part).named_parameters())
         for key, value in getattr(ours, part).named_parameters():
@@ -51,7 +51,7 @@ def test_parts_add_up_to_the_batch(name, topology):
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    ({"name": "one", "topology": "branches"}, "hears the whole batch at once"),
+    ({"name": "one", "topology": "branches"}, "needs the full batch"),
     ({"name": "dml", "topology": "networks"}, "one member after the other"),
     ({"name": "okddip", "topology": "networks", "accumulate": 21}, "--accumulate 21: --batch-size 20"),
     ({"name": "okddip", "topology": "networks", "accumulate": 0}, "--accumulate is 0; give at least 1"),

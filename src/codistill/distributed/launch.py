@@ -12,7 +12,8 @@ import torch.distributed as dist
 from codistill.config.checks import mesh_shape
 from codistill.config.config import Config
 from codistill.distributed.heartbeat import Heartbeat, rendezvous
-from codistill.distributed.mesh import Mesh, ProcessMesh, SingleProcess
+from codistill.distributed.mesh import Mesh, SingleProcess
+from codistill.distributed.process_mesh import ProcessMesh
 from codistill.utils.errors import InputError
 
 _job: list[Heartbeat] = []  # of this process, once it has joined the job; consecutive runs share it

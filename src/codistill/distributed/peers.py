@@ -12,7 +12,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from codistill.distributed.mesh import ProcessMesh
+from codistill.distributed.process_mesh import ProcessMesh
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.modes import eval_mode, frozen_batchnorm_stats
 from codistill.peers.networks import NetworkPeers

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.distributed.mesh import ProcessMesh
+from codistill.distributed.process_mesh import ProcessMesh
 from codistill.utils.errors import InputError
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)

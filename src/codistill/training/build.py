@@ -17,8 +17,9 @@ from codistill.config.methods import TeacherConfig
 from codistill.data import ImageSet, Loader, Splits
 from codistill.data.image_set import Provenance
 from codistill.data.loader import Augmentation
-from codistill.distributed.mesh import Mesh, ProcessMesh, SingleProcess
+from codistill.distributed.mesh import Mesh, SingleProcess
 from codistill.distributed.peers import MeshPeers
+from codistill.distributed.process_mesh import ProcessMesh
 from codistill.distributed.sync_batchnorm import convert_batchnorm
 from codistill.methods import Method, build_method
 from codistill.peers.base import Peers

@@ -8,6 +8,7 @@ Shapes: P peers, V views, B batch, C classes.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
@@ -338,8 +339,9 @@ def checkpoint_on_unreadable(run: Run, folder: RunFolder) -> Iterator[None]:
         if run.mesh.world == 1:
             check_finite(run, folder)
             save_checkpoint(run, folder)
+        reason = re.sub(r"; \w+ or remove it$", "", str(error))
         raise InputError(
-            f"{str(error).removesuffix('; mend or remove it')}; fix it, or let others replace such files with "
+            f"{reason}; fix it, or let others replace such files with "
             f"--skip-corrupt, and continue from {folder.checkpoint_path} with --resume auto"
         ) from None
 
