@@ -37,7 +37,7 @@ def training_flops(peers: Peers, method: Method, outputs_of: Any, views_VBCHW: T
     with eval_mode(peers), eval_mode(method), counter:
         outputs: PeerOutputs = outputs_of(views_VBCHW)
         method(outputs, targets_B, 1.0)["loss"].backward()
-        if method.update == "alternating" and isinstance(peers, NetworkPeers):  # all but the last speak once more
+        if method.update_mode == "alternating" and isinstance(peers, NetworkPeers):  # all but the last speak once more
             said = PeerOutputs(outputs.logits_PBC.detach().clone(), [])
             for p in range(peers.num_peers - 1):
                 peers.refresh(said, views_VBCHW, p)

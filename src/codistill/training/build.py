@@ -110,10 +110,14 @@ def setup(
         execution = choose_execution(config, peers, method, batch)
     if execution == "stacked":
         stack(peers, ema, batch)
-    if config.accumulate > 1 and (method.needs_full_batch or method.update == "alternating"):
-        why = "steps one member after the other" if method.update == "alternating" else "hears the whole batch at once"
+    if config.accumulate > 1 and (method.needs_full_batch or method.update_mode == "alternating"):
+        why = (
+            "steps one member after the other"
+            if method.update_mode == "alternating"
+            else "hears the whole batch at once"
+        )
         raise InputError(f"--accumulate: {method.name} {why} as it is set up here; drop --accumulate")
-    optimizers = make_optimizers(config, local, method, method.update == "alternating")
+    optimizers = make_optimizers(config, local, method, method.update_mode == "alternating")
     guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device, mesh, config.skip_nonfinite)
     return Run(
         config,

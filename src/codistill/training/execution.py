@@ -54,7 +54,7 @@ def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | Non
         return "one peer has nobody to be stacked with"
     if config.freeze or config.head_lr_scale != 1.0:
         return "--freeze and --head-lr-scale mean single modules, and stacked ones hold all members' numbers in one"
-    if method.update == "alternating":
+    if method.update_mode == "alternating":
         return "alternating updates step one member at a time"
     if isinstance(peers, BranchPeers) and "views" in method.needs:
         return "branches with a view each run their trunk once a view"

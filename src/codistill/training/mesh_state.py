@@ -34,7 +34,7 @@ def gathered(run: Run, mesh: Mesh) -> State | None:
     if parts is None:
         return None
     held = [p["optimizers"] for p in parts]
-    if run.method.update == "alternating" or mesh.num_peer == 1:
+    if run.method.update_mode == "alternating" or mesh.num_peer == 1:
         optimizers = [optimizer for part in held for optimizer in part]
     else:
         optimizers = [_joined([part[0] for part in held], _shared(run))]
@@ -55,7 +55,7 @@ def load(run: Run, mesh: Mesh, state: State) -> None:
     run.method.load_state_dict(state["method"])
     if run.ema is not None:
         run.ema.load_state_dict(_own_members(state["ema"], mesh))
-    if run.method.update == "alternating":
+    if run.method.update_mode == "alternating":
         held = [state["optimizers"][p] for p in mesh.own]
     elif mesh.num_peer == 1:
         held = state["optimizers"]

@@ -31,7 +31,7 @@ def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) 
             views_VBCHW = views_VBCHW[:, own]
         if not run.method.needs_full_batch:
             targets_B, labels_B = targets_B[own], labels_B[own]
-    if run.method.update == "alternating":
+    if run.method.update_mode == "alternating":
         terms, hits_P = _alternate(run, views_VBCHW, targets_B, labels_B, weight)
     else:
         terms, hits_P = _jointly(run, views_VBCHW, targets_B, labels_B, weight)
