@@ -142,12 +142,12 @@ def overheads() -> list[dict[str, str]]:
             if teacher is not None:
                 teacher(views)
                 teacher.update(peers, 5)
-            if method.update == "alternating":
+            if method.update_mode == "alternating":
                 current = PeerOutputs(outputs.logits_PBC.detach().clone(), [])
                 for p in range(peers.num_peers - 1):
                     peers.refresh(current, views, p)
 
-        turns = peers.num_peers if method.update == "alternating" else 1
+        turns = peers.num_peers if method.update_mode == "alternating" else 1
         losses = turns * seconds(head, 5) - seconds(plain, 5)
         rows.append(
             {

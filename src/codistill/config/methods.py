@@ -41,10 +41,15 @@ class MethodConfig:
         """Tell whether a part of the training set, `holdout_fraction`, is held out for the method."""
         return False
 
+    def ramp_length(self, epochs: int = 300) -> float:
+        """Return the length of the weight's ramp in a run of so many epochs; 0 means no ramp."""
+        length = getattr(self, "ramp_epochs", 0.0)  # most methods have this field, but not all
+        return self.default_ramp(epochs) if length is None else length
+
     def resolved(self, epochs: int) -> Self:
         """Return a copy with the length of the ramp filled in, for a method that has one."""
-        missing = getattr(self, "ramp_epochs", 0.0) is None  # most methods, but not all, have this field
-        return dataclasses.replace(self, **({"ramp_epochs": self.default_ramp(epochs)} if missing else {}))
+        ramp = {"ramp_epochs": self.ramp_length(epochs)} if hasattr(self, "ramp_epochs") else {}
+        return dataclasses.replace(self, **ramp)
 
     def check(self, options: Options) -> None:
         """Check the method's options against all options of a run, topology included; ranges are checked elsewhere.

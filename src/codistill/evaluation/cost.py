@@ -43,7 +43,7 @@ def training_flops(
     with eval_mode(peers), eval_mode(method), counter:
         outputs = forward(views_VBCHW)
         method(outputs, targets_B, 1.0)["loss"].backward()
-        if method.update == "alternating" and isinstance(peers, NetworkPeers):  # all but the last run again
+        if method.update_mode == "alternating" and isinstance(peers, NetworkPeers):  # all but the last run again
             current = PeerOutputs(outputs.logits_PBC.detach().clone(), [])
             for p in range(peers.num_peers - 1):
                 peers.refresh(current, views_VBCHW, p)

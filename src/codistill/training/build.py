@@ -149,8 +149,8 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
         peers.require(features="features" in method.needs, needs_full_batch=method.needs_full_batch)
     if isinstance(local, BranchPeers):
         local.set_rescale(method.rescale_trunk)
-    if config.accumulate > 1 and (method.needs_full_batch or method.update == "alternating"):
-        reason = "updates one member after the other" if method.update == "alternating" else "needs the full batch"
+    if config.accumulate > 1 and (method.needs_full_batch or method.update_mode == "alternating"):
+        reason = "updates one member after the other" if method.update_mode == "alternating" else "needs the full batch"
         raise InputError(f"--accumulate: {method.name} {reason} as it is configured here; drop --accumulate")
     _to_device(peers, config, mesh.device)
     method.to(mesh.device, DTYPES[config.dtype])

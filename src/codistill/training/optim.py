@@ -68,7 +68,7 @@ def make_optimizers(config: Config, peers: Peers, method: Method) -> list[torch.
         peers: This process's members.
         method: Its parameters are trained too.
     """
-    if method.update == "alternating":
+    if method.update_mode == "alternating":
         parameter_lists = [[*member.parameters()] for member in peers.members]
     else:
         parameter_lists = [[*peers.trained_parameters(), *method.parameters()]]

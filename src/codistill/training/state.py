@@ -147,7 +147,7 @@ def _join_members(run: Run, saved: State, optimizer: torch.optim.Optimizer) -> S
 
 def _join_ranks(run: Run, parts: list[list[State]]) -> list[State]:
     """Return the optimizers of all ranks of the axis `peer` as one process has them."""
-    if run.method.update == "alternating" or run.mesh.num_peer == 1:
+    if run.method.update_mode == "alternating" or run.mesh.num_peer == 1:
         return [optimizer for part in parts for optimizer in part]
     return [_join_param_groups([part[0] for part in parts], _count_replicated(run))]
 
@@ -155,7 +155,7 @@ def _join_ranks(run: Run, parts: list[list[State]]) -> list[State]:
 def _pick_local_optimizers(run: Run, saved: list[State]) -> list[State]:
     """Return this rank's part of what `_join_ranks` returned on any mesh."""
     mesh = run.mesh
-    if run.method.update == "alternating":
+    if run.method.update_mode == "alternating":
         return [saved[p] for p in mesh.local_members]
     if mesh.num_peer == 1:
         return saved

@@ -39,7 +39,7 @@ def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) 
         views_VBCHW = views_VBCHW[:, rows]
     if not full_batch:
         targets_B, labels_B = targets_B[rows], labels_B[rows]
-    step = alternating_step if run.method.update == "alternating" else joint_step
+    step = alternating_step if run.method.update_mode == "alternating" else joint_step
     terms, hits_P = step(run, views_VBCHW, targets_B, labels_B, weight)
     run.guard.advance()
     if run.ema is not None:
