@@ -67,7 +67,7 @@ def describe(cells: list[Cell], config: CompareConfig, folder: Path) -> None:
     data, splits = load_images(resolved[0], None, None)
     note = (
         f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; "
-        f"augmentation: {data.describe_augmentation(config.augment, config.cutout)}; "
+        f"augmentation: {data.describe_augmentation(augment=config.augment, cutout=config.cutout)}; "
         f"{' + '.join(config.model)}, {config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
     )
     for line in (note, *data.provenance.messages, data.imbalance(splits.train)):

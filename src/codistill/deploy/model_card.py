@@ -140,7 +140,7 @@ def _training(run: Run, folder: Path, result: dict[str, Any]) -> str:
     seconds = result.get("seconds", run.seconds)
     paper = getattr(CLASSES[_method(run)], "citation", None)
     cited = f" ({escape(paper)})" if paper else ""
-    varied = result.get("augmentation") or run.data.describe_augmentation(c.augment, c.cutout)
+    varied = result.get("augmentation") or run.data.describe_augmentation(augment=c.augment, cutout=c.cutout)
     lines = [
         f"- Data: {escape(c.data)}; {result.get('split') or run.splits.describe(run.data)}",
         f"- Method: {_method(run)}, {run.peers.num_peers} {c.topology}{cited}",
