@@ -27,7 +27,8 @@ from codistill.config.config import Config
 from codistill.config.methods import method_config
 from codistill.distributed.launch import init_mesh, shutdown
 from codistill.distributed.process_mesh import ProcessMesh
-from codistill.training.loop import zero_sums
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 
 KINDS = {

@@ -68,7 +68,7 @@ def load_folder(
         provenance = Provenance(_checksum(parts), (message,))
         fields = _lazy_fields(train, val, test, image_size or common_side(sizes), 1 if gray else 3)
     else:
-        fields, provenance = _resident_fields(parts, image_size, skip_corrupt)
+        fields, provenance = _resident_fields(parts, image_size, skip_corrupt=skip_corrupt)
     return ImageSet(f"folder:{path}", classes=classes, flip=True, provenance=provenance, **fields)
 
 
@@ -167,10 +167,10 @@ def _checksum(parts: Sequence[Part | None]) -> str:
 
 
 def _resident_fields(
-    parts: list[Part | None], image_size: int | None, skip_corrupt: bool
+    parts: list[Part | None], image_size: int | None, *, skip_corrupt: bool
 ) -> tuple[dict[str, Any], Provenance]:
     """Decode all into memory; return fields of an `ImageSet`, and its provenance."""
-    decoded = [_decode(part, image_size, skip_corrupt) for part in parts if part is not None]
+    decoded = [_decode(part, image_size, skip_corrupt=skip_corrupt) for part in parts if part is not None]
     gray, bad = all(d.gray for d in decoded), [reason for d in decoded for reason in d.unreadable]
     images = [d.images[..., :1] if gray else d.images for d in decoded]
     labels = [d.part.labels for d in decoded]
@@ -201,7 +201,7 @@ class _Decoded:
     """Why other files are left out, one message each."""
 
 
-def _decode(part: Part, image_size: int | None, skip_corrupt: bool) -> _Decoded:
+def _decode(part: Part, image_size: int | None, *, skip_corrupt: bool) -> _Decoded:
     images, kept, all_gray, bad = np.empty((0, 0, 0, 3), dtype=np.uint8), [], True, []
     for index in range(len(part.labels)):
         file = part.files.path(index)

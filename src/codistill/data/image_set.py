@@ -31,7 +31,7 @@ class Provenance:
     files_checksum: str = ""
     """A checksum of the files' names and labels, where the set was read from files."""
     messages: tuple[str, ...] = ()
-    """What a user should know about how it was read."""
+    """Messages to the user on how it was read."""
     placeholder_reason: str = ""
     """Why the run's own images are missing, where noise of their shape replaces them."""
 
@@ -193,7 +193,7 @@ class ImageSet:
         return self
 
     def metadata(self) -> dict[str, Any]:
-        """Return what a run folder records about the images (data.json)."""
+        """Return the entries on the images in a run's data.json."""
         return {
             "name": self.name,
             "classes": list(self.classes),
@@ -215,7 +215,7 @@ class ImageSet:
             check = zlib.crc32(np.ascontiguousarray(numbers).data, check)
         return f"{check:08x}"
 
-    def describe_augmentation(self, augment: bool, cutout: int) -> str:
+    def describe_augmentation(self, *, augment: bool, cutout: int) -> str:
         """Describe the augmentation of training images in words."""
         parts = ["random resized crop" if self.from_files else f"pad {self.pad} and crop"] * bool(
             augment and (self.pad or self.from_files)

@@ -47,7 +47,7 @@ class LazyImages(ABC):
 
     @abstractmethod
     def path(self, index: int) -> str:
-        """Return the name of image number `index` in messages: its path, or what says where it is."""
+        """Return the name of image number `index` in messages: its path, or its position in a data set."""
 
     @abstractmethod
     def open(self, index: int) -> Image.Image:

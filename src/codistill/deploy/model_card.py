@@ -134,7 +134,7 @@ def _describe_training(run: Run, folder: Path, result: dict[str, Any]) -> str:
     seconds = result.get("seconds", run.progress.seconds)
     paper = getattr(CLASSES[run.method.name], "citation", None)
     cited = f" ({escape_markdown(paper)})" if paper else ""
-    varied = result.get("augmentation") or run.data.describe_augmentation(c.augment, c.cutout)
+    varied = result.get("augmentation") or run.data.describe_augmentation(augment=c.augment, cutout=c.cutout)
     lines = [
         f"- Data: {escape_markdown(c.data)}; {result.get('split') or run.splits.describe(run.data)}",
         f"- Method: {run.method.name}, {run.peers.num_peers} {c.topology}{cited}",

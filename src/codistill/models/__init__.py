@@ -32,7 +32,7 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def resolve(name: str, pretrained: bool = False, weights: str | None = None) -> Callable[..., nn.Module]:
+def resolve(name: str, *, pretrained: bool = False, weights: str | None = None) -> Callable[..., nn.Module]:
     """Return the callable that builds the model of this name; it takes `num_classes` and `in_channels`.
 
     Args:
@@ -43,7 +43,7 @@ def resolve(name: str, pretrained: bool = False, weights: str | None = None) -> 
     Raises:
         InputError: there is no such model, or it has no pretrained weights.
     """
-    source = parse_source(name, pretrained)
+    source = parse_source(name, pretrained=pretrained)
     if source is None and name not in MODELS:
         others = "; or give " + ", ".join([*KINDS.values(), "package.module:callable"])
         raise InputError(f'--model: unknown model "{name}"{suggest(name, MODELS)}{others}')

@@ -17,7 +17,7 @@ class DenseLayer(nn.Module):
         bottleneck: Whether a 1x1 convolution to four times `growth` maps comes first.
     """
 
-    def __init__(self, in_channels: int, growth: int, bottleneck: bool) -> None:
+    def __init__(self, in_channels: int, growth: int, *, bottleneck: bool) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         if bottleneck:
@@ -79,7 +79,7 @@ class DenseNet(nn.Module):
         def block(count: int) -> nn.Sequential:
             first = self.num_features
             self.num_features += count * growth
-            return nn.Sequential(*[DenseLayer(first + i * growth, growth, bottleneck) for i in range(count)])
+            return nn.Sequential(*[DenseLayer(first + i * growth, growth, bottleneck=bottleneck) for i in range(count)])
 
         def transition() -> nn.Sequential:
             wide, self.num_features = self.num_features, int(self.num_features * compression)

@@ -81,7 +81,7 @@ class Source:
         return builders.get(self.kind, _build_imported)(self, num_classes, in_channels, image_size)
 
 
-def parse_source(name: str, pretrained: bool = False) -> Source | None:
+def parse_source(name: str, *, pretrained: bool = False) -> Source | None:
     """Return the source that a name stands for; None for a built-in name, which has no colon."""
     name = current_network_name(name)
     kind, colon, rest = name.partition(":")
@@ -103,7 +103,7 @@ def parse_source(name: str, pretrained: bool = False) -> Source | None:
     return Source(name, kind, path, options, pretrained)
 
 
-def takes_colour_alone(name: str, pretrained: bool) -> bool:
+def takes_only_rgb(name: str, *, pretrained: bool) -> bool:
     """Return whether a network takes only 3 channels, so that gray images are repeated."""
     kind = name.partition(":")[0] if ":" in name else ""
     return kind == "torchvision" or (kind == "hf" and pretrained)

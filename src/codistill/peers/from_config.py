@@ -15,7 +15,7 @@ def build_peers(
     """Build the peers of a resolved config, or (of networks) only those with the numbers `members`."""
     assert config.peers is not None
     kwargs = {"seed": config.seed, "in_channels": in_channels, "image_size": image_size}
-    specs = [resolve(name, config.pretrained, config.weights) for name in config.model]
+    specs = [resolve(name, pretrained=config.pretrained, weights=config.weights) for name in config.model]
     if config.topology == "networks":
         members = range(config.peers) if members is None else members
         chosen = [specs[p if len(specs) > 1 else 0] for p in members]

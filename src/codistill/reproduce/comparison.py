@@ -113,7 +113,7 @@ def describe_comparison(cells: list[Cell], config: CompareConfig, folder: Path) 
     data, splits = load_images(resolved[0], None, None)
     line = (
         f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; "
-        f"augmentation: {data.describe_augmentation(config.augment, config.cutout)}; "
+        f"augmentation: {data.describe_augmentation(augment=config.augment, cutout=config.cutout)}; "
         f"{' + '.join(config.model)}, {config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
     )
     return [text for text in (line, *data.provenance.messages, data.imbalance(splits.train)) if text]

@@ -13,7 +13,7 @@ from codistill.data import DeviceLoader, FileLoader, ImageSet, Loader, Splits, l
 from codistill.data.lazy_images import LazyImages
 from codistill.data.loader import Augmentation, LoaderOptions
 from codistill.data.normalization import with_normalization
-from codistill.models.external import pretrained_statistics, takes_colour_alone
+from codistill.models.external import pretrained_statistics, takes_only_rgb
 from codistill.training.run import Run
 from codistill.utils.device import DTYPES
 from codistill.utils.errors import InputError
@@ -63,7 +63,7 @@ def num_input_channels(config: Config, channels: int) -> int:
     """Return the networks' input channels: as configured, 3 where a network takes RGB only, or the data set's."""
     if config.channels is not None:
         return config.channels
-    return 3 if any(takes_colour_alone(name, config.pretrained) for name in config.model) else channels
+    return 3 if any(takes_only_rgb(name, pretrained=config.pretrained) for name in config.model) else channels
 
 
 def make_loader(
