@@ -164,7 +164,7 @@ def with_little_room(words: list[str], size: int) -> str:
 def test_a_full_disk_while_a_checkpoint_is_written(tmp_path, whole, size):
     out = tmp_path / "run"
     said = with_little_room([*WORDS, "--out", str(out)], size)
-    assert "best.pt: File too large; what was there is kept" in said
+    assert "best.pt: File too large; no existing file was changed" in said
     assert not list(out.glob(".*"))
     assert not list_checkpoints(out)
     assert main([*WORDS, "--out", str(out), "--resume", "auto"]) == 0
@@ -194,7 +194,7 @@ def test_a_full_disk_in_a_grids_bookkeeping(tmp_path):
     grid = [*grid, str(tmp_path / "grid"), "--peers", "2"]
     assert main(grid) == 0
     held = {p: p.read_bytes() for p in (tmp_path / "grid").glob("*.*")}
-    assert "grid.json: File too large; what was there is kept" in with_little_room(grid, 100)
+    assert "grid.json: File too large; no existing file was changed" in with_little_room(grid, 100)
     assert held == {p: p.read_bytes() for p in (tmp_path / "grid").glob("*.*")}
     assert main(grid) == 0
     # A run whose place cannot be made fails with a sentence and takes no other run with it.

@@ -48,23 +48,23 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise InputError(f'unknown command "{argv[0]}"{suggest(argv[0], COMMANDS)}')
         with command_line(argv[1:]) as words:
-            return run(argv[0], words)
+            return parse_and_run(argv[0], words)
     except InputError as error:
-        return _report(error, 2)
+        return _print_error(error, 2)
     except MachineError as error:
-        return _report(error, 1)
+        return _print_error(error, 1)
     except KeyboardInterrupt:
-        return _report("interrupted", 130)
+        return _print_error("interrupted", 130)
     except OtherRankFailedError as error:
         return error.code
     except Exception as error:
         sentence, code = explain_failure(error)
         if sentence is None:
             raise
-        return _report(sentence, code)
+        return _print_error(sentence, code)
 
 
-def run(command: str, argv: list[str]) -> int:
+def parse_and_run(command: str, argv: list[str]) -> int:
     """Parse a command's options, then import what it needs and run it."""
     parsed = parse(command, argv)
     warnings.showwarning = _print_warning
@@ -83,7 +83,7 @@ def _print_warning(message: object, *_: object, **__: object) -> None:
     print(f"codistill: warning: {on_one_line(message)}", file=sys.stderr)
 
 
-def _report(message: object, code: int) -> int:
+def _print_error(message: object, code: int) -> int:
     """Print a sentence and return the code; in a job of several processes, a failure of one rank names the rank."""
     rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
     if rank == "0" or code not in (2, 75):  # input and signals are the same on all ranks: the first prints it

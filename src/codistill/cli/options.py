@@ -341,9 +341,9 @@ def _with_method_options(config: Config) -> tuple[Any, str | None]:
 
     kind, method_type = type(config), type(config.method)
     hidden = kind is CompareConfig
-    annotation = tyro.conf.Suppress[method_type] if hidden else method_type  # type: ignore[valid-type]
+    annotation = tyro.conf.Suppress[method_type] if hidden else method_type
     field = ("method", annotation, dataclasses.field(default_factory=lambda: config.method))
-    shown = dataclasses.make_dataclass("Options", [field], bases=(kind,))  # type: ignore[arg-type]
+    shown = dataclasses.make_dataclass("Options", [field], bases=(kind,))
     values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
     return shown(**values), (kind if hidden else method_type).__doc__
 
@@ -366,5 +366,6 @@ def _reject_unknown(word: str, default: Any) -> None:
     names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(default)} - {"--method"}
     if isinstance(default, Config):
         names |= {"--config", "--seeds"}
-        names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(default.method)}  # type: ignore[arg-type]
+        method = method_config(default.method) if isinstance(default.method, str) else default.method
+        names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(method)}
     raise InputError(f'unknown option "{word}"{suggest(word.split("=")[0], names)}')

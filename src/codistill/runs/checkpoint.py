@@ -183,7 +183,7 @@ def load_run_checkpoint(folder: Path, checkpoint: Checkpoint = "last") -> Checkp
 
 def rng_state() -> dict[str, Any]:
     """Return every random state as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
     key_tensor = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state: dict[str, Any] = {

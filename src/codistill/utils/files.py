@@ -46,7 +46,7 @@ def write_atomically(
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise MachineError(f"cannot write {path}: {error.strerror or error}; the old file is kept") from None
+        raise MachineError(f"cannot write {path}: {error.strerror or error}; no existing file was changed") from None
     with suppress(OSError):  # the name is on the disk only when its folder is; some systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:

@@ -80,7 +80,9 @@ def _extra_metrics(trained: Run, loader: Loader, options: EvaluateOptions, folde
 
 def _print_extra_metrics(extra: dict[str, Any], name: str) -> None:
     if "classes" in extra:
-        print_rows([{k: _format(v) for k, v in row.items()} for row in extra["classes"]], f"{name}, class by class")
+        print_rows(
+            [{k: _format_value(v) for k, v in row.items()} for row in extra["classes"]], f"{name}, class by class"
+        )
     if "calibration" in extra:
         rows = [
             {"temperature": f"{c['temperature']:.4f}", "ECE": f"{c['ece']:.4f}", "NLL": f"{c['nll']:.4f}"}
@@ -91,5 +93,5 @@ def _print_extra_metrics(extra: dict[str, Any], name: str) -> None:
         out.print(f"confusion matrix: {extra['confusion']}")
 
 
-def _format(value: str | float | None) -> str:
+def _format_value(value: str | float | None) -> str:
     return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
