@@ -83,7 +83,8 @@ _LIKELY_VALUES = {
     "dtype": st.sampled_from(["float32", "bfloat16", "float64"]), "execution": st.sampled_from(["loop", "stacked"]),
     "fan_out": st.lists(st.integers(0, 4), max_size=2), "freeze": st.lists(st.sampled_from(["trunk", "layer1", "x"])),
     "branch_at": st.lists(st.sampled_from(["layer1", "layer2", "layer3", "", "."]), max_size=2),
-    "milestones": st.lists(st.integers(0, 9), max_size=2), "warmup_epochs": st.floats(0, 9), "head_lr": st.floats(0, 9),
+    "milestones": st.lists(st.integers(0, 9), max_size=2), "warmup_epochs": st.floats(0, 9),
+    "head_lr_scale": st.floats(0, 9),
 }  # fmt: skip
 CONFIGS = st.one_of(
     _WILD,

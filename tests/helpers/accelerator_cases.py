@@ -24,7 +24,7 @@ CASES = {
     "cutout": {"cutout": 3},
     "bad steps skipped": {"skip_nonfinite": 2},
     "adamw": {"optimizer": "adamw", "warmup_epochs": 1.0},
-    "frozen, a rate for heads": {"freeze": ("conv1",), "head_lr": 2.0},
+    "frozen, a rate for heads": {"freeze": ("conv1",), "head_lr_scale": 2.0},
     "files": {"data_pipeline": "files", "data_workers": 0, "cutout": 3},
     "resumed, stacked": {"checkpoint_every_steps": 1, "execution": "stacked"},
     "no float64": {"dtype": "float32"},

@@ -74,9 +74,9 @@ MORE = {
     "okddip, mixed": {"mixup": 0.3},
     "kdcl, general, mixed and cut": {"mixup": 0.3, "cutmix": 1.0},
     "one, branches, cut": {"cutmix": 1.0, "label_smoothing": 0.1},
-    "okddip, frozen parts, heads' rate": {"freeze": ("conv1", "bn1", "layer2"), "head_lr": 3.0},
-    "dml, alternating, frozen parts, heads' rate": {"freeze": ("conv1", "bn1"), "head_lr": 3.0},
-    "okddip, branches, frozen trunk, heads' rate": {"freeze": ("trunk",), "head_lr": 3.0},
+    "okddip, frozen parts, heads' rate": {"freeze": ("conv1", "bn1", "layer2"), "head_lr_scale": 3.0},
+    "dml, alternating, frozen parts, heads' rate": {"freeze": ("conv1", "bn1"), "head_lr_scale": 3.0},
+    "okddip, branches, frozen trunk, heads' rate": {"freeze": ("trunk",), "head_lr_scale": 3.0},
 }
 
 

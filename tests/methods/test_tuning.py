@@ -103,7 +103,7 @@ def test_what_is_frozen_is_deployed_but_not_trained():
 
 
 def test_heads_take_their_own_rate():
-    plain, fast = (build(config("independent", {}, "networks", head_lr=f, peers=1)) for f in (1.0, 10.0))
+    plain, fast = (build(config("independent", {}, "networks", head_lr_scale=f, peers=1)) for f in (1.0, 10.0))
     moves = []
     for t in (plain, fast):
         before = [t.peers.member(0).head.weight.clone(), t.peers.member(0).body.conv1.weight.clone()]
@@ -179,7 +179,8 @@ def test_a_run_with_all_of_it_resumes_bit_identically(tmp_path):
     from helpers.runs import StopAt
 
     base = config("okddip", {}, "branches", epochs=2, mixup=0.2, cutmix=1.0, label_smoothing=0.1, optimizer="adamw",
-                  lr=0.001, head_lr=3.0, freeze=("conv1",), checkpoint_every_steps=1, log_every_steps=1)  # fmt: skip
+                  lr=0.001, head_lr_scale=3.0, freeze=("conv1",), checkpoint_every_steps=1,
+                  log_every_steps=1)  # fmt: skip
     whole = train(dataclasses.replace(base, out=str(tmp_path / "whole")))
     stopped = dataclasses.replace(base, out=str(tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):

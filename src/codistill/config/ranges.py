@@ -47,7 +47,7 @@ def check_ranges(options: Any, prefix: str = "") -> None:
         flag = f"--{prefix}{name.replace('_', '-')}"
         numbers = [v for v in (value if isinstance(value, tuple) else (value,)) if isinstance(v, int | float)]
         if any(isinstance(number, int) and abs(number) >= LIMIT for number in numbers):
-            raise InputError(f"{flag} is out of all range; give a number below 2^31")
+            raise InputError(f"{flag} is out of range; give a number below 2^31")
         for allowed in ranges:
             if not all(math.isfinite(number) and allowed.accepts(number) for number in numbers):
                 raise InputError(f"{flag} is {value}; give {allowed.words}")
