@@ -80,9 +80,8 @@ def _extra_metrics(trained: Run, loader: Loader, options: EvaluateOptions, folde
 
 def _print_extra_metrics(extra: dict[str, Any], name: str) -> None:
     if "classes" in extra:
-        print_rows(
-            [{k: _format_value(v) for k, v in row.items()} for row in extra["classes"]], f"{name}, class by class"
-        )
+        rows = [{key: _format_value(value) for key, value in row.items()} for row in extra["classes"]]
+        print_rows(rows, f"{name}, class by class")
     if "calibration" in extra:
         rows = [
             {"temperature": f"{c['temperature']:.4f}", "ECE": f"{c['ece']:.4f}", "NLL": f"{c['nll']:.4f}"}
