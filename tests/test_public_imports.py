@@ -15,10 +15,9 @@ PATHS = {
     "codistill.data": "ImageSet DeviceLoader FileLoader Loader Splits load_set make_splits",
     "codistill.peers": "NetworkPeers BranchPeers PeerOutputs Peers build_peers",
 }
-LATER = pytest.mark.xfail(strict=True, reason="the packages get their public names in one later change")
 
 
-@pytest.mark.parametrize("path", [pytest.param(p, marks=LATER) if p == "codistill.peers" else p for p in PATHS])
+@pytest.mark.parametrize("path", PATHS)
 def test_a_path_has_its_names(path):
     module = importlib.import_module(path)
     assert [name for name in PATHS[path].split() if not hasattr(module, name)] == []

@@ -3,36 +3,46 @@
 Names are imported when they are first used, so that `codistill --help` never waits for torch.
 """
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
-
-_HOMES = {
-    "BranchPeers": "codistill.peers.branches",
-    "NetworkPeers": "codistill.peers.networks",
-    "PeerOutputs": "codistill.peers.base",
-    "Config": "codistill.config.config",
-    "ImageSet": "codistill.data",
-    "InputError": "codistill.utils.errors",
-    "MachineError": "codistill.utils.errors",
-    "train": "codistill.training.loop",
-    "load_run": "codistill.training.build",
-    "losses": "codistill",
-    "methods": "codistill",
-    "metrics": "codistill",
-}
+from codistill.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from codistill import losses, methods, metrics
-    from codistill.config.config import Config
-    from codistill.data import ImageSet
-    from codistill.peers.base import PeerOutputs
-    from codistill.peers.branches import BranchPeers
-    from codistill.peers.networks import NetworkPeers
-    from codistill.training.build import load_run
-    from codistill.training.loop import train
-    from codistill.utils.errors import InputError, MachineError
+    from codistill import losses as losses
+    from codistill import methods as methods
+    from codistill import metrics as metrics
+    from codistill.config import Config as Config
+    from codistill.data import ImageSet as ImageSet
+    from codistill.peers import BranchPeers as BranchPeers
+    from codistill.peers import NetworkPeers as NetworkPeers
+    from codistill.peers import PeerOutputs as PeerOutputs
+    from codistill.training import load_run as load_run
+    from codistill.training import train as train
+    from codistill.utils import InputError as InputError
+    from codistill.utils import MachineError as MachineError
+
+    __version__: str
+
+_load, __dir__ = lazy_names(
+    __name__,
+    {
+        "config": "Config",
+        "data": "ImageSet",
+        "peers": "BranchPeers NetworkPeers PeerOutputs",
+        "training": "load_run train",
+        "utils": "InputError MachineError",
+    },
+    modules=("losses", "methods", "metrics"),
+)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("codistill")
+    return _load(name)
+
 
 __all__ = [
     "BranchPeers",
@@ -48,18 +58,3 @@ __all__ = [
     "metrics",
     "train",
 ]
-
-
-def __getattr__(name: str) -> Any:
-    if name not in _HOMES:
-        raise AttributeError(f"module 'codistill' has no attribute {name!r}")
-    home = _HOMES[name]
-    if home == "codistill":
-        return importlib.import_module(f"{home}.{name}")
-    value = getattr(importlib.import_module(home), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *_HOMES])

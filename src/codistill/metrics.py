@@ -1,5 +1,5 @@
 """Metrics of peers: an import path for users; the code is in `codistill.evaluation.metrics`."""
 
-from codistill.evaluation.metrics import NUM_BINS, PeerMetrics
+from codistill.evaluation import NUM_BINS, PeerMetrics
 
 __all__ = ["NUM_BINS", "PeerMetrics"]

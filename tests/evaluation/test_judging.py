@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from codistill.cli.main import main
-from codistill.evaluation.calibration import calibration, class_rows, confusion_matrix, fit_temperature
+from codistill.evaluation.calibration import calibration_figures, class_rows, confusion_matrix, fit_temperature
 from helpers.common import read_json
 
 
@@ -40,10 +40,10 @@ def test_the_temperature_undoes_a_known_overconfidence():
     labels = torch.multinomial(logits.softmax(-1), 1, generator=rng).squeeze(1)  # labels as probable as it says
     temperature = fit_temperature(logits * 3, labels)
     assert temperature == pytest.approx(3.0, rel=0.05)
-    raw, fitted = calibration(logits * 3, labels), calibration(logits * 3, labels, temperature)
+    raw, fitted = calibration_figures(logits * 3, labels), calibration_figures(logits * 3, labels, temperature)
     assert fitted["ece"] < 0.02 < raw["ece"]
     assert fitted["nll"] < raw["nll"]
-    nll = lambda t: calibration(logits * 3, labels, t)["nll"]  # noqa: E731
+    nll = lambda t: calibration_figures(logits * 3, labels, t)["nll"]  # noqa: E731
     assert nll(temperature) <= min(nll(temperature * math.exp(s)) for s in (-1e-3, 1e-3))
 
 
@@ -60,7 +60,7 @@ def test_calibration_is_that_of_the_definitions(temperature):
         confidence = math.exp(scores[best]) / total
         bins[min(int(confidence * 15), 14)].append((confidence, best == label))
     gaps = [abs(math.fsum(c - hit for c, hit in one)) for one in bins]
-    found = calibration(logits, labels, temperature)
+    found = calibration_figures(logits, labels, temperature)
     assert found["nll"] == pytest.approx(nll / 9000, rel=1e-12)
     assert found["ece"] == pytest.approx(sum(gaps) / 9000, abs=1e-12)
     assert [b["images"] for b in found["bins"]] == [len(one) for one in bins if one]

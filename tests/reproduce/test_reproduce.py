@@ -16,14 +16,14 @@ from codistill.cli.main import main
 from codistill.cli.options import parse
 from codistill.config.config import Config, ReproduceConfig
 from codistill.config.methods import OKDDipConfig
-from codistill.reproduce.command_line import command_line
+from codistill.reproduce.command_line import format_command
 from codistill.reproduce.grid import Cell, run_grid
 from codistill.reproduce.plan import make_plan
-from codistill.reproduce.published_tables import published_tables
+from codistill.reproduce.published_tables import load_published_tables
 from codistill.reproduce.recipes import TABLES
 from codistill.reproduce.recipes.table_recipe import scale_config
-from codistill.reproduce.table_figures import table_figures
-from codistill.reproduce.table_rows import table_rows
+from codistill.reproduce.table_figures import make_figures
+from codistill.reproduce.table_rows import make_table_rows
 from codistill.utils.errors import InputError
 from codistill.utils.tables import comma_separated, latex, markdown
 from helpers.common import read_json
@@ -39,7 +39,7 @@ def every_cell():
 
 
 def test_every_published_number_is_a_plausible_percentage_and_has_a_source():
-    for name, table in published_tables().items():
+    for name, table in load_published_tables().items():
         assert table["source"], name
         assert table["measure"] in ("error", "accuracy")
         for row in table["rows"].values():
@@ -49,8 +49,8 @@ def test_every_published_number_is_a_plausible_percentage_and_has_a_source():
 
 
 def test_every_published_table_has_a_recipe_and_every_place_its_number():
-    assert published_tables().keys() == TABLES.keys()
-    for name, table in published_tables().items():
+    assert load_published_tables().keys() == TABLES.keys()
+    for name, table in load_published_tables().items():
         held = {(row, column) for row, columns in table["rows"].items() for column in columns}
         recipe = TABLES[name]
         places = {(p.row, p.column) for n, m in recipe.select_cells((), (), name) for p in recipe.cell_refs(n, m)}
@@ -83,7 +83,7 @@ def test_every_kind_of_cell_of_the_imagenet_tables_can_be_set_up_at_smoke_scale(
 
     seen = set()
     for name, network, method in every_cell():
-        if published_tables()[name]["data"] != "ImageNet-2012":
+        if load_published_tables()[name]["data"] != "ImageNet-2012":
             continue
         recipe = TABLES[name]
         for one in filter(None, (method, recipe.equal_cost.get(method), recipe.teachers.get(method))):
@@ -108,7 +108,7 @@ def test_a_command_line_parses_into_the_config_it_was_made_of():
     for name, network, method in list(every_cell())[::5]:
         config = TABLES[name].config(network, method)
         config = dataclasses.replace(config, protocol="paper", seed=3, out="some where/seed3", augment=False)
-        words = shlex.split(command_line(config))
+        words = shlex.split(format_command(config))
         assert parse(words[1], words[2:]).options.to_dict() == config.to_dict(), (name, method)
 
 
@@ -147,20 +147,20 @@ def test_the_smoke_table_prints_no_number_of_the_paper_and_trains_nothing_twice(
 
 def test_last_and_best_epoch_stand_in_their_own_columns(tmp_path):
     plan = fake_plan(tmp_path, "paper")
-    row = next(r for r in table_rows(plan, table_figures(plan)) if r["method"] == "OKDDip-branch")
+    row = next(r for r in make_table_rows(plan, make_figures(plan)) if r["method"] == "OKDDip-branch")
     assert row["paper, error %"] == "25.63 ± 0.14"
     assert row["test, last epoch, error %"] == "28.50 ± 1.00"
     assert row["best test epoch (chosen on the test set), error %"] == "27.00 ± 0.00"
     assert row["ours (best) - paper"] == "+1.37"
     assert row["n"] == "3"
-    mean = next(r for r in table_rows(plan, table_figures(plan)) if r["method"] == "ONE")
+    mean = next(r for r in make_table_rows(plan, make_figures(plan)) if r["method"] == "ONE")
     assert mean["evaluated"] == "mean of all members"
     assert mean["test, last epoch, error %"] == "30.00 ± 1.00"
 
 
 def test_honest_tables_have_no_best_epoch_and_judge_the_declared_member(tmp_path):
     plan = fake_plan(tmp_path, "honest")
-    rows = table_rows(plan, table_figures(plan))
+    rows = make_table_rows(plan, make_figures(plan))
     assert not any("best" in column for column in rows[0])
     one = next(r for r in rows if r["method"] == "ONE")
     assert one["evaluated"] == "deployed member"
@@ -172,14 +172,14 @@ def test_honest_tables_have_no_best_epoch_and_judge_the_declared_member(tmp_path
 
 def test_short_results_stand_beside_the_papers_only_with_a_mark(tmp_path):
     plan = fake_plan(tmp_path, "honest", "short")
-    row = table_rows(plan, table_figures(plan))[0]
+    row = make_table_rows(plan, make_figures(plan))[0]
     assert "paper at full scale, not comparable, error %" in row
     assert not any("ours" in column for column in row)
 
 
 def test_numbers_that_are_only_published_are_shown_as_such(tmp_path):
     plan = fake_plan(tmp_path, "honest", table="pcl_cifar100")
-    row = next(r for r in table_rows(plan, table_figures(plan)) if r["method"] == "FFL-S")
+    row = next(r for r in make_table_rows(plan, make_figures(plan)) if r["method"] == "FFL-S")
     assert row["paper, accuracy %"] == "72.18 ± 0.11"
     assert row["evaluated"] == "published only"
 
@@ -188,7 +188,7 @@ def test_one_run_is_marked_and_gains_add_up(tmp_path):
     plan = make_plan("kdcl_table7", ReproduceConfig(scale="full", out=str(tmp_path), seeds=1))
     for cell in plan.cells:
         cell.results[0] = fake_result(72.0 if cell.method == "DML" else 70.0, peers=2)
-    rows = {r["method"]: r for r in table_rows(plan, table_figures(plan))}
+    rows = {r["method"]: r for r in make_table_rows(plan, make_figures(plan))}
     assert rows["DML, resnet32"]["test, last epoch, accuracy %"] == "72.00 (n=1)"
     assert rows["DML, gain"]["test, last epoch, accuracy %"] == "4.00 (n=1)"
     assert rows["DML, gain"]["paper, accuracy %"] == "6.00"

@@ -5,11 +5,20 @@ from __future__ import annotations
 import time
 
 from codistill.cli.console import err, out, print_rows, progress_bar
-from codistill.config.config import CompareConfig
-from codistill.reproduce import comparison
-from codistill.reproduce.grid import list_failures, run_grid
-from codistill.reproduce.statistics import comparison_rows
-from codistill.utils.errors import MachineError
+from codistill.config import CompareConfig
+from codistill.reproduce import (
+    check_comparison_folder,
+    check_options,
+    comparison_folder,
+    comparison_rows,
+    comparison_title,
+    describe_comparison,
+    list_failures,
+    plan_comparison,
+    run_grid,
+    write_comparison,
+)
+from codistill.utils import MachineError
 
 LEGEND = (
     "top-1: the deployed member, mean ± deviation; vs equal cost: paired over seeds, ± 95 % t-interval, n.s. = no "
@@ -24,22 +33,22 @@ def compare(methods: list[str], config: CompareConfig) -> int:
         InputError: the options cannot be used; nothing has been trained then.
         MachineError: some runs failed; the others, and the table, are kept.
     """
-    comparison.check_options(config)
-    folder = comparison.comparison_folder(config)
-    cells = comparison.plan_comparison(methods, config)
-    comparison.check_comparison_folder(cells, config.seeds, folder)
+    check_options(config)
+    folder = comparison_folder(config)
+    cells = plan_comparison(methods, config)
+    check_comparison_folder(cells, config.seeds, folder)
     start = time.perf_counter()
-    for line in comparison.describe_comparison(cells, config, folder):
+    for line in describe_comparison(cells, config, folder):
         err.print(line, style="dim")
     with progress_bar(err) as bar:
         task = bar.add_task(f"{len(cells)} rows x {config.seeds} seeds, epochs", total=None, note="")
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         run_grid(cells, config.seeds, folder, config.workers, show)
     rows = comparison_rows(cells)
-    print_rows(rows, comparison.comparison_title(config))
+    print_rows(rows, comparison_title(config))
     out.print(LEGEND)
     out.print(f"{time.perf_counter() - start:.0f} s in total; runs and table in {folder}")
-    comparison.write_comparison(cells, config, folder, rows)
+    write_comparison(cells, config, folder, rows)
     failures = list_failures(cells)
     if failures:
         raise MachineError("some runs failed: " + "; ".join(failures))

@@ -8,10 +8,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from codistill.runs.records import EpochLine, Figures, RunResult
-from codistill.training.reporter import Reporter
-from codistill.utils.errors import on_one_line
-from codistill.utils.tables import Rows, looks_numeric
+from codistill.runs import EpochLine, Figures, RunResult
+from codistill.training import Reporter
+from codistill.utils import Rows, looks_numeric, on_one_line
 
 FILE_WIDTH = 160  # columns where the output is no terminal
 # Names are chosen by users, so nothing in them is read as markup.

@@ -11,11 +11,11 @@ import sys
 import warnings
 
 from codistill.cli.options import COMMANDS, parse
-from codistill.utils.allow_import import command_line
-from codistill.utils.errors import (
+from codistill.utils import (
     InputError,
     MachineError,
     OtherRankFailedError,
+    command_line,
     explain_failure,
     on_one_line,
     suggest,

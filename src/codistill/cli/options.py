@@ -9,11 +9,17 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from codistill.config.config import Checkpoint, CompareConfig, Config, Device, ReproduceConfig
-from codistill.config.methods import METHODS, method_config
-from codistill.config.old_names import rename_old_flags
-from codistill.utils.allow_import import check_imports
-from codistill.utils.errors import InputError, suggest
+from codistill.config import (
+    METHODS,
+    Checkpoint,
+    CompareConfig,
+    Config,
+    Device,
+    ReproduceConfig,
+    method_config,
+    rename_old_flags,
+)
+from codistill.utils import InputError, check_imports, suggest
 
 
 @dataclass

@@ -5,13 +5,20 @@ from __future__ import annotations
 import time
 
 from codistill.cli.console import err, out, print_rows, progress_bar
-from codistill.config.config import ReproduceConfig
-from codistill.reproduce.command_line import command_line
-from codistill.reproduce.grid import run_grid
-from codistill.reproduce.plan import Plan, make_plan
-from codistill.reproduce.table_figures import table_figures
-from codistill.reproduce.table_folder import make_executor, prepare_table_folder, raise_failures, write_table
-from codistill.reproduce.table_rows import table_notes, table_rows
+from codistill.config import ReproduceConfig
+from codistill.reproduce import (
+    Plan,
+    format_command,
+    make_executor,
+    make_figures,
+    make_plan,
+    make_table_rows,
+    prepare_table_folder,
+    raise_failures,
+    run_grid,
+    table_notes,
+    write_table,
+)
 
 
 def reproduce(table: str, options: ReproduceConfig) -> int:
@@ -34,7 +41,7 @@ def reproduce(table: str, options: ReproduceConfig) -> int:
         task = bar.add_task(f"{len(plan.cells)} cells x {options.seeds} seeds, epochs", total=None, note="")
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         run_grid([*plan.cells], options.seeds, plan.folder, options.workers, show, executor)
-    rows = table_rows(plan, table_figures(plan))
+    rows = make_table_rows(plan, make_figures(plan))
     print_rows([_terminal_columns(row) for row in rows], plan.title())
     for note in table_notes(plan):
         out.print(note)
@@ -48,7 +55,7 @@ def _print_commands(plan: Plan) -> None:
     """Print one shell command per run; a run's teacher comes before it."""
     for seed in range(plan.options.seeds):
         for cell in sorted(plan.cells, key=lambda c: c.teacher is not None):
-            print(command_line(cell.run_options(plan.folder, seed, [*plan.cells])))
+            print(format_command(cell.run_options(plan.folder, seed, [*plan.cells])))
 
 
 def _terminal_columns(row: dict[str, str]) -> dict[str, str]:

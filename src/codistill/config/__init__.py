@@ -1,1 +1,41 @@
 """Every setting, on the standard library alone."""
+
+from typing import TYPE_CHECKING
+
+from codistill.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from codistill.config.checks import mesh_shape as mesh_shape
+    from codistill.config.checks import parse_normalize as parse_normalize
+    from codistill.config.config import Checkpoint as Checkpoint
+    from codistill.config.config import CompareConfig as CompareConfig
+    from codistill.config.config import Config as Config
+    from codistill.config.config import Device as Device
+    from codistill.config.config import ReproduceConfig as ReproduceConfig
+    from codistill.config.config import slug as slug
+    from codistill.config.methods import METHODS as METHODS
+    from codistill.config.methods import CLILRConfig as CLILRConfig
+    from codistill.config.methods import DMLConfig as DMLConfig
+    from codistill.config.methods import IndependentConfig as IndependentConfig
+    from codistill.config.methods import KDCLConfig as KDCLConfig
+    from codistill.config.methods import KDConfig as KDConfig
+    from codistill.config.methods import MethodConfig as MethodConfig
+    from codistill.config.methods import OKDDipConfig as OKDDipConfig
+    from codistill.config.methods import ONEConfig as ONEConfig
+    from codistill.config.methods import PCLConfig as PCLConfig
+    from codistill.config.methods import TeacherConfig as TeacherConfig
+    from codistill.config.methods import method_config as method_config
+    from codistill.config.old_names import rename_old_flags as rename_old_flags
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "checks": "mesh_shape parse_normalize",
+        "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
+        "methods": (
+            "CLILRConfig DMLConfig IndependentConfig KDCLConfig KDConfig METHODS MethodConfig "
+            "OKDDipConfig ONEConfig PCLConfig TeacherConfig method_config"
+        ),
+        "old_names": "rename_old_flags",
+    },
+)

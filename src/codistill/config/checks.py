@@ -7,7 +7,7 @@ import math
 from codistill.config.methods import METHODS
 from codistill.config.options import Options
 from codistill.config.ranges import check_ranges
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 
 def check_options(options: Options) -> None:

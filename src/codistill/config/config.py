@@ -21,8 +21,7 @@ from codistill.config.methods import METHODS, MethodConfig, TeacherConfig, metho
 from codistill.config.old_names import OLD_OPTIONS, accept_old_options
 from codistill.config.options import Checkpoint, Device, Options
 from codistill.config.ranges import LIMIT
-from codistill.utils.allow_import import current_network_name
-from codistill.utils.errors import InputError, MachineError, suggest
+from codistill.utils import InputError, MachineError, current_network_name, suggest
 
 __all__ = [
     "METHODS",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from codistill.config.ranges import ABOVE_0, AT_LEAST_0, BETWEEN_0_AND_1, FINITE, FROM_0_BELOW_1, FROM_0_TO_1
-from codistill.utils.errors import InputError, suggest
+from codistill.utils import InputError, suggest
 
 if TYPE_CHECKING:
     from codistill.config.options import Options

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, get_type_hints
 
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 LIMIT = 2**31
 """Integers of this size or more are refused everywhere."""

@@ -1,20 +1,40 @@
 """Data: named sets and a user's own, balanced splits, and batches of arrays or of files."""
 
-from codistill.data.datasets import load_set
-from codistill.data.device_loader import DeviceLoader
-from codistill.data.file_loader import FileLoader
-from codistill.data.image_set import ImageSet
-from codistill.data.loader import Augmentation, Loader, LoaderOptions
-from codistill.data.splits import Splits, make_splits
+from typing import TYPE_CHECKING
 
-__all__ = [
-    "Augmentation",
-    "DeviceLoader",
-    "FileLoader",
-    "ImageSet",
-    "Loader",
-    "LoaderOptions",
-    "Splits",
-    "load_set",
-    "make_splits",
-]
+from codistill.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from codistill.data.datasets import SETS as SETS
+    from codistill.data.datasets import load_set as load_set
+    from codistill.data.decode import read_pixels as read_pixels
+    from codistill.data.device_loader import DeviceLoader as DeviceLoader
+    from codistill.data.external_test_set import load_external_test_set as load_external_test_set
+    from codistill.data.file_loader import FileLoader as FileLoader
+    from codistill.data.image_set import ImageSet as ImageSet
+    from codistill.data.image_set import Provenance as Provenance
+    from codistill.data.lazy_images import LazyImages as LazyImages
+    from codistill.data.loader import Augmentation as Augmentation
+    from codistill.data.loader import Loader as Loader
+    from codistill.data.loader import LoaderOptions as LoaderOptions
+    from codistill.data.mixup import Mixer as Mixer
+    from codistill.data.normalization import with_normalization as with_normalization
+    from codistill.data.splits import Splits as Splits
+    from codistill.data.splits import make_splits as make_splits
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "datasets": "SETS load_set",
+        "decode": "read_pixels",
+        "device_loader": "DeviceLoader",
+        "external_test_set": "load_external_test_set",
+        "file_loader": "FileLoader",
+        "image_set": "ImageSet Provenance",
+        "lazy_images": "LazyImages",
+        "loader": "Augmentation Loader LoaderOptions",
+        "mixup": "Mixer",
+        "normalization": "with_normalization",
+        "splits": "Splits make_splits",
+    },
+)

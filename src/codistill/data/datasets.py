@@ -13,8 +13,7 @@ import numpy as np
 
 from codistill.data.image_folder import load_folder
 from codistill.data.image_set import GIVEN, ImageSet
-from codistill.utils.errors import InputError, first_line, suggest
-from codistill.utils.safe_load import check_npz_sizes
+from codistill.utils import InputError, check_npz_sizes, first_line, suggest
 
 SETS = {
     "digits": "1,797 handwritten digits, 8 x 8 gray, 10 classes; embedded, no download",

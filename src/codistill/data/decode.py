@@ -12,7 +12,7 @@ import numpy as np
 from PIL import Image, ImageOps
 from torchvision.transforms.v2 import functional
 
-from codistill.utils.errors import InputError, first_line
+from codistill.utils import InputError, first_line
 
 GRAY_MODES = {"1", "L", "LA", "I;16", "I;16B", "I;16L", "I", "La"}
 

@@ -11,7 +11,7 @@ import numpy as np
 from codistill.data.datasets import load_set
 from codistill.data.image_folder import read_whole
 from codistill.data.image_set import Pixels
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 
 def load_external_test_set(

@@ -23,7 +23,7 @@ from torchvision.transforms import v2
 
 from codistill.data.lazy_images import LazyImages
 from codistill.data.loader import Augmentation, Loader, LoaderOptions
-from codistill.utils.errors import InputError, MachineError, UnreadableError, first_line
+from codistill.utils import InputError, MachineError, UnreadableError, first_line
 
 SampleRef = tuple[int, int, int]
 """Epoch, position in it, and index of the sample at that position."""

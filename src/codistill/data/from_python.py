@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset
 
 from codistill.data.decode import as_rgb
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 
 def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None) -> tuple[np.ndarray, np.ndarray]:

@@ -20,8 +20,7 @@ from codistill.data.decode import open_upright
 from codistill.data.image_files import ImageFiles
 from codistill.data.image_set import ImageSet, Provenance
 from codistill.data.lazy_images import common_side
-from codistill.utils.errors import InputError, first_line
-from codistill.utils.safe_load import find_looping_links, find_outside_links
+from codistill.utils import InputError, find_looping_links, find_outside_links, first_line
 
 RESIDENT_LIMIT = 2 * 2**30
 """Bytes of decoded images (one per channel and pixel, 3 channels) up to which a folder is kept in memory."""

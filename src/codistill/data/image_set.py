@@ -17,7 +17,7 @@ from codistill.data.class_balance import balanced_part
 from codistill.data.from_python import class_names, read_pairs
 from codistill.data.lazy_dataset import as_common_squares, checksum, read_lazily
 from codistill.data.lazy_images import LazyImages
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 Pixels = np.ndarray | LazyImages
 GIVEN = "python"

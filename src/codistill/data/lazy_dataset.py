@@ -17,7 +17,7 @@ from torch.utils.data import Subset
 
 from codistill.data.from_python import check_pair, class_index, to_uint8_hwc
 from codistill.data.lazy_images import NUM_PROBED_IMAGES, LazyImages, common_side, evenly_spaced
-from codistill.utils.errors import InputError, first_line
+from codistill.utils import InputError, first_line
 
 NUM_CHECKED_ITEMS = 16
 """Items that are read to compare their labels with the data set's own list, and for the checksum of the set."""

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import Image
 
 from codistill.data.decode import as_channels, fit_square
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 NUM_PROBED_IMAGES = 256
 """Images whose size and colors are read to choose the size and channels of a set."""

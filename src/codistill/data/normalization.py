@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from codistill.config.checks import parse_normalize
+from codistill.config import parse_normalize
 from codistill.data.image_set import ImageSet, statistics
 from codistill.data.lazy_images import LazyImages
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 Statistics = tuple[tuple[float, ...], tuple[float, ...]]
 """Per-channel mean and deviation of pixels / 255."""

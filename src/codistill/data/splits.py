@@ -8,7 +8,7 @@ import numpy as np
 
 from codistill.data.class_balance import balanced_part
 from codistill.data.image_set import ImageSet
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 SPLIT_SEED = 20_200  # one for all runs, so that every seed and method trains and is evaluated on the same images
 

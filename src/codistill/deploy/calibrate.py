@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from codistill.config.config import Checkpoint
-from codistill.evaluation.calibration import fit_temperature
-from codistill.training.loaders import curve_loader
-from codistill.training.run import Run
-from codistill.training.student import deployed_scores
-from codistill.utils.errors import InputError
-from codistill.utils.files import read_json, write_json
+from codistill.config import Checkpoint
+from codistill.evaluation import fit_temperature
+from codistill.training import Run, curve_loader, deployed_scores
+from codistill.utils import InputError, read_json, write_json
 
 
 def temperature_key(checkpoint: Checkpoint) -> str:

@@ -20,13 +20,9 @@ import torch
 from torch import Tensor, nn
 
 from codistill.deploy.student_template import LOADER
-from codistill.models import MODELS, source_of
-from codistill.models.external import LogitsOnly
-from codistill.training.loaders import test_loader
-from codistill.training.run import Run
-from codistill.training.student import deployed_index, deployed_network
-from codistill.utils.errors import InputError, MachineError, first_line
-from codistill.utils.files import write_atomically
+from codistill.models import MODELS, LogitsOnly, source_of
+from codistill.training import Run, deployed_index, deployed_network, test_loader
+from codistill.utils import InputError, MachineError, first_line, write_atomically
 
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
 MAX_DIFFERENCE = 1e-3

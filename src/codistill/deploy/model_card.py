@@ -9,18 +9,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from codistill.config.config import Checkpoint
+from codistill.config import Checkpoint
 from codistill.methods import CLASSES
-from codistill.training.run import Run
-from codistill.training.student import count_trained_and_deployed, deployed_name
-from codistill.utils.errors import on_one_line
-from codistill.utils.files import read_json
-from codistill.utils.tables import escape_markdown, markdown
+from codistill.training import Run, count_trained_and_deployed, deployed_name
+from codistill.utils import escape_markdown, markdown, on_one_line, read_json
 
 MAX_CLASS_NAMES = 30
 
 
-def model_card(
+def make_model_card(
     run: Run, folder: Path, exported: Path, difference: float, license: str, checkpoint: Checkpoint = "last"
 ) -> str:
     """Return the model card of an exported student.

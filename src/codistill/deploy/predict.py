@@ -16,18 +16,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from codistill.config.config import Checkpoint, Device
-from codistill.data.decode import read_pixels
+from codistill.config import Checkpoint, Device
+from codistill.data import read_pixels
 from codistill.deploy.calibrate import temperature_key
-from codistill.runs.checkpoint import load_run_checkpoint
-from codistill.runs.records import DataInfo
-from codistill.runs.run_folder import open_run
-from codistill.training.student import load_student
-from codistill.utils.allow_import import check_imports
-from codistill.utils.device import pick_device
-from codistill.utils.errors import InputError
-from codistill.utils.files import read_json
-from codistill.utils.safe_load import find_outside_links
+from codistill.runs import DataInfo, load_run_checkpoint, open_run
+from codistill.training import load_student
+from codistill.utils import InputError, check_imports, find_outside_links, pick_device, read_json
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -106,7 +100,7 @@ class Prediction(TypedDict):
     error: NotRequired[str]
 
 
-def predict(predictor: Predictor, files: Sequence[Path], top: int, batch_size: int = 64) -> Iterator[Prediction]:
+def predict_images(predictor: Predictor, files: Sequence[Path], top: int, batch_size: int = 64) -> Iterator[Prediction]:
     """Yield a prediction with `top` guesses for every file, in order."""
     info = predictor.data_info
     for first in range(0, len(files), batch_size):

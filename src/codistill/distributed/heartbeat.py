@@ -17,7 +17,7 @@ from datetime import timedelta
 
 from torch.distributed import PrefixStore, Store
 
-from codistill.utils.errors import MachineError, OtherRankFailedError
+from codistill.utils import MachineError, OtherRankFailedError
 
 INTERVAL = 0.5  # seconds between two beats
 MAX_MISSED_BEATS = 4  # beats that a living rank may miss

@@ -9,12 +9,11 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 
-from codistill.config.checks import mesh_shape
-from codistill.config.config import Config
+from codistill.config import Config, mesh_shape
 from codistill.distributed.heartbeat import Heartbeat, rendezvous
 from codistill.distributed.mesh import Mesh, SingleProcess
 from codistill.distributed.process_mesh import ProcessMesh
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 _job: list[Heartbeat] = []  # of this process, once it has joined the job; consecutive runs share it
 

@@ -13,12 +13,8 @@ import torch
 from torch import Tensor
 
 from codistill.distributed.process_mesh import ProcessMesh
-from codistill.peers.base import PeerOutputs, Peers
-from codistill.peers.modes import eval_mode, frozen_batchnorm_stats
-from codistill.peers.networks import NetworkPeers
-from codistill.peers.split_head import SplitMember
-from codistill.utils.errors import InputError
-from codistill.utils.parameters import count_parameters
+from codistill.peers import NetworkPeers, PeerOutputs, Peers, SplitMember, eval_mode, frozen_batchnorm_stats
+from codistill.utils import InputError, count_parameters
 
 MAX_IMBALANCE = 1.1  # ratio of two ranks' FLOPs above which the user is warned
 

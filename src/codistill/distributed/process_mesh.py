@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from codistill.distributed.heartbeat import Heartbeat
 from codistill.distributed.mesh import Mesh, Value
-from codistill.utils.errors import InputError, MachineError, OtherRankFailedError, first_line
+from codistill.utils import InputError, MachineError, OtherRankFailedError, first_line
 
 BUCKET = 25 * 2**20  # bytes of gradients in one message
 

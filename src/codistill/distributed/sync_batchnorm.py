@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill.distributed.process_mesh import ProcessMesh
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from codistill.evaluation.metrics import NUM_BINS, PeerMetrics
-from codistill.utils.files import write_text
+from codistill.utils import write_text
 
 
 def confusion_matrix(scores_NC: Tensor, labels_N: Tensor) -> list[list[int]]:
@@ -65,13 +65,13 @@ def fit_temperature(scores_NC: Tensor, labels_N: Tensor) -> float:
     from scipy.optimize import minimize_scalar
 
     def nll(log_temperature: float) -> float:
-        return calibration(scores_NC, labels_N, math.exp(log_temperature))["nll"]
+        return calibration_figures(scores_NC, labels_N, math.exp(log_temperature))["nll"]
 
     found = minimize_scalar(nll, bounds=(math.log(0.05), math.log(20.0)), method="bounded")
     return math.exp(float(found.x))
 
 
-def calibration(scores_NC: Tensor, labels_N: Tensor, temperature: float = 1.0) -> dict[str, Any]:
+def calibration_figures(scores_NC: Tensor, labels_N: Tensor, temperature: float = 1.0) -> dict[str, Any]:
     """Return the expected calibration error, the NLL, and the bins of a reliability diagram of softmax(scores / T)."""
     metrics = _accumulate(scores_NC / temperature, labels_N)
     figures = metrics.compute()

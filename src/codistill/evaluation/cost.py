@@ -15,10 +15,8 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from codistill.methods import Method
-from codistill.peers.base import PeerOutputs, Peers
-from codistill.peers.modes import eval_mode
-from codistill.peers.networks import NetworkPeers
-from codistill.utils.device import allocated_bytes, peak_megabytes, reset_peak_memory, synchronize
+from codistill.peers import NetworkPeers, PeerOutputs, Peers, eval_mode
+from codistill.utils import allocated_bytes, peak_megabytes, reset_peak_memory, synchronize
 
 
 def training_flops(

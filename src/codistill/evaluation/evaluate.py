@@ -5,13 +5,11 @@ from __future__ import annotations
 import torch
 
 from codistill.data import Loader
-from codistill.distributed.mesh import Mesh
-from codistill.distributed.peers import MeshPeers
+from codistill.distributed import Mesh, MeshPeers
 from codistill.evaluation.fold_batchnorm import folded_for_evaluation
 from codistill.evaluation.metrics import PeerMetrics
 from codistill.methods import Method
-from codistill.peers.base import Peers
-from codistill.peers.modes import eval_mode
+from codistill.peers import Peers, eval_mode
 
 
 def evaluate_peers(peers: Peers, method: Method, loader: Loader, mesh: Mesh, *, detail: bool = False) -> PeerMetrics:

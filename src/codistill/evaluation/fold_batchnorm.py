@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from codistill.peers.base import Peers
+from codistill.peers import Peers
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 _FOLDABLE_PAIRS: WeakKeyDictionary[Peers, list[int]] = WeakKeyDictionary()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codistill.losses import peer_distance
-from codistill.utils.device import accumulation_dtype
+from codistill.utils import accumulation_dtype
 
 NUM_BINS = 15
 

@@ -1,45 +1,36 @@
 """The methods, one file per paper; `CLASSES` lists them."""
 
-from __future__ import annotations
+from typing import TYPE_CHECKING
 
-from codistill.config.methods import MethodConfig
-from codistill.methods.base import Method, PeerInfo, Terms
-from codistill.methods.cl_ilr import CLILR
-from codistill.methods.dml import DML
-from codistill.methods.independent import Independent
-from codistill.methods.kd import KD
-from codistill.methods.kdcl import KDCL
-from codistill.methods.okddip import OKDDip
-from codistill.methods.one import ONE
-from codistill.methods.pcl import PCL
-from codistill.peers.base import Peers
+from codistill.utils.lazy import lazy_names
 
-CLASSES: dict[str, type[Method]] = {
-    method.name: method for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL)
-}
+if TYPE_CHECKING:
+    from codistill.methods.base import Method as Method
+    from codistill.methods.base import PeerInfo as PeerInfo
+    from codistill.methods.base import Terms as Terms
+    from codistill.methods.cl_ilr import CLILR as CLILR
+    from codistill.methods.dml import DML as DML
+    from codistill.methods.independent import Independent as Independent
+    from codistill.methods.kd import KD as KD
+    from codistill.methods.kdcl import KDCL as KDCL
+    from codistill.methods.okddip import OKDDip as OKDDip
+    from codistill.methods.one import ONE as ONE
+    from codistill.methods.pcl import PCL as PCL
+    from codistill.methods.registry import CLASSES as CLASSES
+    from codistill.methods.registry import build_method as build_method
 
-
-def build_method(config: MethodConfig, peers: Peers, seed: int = 0) -> Method:
-    """Build the method of `config` for these peers.
-
-    Raises:
-        InputError: the peers lack something that the method needs.
-    """
-    return CLASSES[config.name].build(config, PeerInfo.of(peers, seed))
-
-
-__all__ = [
-    "CLASSES",
-    "CLILR",
-    "DML",
-    "KD",
-    "KDCL",
-    "ONE",
-    "PCL",
-    "Independent",
-    "Method",
-    "OKDDip",
-    "PeerInfo",
-    "Terms",
-    "build_method",
-]
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "base": "Method PeerInfo Terms",
+        "cl_ilr": "CLILR",
+        "dml": "DML",
+        "independent": "Independent",
+        "kd": "KD",
+        "kdcl": "KDCL",
+        "okddip": "OKDDip",
+        "one": "ONE",
+        "pcl": "PCL",
+        "registry": "CLASSES build_method",
+    },
+)

@@ -21,10 +21,10 @@ from typing import Any, ClassVar, Literal, Self, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from codistill.config.methods import MethodConfig
+from codistill.config import MethodConfig
 from codistill.losses import sigmoid_ramp
-from codistill.peers.base import PeerOutputs, Peers
-from codistill.utils.errors import InputError
+from codistill.peers import PeerOutputs, Peers
+from codistill.utils import InputError
 
 Terms = dict[str, Tensor]
 

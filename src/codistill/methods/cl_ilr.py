@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from codistill.config.methods import CLILRConfig
+from codistill.config import CLILRConfig
 from codistill.losses import (
     SOURCE_EPS,
     cross_entropy,
@@ -24,7 +24,7 @@ from codistill.losses import (
     soften,
 )
 from codistill.methods.base import Method, Terms, combine_terms, takes_options
-from codistill.peers.base import PeerOutputs
+from codistill.peers import PeerOutputs
 
 
 class CLILR(Method):

@@ -17,10 +17,10 @@ from typing import Any, Self
 
 from torch import Tensor
 
-from codistill.config.methods import DMLConfig, MethodConfig
+from codistill.config import DMLConfig, MethodConfig
 from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, leave_one_out_mean, pairwise_kl, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
-from codistill.peers.base import PeerOutputs
+from codistill.peers import PeerOutputs
 
 
 class DML(Method):

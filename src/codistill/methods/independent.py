@@ -8,10 +8,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codistill.config.methods import IndependentConfig
+from codistill.config import IndependentConfig
 from codistill.losses import cross_entropy
 from codistill.methods.base import Method, Terms, combine_terms, takes_options
-from codistill.peers.base import PeerOutputs
+from codistill.peers import PeerOutputs
 
 
 class Independent(Method):

@@ -13,10 +13,10 @@ from typing import Self
 
 from torch import Tensor
 
-from codistill.config.methods import KDConfig, MethodConfig, TeacherConfig
+from codistill.config import KDConfig, MethodConfig, TeacherConfig
 from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
-from codistill.peers.base import PeerOutputs
+from codistill.peers import PeerOutputs
 
 TEACHER_FIELDS = tuple(field.name for field in dataclasses.fields(TeacherConfig))
 

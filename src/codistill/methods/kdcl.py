@@ -19,13 +19,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from codistill.config.methods import KDCLConfig
+from codistill.config import KDCLConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mix_logits, soften
 from codistill.methods.base import Method, Terms, combine_terms, takes_options
 from codistill.methods.simplex import best_mixture, quadratic_on_simplex
-from codistill.peers.base import PeerOutputs
-from codistill.utils.device import accumulation_dtype
-from codistill.utils.errors import InputError
+from codistill.peers import PeerOutputs
+from codistill.utils import InputError, accumulation_dtype
 
 
 class KDCL(Method):

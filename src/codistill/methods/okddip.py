@@ -21,7 +21,7 @@ from typing import Any, Self
 import torch
 from torch import Tensor, nn
 
-from codistill.config.methods import MethodConfig, OKDDipConfig
+from codistill.config import MethodConfig, OKDDipConfig
 from codistill.losses import (
     SOURCE_EPS,
     attention_log_weights,
@@ -33,8 +33,8 @@ from codistill.losses import (
     soften,
 )
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
-from codistill.peers.base import PeerOutputs
-from codistill.utils.errors import InputError
+from codistill.peers import PeerOutputs
+from codistill.utils import InputError
 
 
 class OKDDip(Method):

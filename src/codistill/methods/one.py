@@ -18,11 +18,11 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codistill.config.methods import MethodConfig, ONEConfig
+from codistill.config import MethodConfig, ONEConfig
 from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
-from codistill.peers.base import PeerOutputs
-from codistill.utils.errors import InputError
+from codistill.peers import PeerOutputs
+from codistill.utils import InputError
 
 
 class ONE(Method):

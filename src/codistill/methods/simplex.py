@@ -10,7 +10,7 @@ from itertools import combinations
 import torch
 from torch import Tensor
 
-from codistill.utils.device import accumulation_dtype
+from codistill.utils import accumulation_dtype
 
 ITERATIONS = 50
 SMOOTHING_ENDS, BARRIER_ENDS = 30, 40  # iterations after which tau is 1 and mu at its minimum

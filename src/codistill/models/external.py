@@ -23,8 +23,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from codistill.models.weights import load_weights
-from codistill.utils.allow_import import current_network_name
-from codistill.utils.errors import InputError, first_line
+from codistill.utils import InputError, current_network_name, first_line
 
 KINDS = {
     "timm": "timm:NAME[,OPTION=VALUE ...]",

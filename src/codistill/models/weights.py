@@ -6,8 +6,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from codistill.utils.errors import InputError, first_line
-from codistill.utils.safe_load import load_tensors
+from codistill.utils import InputError, first_line, load_tensors
 
 
 def read_weights(path: str) -> dict[str, Tensor]:

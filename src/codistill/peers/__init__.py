@@ -1,1 +1,35 @@
 """Several members that see the same images: whole networks, or branches on one trunk."""
+
+from typing import TYPE_CHECKING
+
+from codistill.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from codistill.peers.base import PeerOutputs as PeerOutputs
+    from codistill.peers.base import Peers as Peers
+    from codistill.peers.branch_points import branch_point_rows as branch_point_rows
+    from codistill.peers.branches import BranchPeers as BranchPeers
+    from codistill.peers.ema import MeanTeacher as MeanTeacher
+    from codistill.peers.from_config import build_peers as build_peers
+    from codistill.peers.modes import eval_mode as eval_mode
+    from codistill.peers.modes import frozen_batchnorm_stats as frozen_batchnorm_stats
+    from codistill.peers.networks import NetworkPeers as NetworkPeers
+    from codistill.peers.shared_trunk import SharedModule as SharedModule
+    from codistill.peers.split_head import SplitMember as SplitMember
+    from codistill.peers.stacked import StackedPeers as StackedPeers
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "base": "PeerOutputs Peers",
+        "branch_points": "branch_point_rows",
+        "branches": "BranchPeers",
+        "ema": "MeanTeacher",
+        "from_config": "build_peers",
+        "modes": "eval_mode frozen_batchnorm_stats",
+        "networks": "NetworkPeers",
+        "shared_trunk": "SharedModule",
+        "split_head": "SplitMember",
+        "stacked": "StackedPeers",
+    },
+)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill.peers.split_head import SplitMember
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 
 @dataclass

@@ -14,12 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from codistill.models import WithWeights, build, resolve
-from codistill.models.external import Source
+from codistill.models import Source, WithWeights, build, resolve
 from codistill.peers.members import Spec
 from codistill.peers.modes import eval_mode
 from codistill.peers.split_head import SplitMember, dummy_input, split_head
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 MAX_PATH_DOTS = 4
 """Modules nested deeper are not considered."""

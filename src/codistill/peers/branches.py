@@ -15,7 +15,7 @@ from codistill.peers.members import Spec, build_members
 from codistill.peers.modes import eval_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule, share_until
 from codistill.peers.split_head import SplitMember, dummy_input
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 
 class BranchPeers(Peers):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codistill.config.config import Config
+from codistill.config import Config
 from codistill.models import resolve
 from codistill.peers.base import Peers
 from codistill.peers.branches import BranchPeers

@@ -9,7 +9,7 @@ from torch import nn
 
 from codistill.models import build, has_weights, resolve
 from codistill.peers.split_head import SplitMember, dummy_input, split_head
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 Spec = str | Callable[..., nn.Module] | nn.Module
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.members import Spec, build_members, num_head_classes
 from codistill.peers.modes import frozen_batchnorm_stats
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 
 class NetworkPeers(Peers):

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from codistill.losses import scale_gradient
 from codistill.peers.modes import eval_mode
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 
 class _Wrapper(nn.Module):

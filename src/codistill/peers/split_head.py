@@ -14,7 +14,7 @@ from torch.utils.checkpoint import checkpoint
 
 from codistill.peers.modes import eval_mode, frozen_batchnorm_stats, no_batchnorm_update, train_mode
 from codistill.peers.shared_trunk import plain_copy
-from codistill.utils.errors import InputError, first_line
+from codistill.utils import InputError, first_line
 
 
 class SplitMember(nn.Module):

@@ -23,7 +23,7 @@ from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branches import BranchPeers
 from codistill.peers.modes import frozen_batchnorm_stats, train_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 CHANNELWISE = (nn.ReLU, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
 

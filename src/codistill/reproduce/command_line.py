@@ -6,10 +6,10 @@ import dataclasses
 import shlex
 from typing import Any
 
-from codistill.config.config import Config
+from codistill.config import Config
 
 
-def command_line(config: Config) -> str:
+def format_command(config: Config) -> str:
     """Return `codistill train ...` with every option that is not the default; it parses into the same config."""
     words = ["codistill", "train", config.method.name]
     words += _to_flags(config, Config(method=type(config.method)()), "--", skip="method")

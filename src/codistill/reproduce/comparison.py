@@ -5,12 +5,9 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-from codistill.config.config import CompareConfig, Config, slug
-from codistill.config.methods import METHODS, TeacherConfig, method_config
+from codistill.config import METHODS, CompareConfig, Config, TeacherConfig, method_config, slug
 from codistill.reproduce.grid import Cell, list_failures
-from codistill.utils.errors import InputError
-from codistill.utils.files import write_json, write_text
-from codistill.utils.tables import Rows, markdown
+from codistill.utils import InputError, Rows, markdown, write_json, write_text
 
 
 def check_options(config: CompareConfig) -> None:
@@ -89,7 +86,7 @@ def check_comparison_folder(cells: list[Cell], seeds: int, folder: Path) -> None
     Raises:
         InputError: see above.
     """
-    from codistill.runs.run_folder import RunFolder
+    from codistill.runs import RunFolder
 
     for cell in cells:
         for seed in range(seeds):
@@ -107,7 +104,7 @@ def describe_comparison(cells: list[Cell], config: CompareConfig, folder: Path) 
     Raises:
         InputError: a config cannot be used, or the data cannot be read.
     """
-    from codistill.training.loaders import load_images
+    from codistill.training import load_images
 
     resolved = [cell.run_config(folder, 0) for cell in cells]
     data, splits = load_images(resolved[0], None, None)

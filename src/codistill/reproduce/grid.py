@@ -17,12 +17,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from codistill.config.config import Config, slug
-from codistill.config.methods import TeacherConfig
+from codistill.config import Config, TeacherConfig, slug
 from codistill.reproduce.run_result import RunOutcome, read_outcome
-from codistill.utils.errors import InputError, Stopped
-from codistill.utils.files import read_json, write_json
-from codistill.utils.signals import catch_signals
+from codistill.utils import InputError, Stopped, catch_signals, read_json, write_json
 
 
 class GridStopped(Stopped):

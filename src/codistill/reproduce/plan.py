@@ -7,12 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from codistill.config.config import ReproduceConfig as Options
+from codistill.config import ReproduceConfig as Options
 from codistill.reproduce.grid import Cell
 from codistill.reproduce.published_tables import published_table
 from codistill.reproduce.recipes import TABLES
 from codistill.reproduce.recipes.table_recipe import IMAGENET, SCALES, CellRef, TableRecipe, scale_config
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 
 @dataclass

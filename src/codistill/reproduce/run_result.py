@@ -5,9 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from codistill.config.config import Config
-from codistill.utils.errors import InputError
-from codistill.utils.files import read_json
+from codistill.config import Config
+from codistill.utils import InputError, read_json
 
 RunOutcome = tuple[dict[str, Any] | None, str | None]
 """(the contents of result.json, None), or (None, the reason why there is no result)."""
@@ -18,7 +17,7 @@ def read_outcome(config: Config) -> RunOutcome | None:
     path = Path(str(config.out)) / "result.json"
     if not path.exists():
         return None
-    from codistill.runs.run_folder import RunFolder
+    from codistill.runs import RunFolder
 
     try:
         RunFolder(config)  # raises if the folder was written with other options

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from codistill.reproduce.grid import Cell
-from codistill.utils.tables import Rows
+from codistill.utils import Rows
 
 
 def format_mean_std(values: Sequence[float], digits: int = 2) -> str:

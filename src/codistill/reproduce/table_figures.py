@@ -10,7 +10,7 @@ from typing import Any
 from codistill.reproduce.plan import Plan, TableCell
 from codistill.reproduce.recipes.table_recipe import CellRef
 from codistill.reproduce.statistics import Difference, paired_difference
-from codistill.utils.files import read_lines
+from codistill.utils import read_lines
 
 BySeed = dict[int, float]
 
@@ -40,7 +40,7 @@ class Figure:
         return self.best or self.last
 
 
-def table_figures(plan: Plan) -> list[Figure]:
+def make_figures(plan: Plan) -> list[Figure]:
     """Return the table's figures in its order, and after them the numbers that are published only."""
     folder, honest = plan.folder, plan.options.protocol == "honest"
     figures = []

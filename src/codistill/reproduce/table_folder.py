@@ -7,13 +7,21 @@ import json
 from pathlib import Path
 from typing import Any
 
-from codistill.config.config import ReproduceConfig
+from codistill.config import ReproduceConfig
 from codistill.reproduce.grid import Executor, list_failures, read_results
 from codistill.reproduce.plan import Plan, make_plan
 from codistill.reproduce.table_rows import table_notes
-from codistill.utils.errors import InputError, MachineError
-from codistill.utils.files import read_json, write_json, write_text
-from codistill.utils.tables import Rows, comma_separated, latex, markdown
+from codistill.utils import (
+    InputError,
+    MachineError,
+    Rows,
+    comma_separated,
+    latex,
+    markdown,
+    read_json,
+    write_json,
+    write_text,
+)
 
 
 def write_table(plan: Plan, rows: Rows) -> None:

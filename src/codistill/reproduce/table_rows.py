@@ -10,7 +10,7 @@ from codistill.reproduce.plan import Plan
 from codistill.reproduce.recipes.table_recipe import SCALES
 from codistill.reproduce.statistics import format_difference, format_mean_std
 from codistill.reproduce.table_figures import Figure, to_measure
-from codistill.utils.tables import Rows
+from codistill.utils import Rows
 
 LEGEND = (
     "mean ± deviation over seeds (n=1: one run, no deviation); vs equal cost: last epoch against the baseline of equal "
@@ -19,7 +19,7 @@ LEGEND = (
 )
 
 
-def table_rows(plan: Plan, figures: list[Figure]) -> Rows:
+def make_table_rows(plan: Plan, figures: list[Figure]) -> Rows:
     """Return the table's rows; the paper's numbers are included at full scale, and at short scale with a mark."""
     o, unit = plan.options, f"{plan.published['measure']} %"
     paper = {"full": f"paper, {unit}", "short": f"paper at full scale, not comparable, {unit}"}.get(o.scale)

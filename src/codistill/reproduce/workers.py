@@ -14,11 +14,19 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
-from codistill.config.config import Config
+from codistill.config import Config
 from codistill.reproduce.run_result import RunOutcome, read_outcome
-from codistill.utils.allow_import import ImportPolicy, current_policy, use_policy
-from codistill.utils.errors import InputError, MachineError, Stopped, explain_failure, first_line
-from codistill.utils.files import lock
+from codistill.utils import (
+    ImportPolicy,
+    InputError,
+    MachineError,
+    Stopped,
+    current_policy,
+    explain_failure,
+    first_line,
+    lock,
+    use_policy,
+)
 
 
 def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
@@ -34,7 +42,7 @@ def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
             outcome = read_outcome(config)  # another process may have trained it while this one waited
             if outcome is not None:
                 return outcome
-            from codistill.training.loop import train
+            from codistill.training import train
 
             return train(config).figures, None
     except (InputError, MachineError, Stopped) as error:

@@ -1,1 +1,27 @@
 """What one run leaves on disk."""
+
+from typing import TYPE_CHECKING
+
+from codistill.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from codistill.runs.checkpoint import load_run_checkpoint as load_run_checkpoint
+    from codistill.runs.checkpoint import restore_rng as restore_rng
+    from codistill.runs.records import CheckpointState as CheckpointState
+    from codistill.runs.records import DataInfo as DataInfo
+    from codistill.runs.records import EpochLine as EpochLine
+    from codistill.runs.records import Figures as Figures
+    from codistill.runs.records import RunResult as RunResult
+    from codistill.runs.run_folder import RunFolder as RunFolder
+    from codistill.runs.run_folder import open_run as open_run
+    from codistill.runs.trackers import Tracker as Tracker
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "checkpoint": "load_run_checkpoint restore_rng",
+        "records": "CheckpointState DataInfo EpochLine Figures RunResult",
+        "run_folder": "RunFolder open_run",
+        "trackers": "Tracker",
+    },
+)

@@ -21,10 +21,9 @@ from typing import IO, Any, cast
 import numpy as np
 import torch
 
-from codistill.config.config import Checkpoint
+from codistill.config import Checkpoint
 from codistill.runs.records import CheckpointState
-from codistill.utils.errors import InputError
-from codistill.utils.safe_load import load_tensors
+from codistill.utils import InputError, load_tensors
 
 SCHEMA = 2
 _MARK = b"codistill sha256 "

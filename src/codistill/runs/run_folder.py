@@ -22,13 +22,22 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any, cast
 
-from codistill.config.config import Config
+from codistill.config import Config
 from codistill.runs.checkpoint import load_newest, rotate, write_checkpoint
 from codistill.runs.environment import describe_environment
 from codistill.runs.records import CheckpointState, EpochLine
-from codistill.utils import files
-from codistill.utils.errors import InputError, MachineError
-from codistill.utils.files import read_json, read_lines, write_atomically, write_json, write_text
+from codistill.utils import (
+    DISK_FULL,
+    InputError,
+    LockedError,
+    MachineError,
+    lock,
+    read_json,
+    read_lines,
+    write_atomically,
+    write_json,
+    write_text,
+)
 
 
 def open_run(path: str | Path, flag: str = "", *, without_initial_weights: bool = False) -> Config:
@@ -102,14 +111,14 @@ class RunFolder:
         """
         with ExitStack() as stack:
             try:
-                stack.enter_context(files.lock(self.path / "run.lock"))
-            except files.LockedError as error:
+                stack.enter_context(lock(self.path / "run.lock"))
+            except LockedError as error:
                 by = f" by {error}" if str(error) else ""
                 raise InputError(
                     f"--out {self.path} is in use{by}; wait for that run's end, or name another --out"
                 ) from None
             except OSError as error:
-                kind = MachineError if error.errno in files.DISK_FULL else InputError
+                kind = MachineError if error.errno in DISK_FULL else InputError
                 raise kind(
                     f"--out {self.path} cannot be written to ({error.strerror or error}); name another folder"
                 ) from None

@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from codistill.config.config import Config
+from codistill.config import Config
 from codistill.runs.records import EpochLine
-from codistill.utils.errors import InputError
+from codistill.utils import InputError
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:

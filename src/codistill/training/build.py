@@ -12,22 +12,12 @@ import numpy as np
 import torch
 from torch import nn
 
-from codistill.config.config import Checkpoint, Config, Device
-from codistill.config.methods import TeacherConfig
-from codistill.data import ImageSet, Loader, Splits
-from codistill.data.image_set import Provenance
-from codistill.data.loader import Augmentation
-from codistill.distributed.mesh import Mesh, SingleProcess
-from codistill.distributed.peers import MeshPeers
-from codistill.distributed.process_mesh import ProcessMesh
-from codistill.distributed.sync_batchnorm import convert_batchnorm
+from codistill.config import Checkpoint, Config, Device, TeacherConfig
+from codistill.data import Augmentation, ImageSet, Loader, Provenance, Splits
+from codistill.distributed import Mesh, MeshPeers, ProcessMesh, SingleProcess, convert_batchnorm
 from codistill.methods import Method, build_method
-from codistill.peers.base import Peers
-from codistill.peers.branches import BranchPeers
-from codistill.peers.ema import MeanTeacher
-from codistill.peers.from_config import build_peers
-from codistill.runs.checkpoint import load_run_checkpoint
-from codistill.runs.run_folder import open_run
+from codistill.peers import BranchPeers, MeanTeacher, Peers, build_peers
+from codistill.runs import load_run_checkpoint, open_run
 from codistill.training.execution import choose_execution, stack_peers
 from codistill.training.loaders import load_images, make_loader
 from codistill.training.nonfinite_guard import FiniteGuard
@@ -35,10 +25,7 @@ from codistill.training.optim import freeze_modules, make_optimizers
 from codistill.training.run import Run, zero_sums
 from codistill.training.state import restore_state
 from codistill.training.teacher import load_teacher
-from codistill.utils.allow_import import check_imports
-from codistill.utils.device import DTYPES, accumulation_dtype, pick_device
-from codistill.utils.errors import InputError
-from codistill.utils.files import read_json
+from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device, read_json
 
 
 def build_run(

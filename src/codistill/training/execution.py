@@ -6,13 +6,10 @@ from typing import Literal, cast
 
 from torch import Tensor
 
-from codistill.config.config import Config
+from codistill.config import Config
 from codistill.methods import Method
-from codistill.peers.base import Peers
-from codistill.peers.branches import BranchPeers
-from codistill.peers.ema import MeanTeacher
-from codistill.peers.stacked import StackedPeers
-from codistill.utils.errors import InputError
+from codistill.peers import BranchPeers, MeanTeacher, Peers, StackedPeers
+from codistill.utils import InputError
 
 Execution = Literal["loop", "stacked"]
 

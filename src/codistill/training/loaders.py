@@ -8,15 +8,23 @@ from typing import Any
 import numpy as np
 import torch
 
-from codistill.config.config import Config
-from codistill.data import DeviceLoader, FileLoader, ImageSet, Loader, Splits, load_set, make_splits
-from codistill.data.lazy_images import LazyImages
-from codistill.data.loader import Augmentation, LoaderOptions
-from codistill.data.normalization import with_normalization
-from codistill.models.external import pretrained_statistics, takes_only_rgb
+from codistill.config import Config
+from codistill.data import (
+    Augmentation,
+    DeviceLoader,
+    FileLoader,
+    ImageSet,
+    LazyImages,
+    Loader,
+    LoaderOptions,
+    Splits,
+    load_set,
+    make_splits,
+    with_normalization,
+)
+from codistill.models import pretrained_statistics, takes_only_rgb
 from codistill.training.run import Run
-from codistill.utils.device import DTYPES
-from codistill.utils.errors import InputError
+from codistill.utils import DTYPES, InputError
 
 
 def load_images(config: Config, data: ImageSet | None, data_info: dict[str, Any] | None) -> tuple[ImageSet, Splits]:

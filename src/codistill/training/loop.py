@@ -19,14 +19,12 @@ from typing import Any, cast
 
 from torch import nn
 
-from codistill.config.config import Config
+from codistill.config import Config
 from codistill.data import ImageSet, Loader
-from codistill.distributed.launch import init_mesh, resume_after_restart
-from codistill.evaluation.evaluate import evaluate_peers
-from codistill.peers.base import Peers
-from codistill.runs.records import CheckpointState, EpochLine
-from codistill.runs.run_folder import RunFolder
-from codistill.runs.trackers import Tracker
+from codistill.distributed import init_mesh, resume_after_restart
+from codistill.evaluation import evaluate_peers
+from codistill.peers import Peers
+from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker
 from codistill.training.build import build_run, load_run
 from codistill.training.loaders import curve_loader, test_loader
 from codistill.training.optim import learning_rate_at, set_learning_rate
@@ -44,18 +42,21 @@ from codistill.training.summary import (
     measure_cost,
     run_result,
 )
-from codistill.utils.cpu_memory import keep_freed_memory, release_kept_memory
-from codistill.utils.device import peak_megabytes, pick_device, reset_peak_memory
-from codistill.utils.errors import (
+from codistill.utils import (
     InputError,
     MachineError,
     OtherRankFailedError,
     Stopped,
     UnreadableError,
+    catch_signals,
+    keep_freed_memory,
     out_of_memory,
+    peak_megabytes,
+    pick_device,
+    release_kept_memory,
+    reset_peak_memory,
+    write_json,
 )
-from codistill.utils.files import write_json
-from codistill.utils.signals import catch_signals
 
 
 @dataclass

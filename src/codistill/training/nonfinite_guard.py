@@ -15,8 +15,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
-from codistill.distributed.mesh import Mesh
-from codistill.utils.device import accumulation_dtype
+from codistill.distributed import Mesh
+from codistill.utils import accumulation_dtype
 
 
 class FiniteGuard:

@@ -9,12 +9,10 @@ from typing import Any
 import torch
 from torch import nn
 
-from codistill.config.config import Config
+from codistill.config import Config
 from codistill.methods import Method
-from codistill.peers.base import Peers
-from codistill.peers.branches import BranchPeers
-from codistill.peers.shared_trunk import SharedModule
-from codistill.utils.errors import InputError, suggest
+from codistill.peers import BranchPeers, Peers, SharedModule
+from codistill.utils import InputError, suggest
 
 
 def learning_rate_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:

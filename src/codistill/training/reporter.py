@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from codistill.runs.records import EpochLine, RunResult
+from codistill.runs import EpochLine, RunResult
 
 
 class Reporter:

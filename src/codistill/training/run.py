@@ -9,15 +9,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.config.config import Config
-from codistill.data import ImageSet, Loader, Splits
-from codistill.data.mixup import Mixer
-from codistill.distributed.mesh import Mesh
+from codistill.config import Config
+from codistill.data import ImageSet, Loader, Mixer, Splits
+from codistill.distributed import Mesh
 from codistill.methods import Method
-from codistill.peers.base import Peers
-from codistill.peers.ema import MeanTeacher
+from codistill.peers import MeanTeacher, Peers
 from codistill.training.nonfinite_guard import FiniteGuard
-from codistill.utils.device import accumulation_dtype
+from codistill.utils import accumulation_dtype
 
 
 @dataclass

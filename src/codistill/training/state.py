@@ -13,11 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codistill.distributed.mesh import Mesh
-from codistill.runs.checkpoint import restore_rng
+from codistill.distributed import Mesh
+from codistill.runs import restore_rng
 from codistill.training.run import Progress, Run
-from codistill.utils.device import accumulation_dtype
-from codistill.utils.errors import InputError
+from codistill.utils import InputError, accumulation_dtype
 
 State = dict[str, Any]
 MEMBER = re.compile(r"(?:^|(?<=\.))members\.(\d+)(?=\.)")

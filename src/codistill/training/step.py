@@ -12,9 +12,8 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from codistill.distributed.peers import MeshPeers
-from codistill.peers.base import PeerOutputs
-from codistill.peers.networks import NetworkPeers
+from codistill.distributed import MeshPeers
+from codistill.peers import NetworkPeers, PeerOutputs
 from codistill.training.run import Run
 
 Terms = dict[str, Tensor]

@@ -8,15 +8,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.config.config import Config
+from codistill.config import Config
 from codistill.data import Loader
-from codistill.distributed.peers import MeshPeers
+from codistill.distributed import MeshPeers
 from codistill.methods import Method, build_method
-from codistill.peers.base import Peers
-from codistill.peers.ema import MeanTeacher
-from codistill.peers.from_config import build_peers
+from codistill.peers import MeanTeacher, Peers, build_peers
 from codistill.training.run import Run
-from codistill.utils.parameters import count_parameters
+from codistill.utils import count_parameters
 
 
 def load_student(config: Config, state: Mapping[str, Any], classes: int, channels: int, image_size: int) -> nn.Module:

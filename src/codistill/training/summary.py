@@ -10,12 +10,9 @@ import torch
 from torch import Tensor
 
 from codistill.data import Loader
-from codistill.distributed.peers import MeshPeers, describe_imbalance
-from codistill.evaluation.cost import inference_cost, training_flops
-from codistill.evaluation.evaluate import evaluate_peers
-from codistill.evaluation.metrics import PeerMetrics
-from codistill.peers.base import PeerOutputs
-from codistill.peers.modes import eval_mode
+from codistill.distributed import MeshPeers, describe_imbalance
+from codistill.evaluation import PeerMetrics, evaluate_peers, inference_cost, training_flops
+from codistill.peers import PeerOutputs, eval_mode
 from codistill.training.loaders import part_loader
 from codistill.training.run import Run
 from codistill.training.student import (
@@ -25,7 +22,7 @@ from codistill.training.student import (
     deployed_name,
     deployed_network,
 )
-from codistill.utils.device import DTYPES
+from codistill.utils import DTYPES
 
 MAX_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes is unreadable
 

@@ -10,16 +10,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.config.methods import TeacherConfig
+from codistill.config import TeacherConfig
 from codistill.data import ImageSet
 from codistill.models import build, resolve
-from codistill.runs.checkpoint import load_run_checkpoint
-from codistill.runs.run_folder import open_run
+from codistill.runs import load_run_checkpoint, open_run
 from codistill.training.student import load_student
-from codistill.utils.allow_import import check_imports
-from codistill.utils.errors import InputError, suggest
-from codistill.utils.files import read_json
-from codistill.utils.safe_load import load_tensors
+from codistill.utils import InputError, check_imports, load_tensors, read_json, suggest
 
 TEACHER_KINDS = (
     "a run folder",

@@ -1,1 +1,72 @@
 """Helpers that import nothing else of codistill: errors, files, devices, signals, safe loading."""
+
+from typing import TYPE_CHECKING
+
+from codistill.utils.lazy import lazy_names
+
+if TYPE_CHECKING:
+    from codistill.utils.allow_import import ImportPolicy as ImportPolicy
+    from codistill.utils.allow_import import check_imports as check_imports
+    from codistill.utils.allow_import import command_line as command_line
+    from codistill.utils.allow_import import current_network_name as current_network_name
+    from codistill.utils.allow_import import current_policy as current_policy
+    from codistill.utils.allow_import import use_policy as use_policy
+    from codistill.utils.cpu_memory import keep_freed_memory as keep_freed_memory
+    from codistill.utils.cpu_memory import release_kept_memory as release_kept_memory
+    from codistill.utils.device import DTYPES as DTYPES
+    from codistill.utils.device import accumulation_dtype as accumulation_dtype
+    from codistill.utils.device import allocated_bytes as allocated_bytes
+    from codistill.utils.device import peak_megabytes as peak_megabytes
+    from codistill.utils.device import pick_device as pick_device
+    from codistill.utils.device import reset_peak_memory as reset_peak_memory
+    from codistill.utils.device import synchronize as synchronize
+    from codistill.utils.errors import InputError as InputError
+    from codistill.utils.errors import MachineError as MachineError
+    from codistill.utils.errors import OtherRankFailedError as OtherRankFailedError
+    from codistill.utils.errors import Stopped as Stopped
+    from codistill.utils.errors import UnreadableError as UnreadableError
+    from codistill.utils.errors import explain_failure as explain_failure
+    from codistill.utils.errors import first_line as first_line
+    from codistill.utils.errors import on_one_line as on_one_line
+    from codistill.utils.errors import out_of_memory as out_of_memory
+    from codistill.utils.errors import suggest as suggest
+    from codistill.utils.files import DISK_FULL as DISK_FULL
+    from codistill.utils.files import LockedError as LockedError
+    from codistill.utils.files import lock as lock
+    from codistill.utils.files import read_json as read_json
+    from codistill.utils.files import read_lines as read_lines
+    from codistill.utils.files import write_atomically as write_atomically
+    from codistill.utils.files import write_json as write_json
+    from codistill.utils.files import write_text as write_text
+    from codistill.utils.parameters import count_parameters as count_parameters
+    from codistill.utils.safe_load import check_npz_sizes as check_npz_sizes
+    from codistill.utils.safe_load import find_looping_links as find_looping_links
+    from codistill.utils.safe_load import find_outside_links as find_outside_links
+    from codistill.utils.safe_load import load_tensors as load_tensors
+    from codistill.utils.signals import catch_signals as catch_signals
+    from codistill.utils.tables import Rows as Rows
+    from codistill.utils.tables import comma_separated as comma_separated
+    from codistill.utils.tables import escape_markdown as escape_markdown
+    from codistill.utils.tables import latex as latex
+    from codistill.utils.tables import looks_numeric as looks_numeric
+    from codistill.utils.tables import markdown as markdown
+
+__getattr__, __dir__ = lazy_names(
+    __name__,
+    {
+        "allow_import": "ImportPolicy check_imports command_line current_network_name current_policy use_policy",
+        "cpu_memory": "keep_freed_memory release_kept_memory",
+        "device": (
+            "DTYPES accumulation_dtype allocated_bytes peak_megabytes pick_device reset_peak_memory synchronize"
+        ),
+        "errors": (
+            "InputError MachineError OtherRankFailedError Stopped UnreadableError explain_failure "
+            "first_line on_one_line out_of_memory suggest"
+        ),
+        "files": "DISK_FULL LockedError lock read_json read_lines write_atomically write_json write_text",
+        "parameters": "count_parameters",
+        "safe_load": "check_npz_sizes find_looping_links find_outside_links load_tensors",
+        "signals": "catch_signals",
+        "tables": "Rows comma_separated escape_markdown latex looks_numeric markdown",
+    },
+)

@@ -6,7 +6,7 @@ import dataclasses
 
 from codistill.cli.compare import compare
 from codistill.cli.options import DemoOptions, Parsed
-from codistill.reproduce.recipes.demo import METHODS, demo
+from codistill.reproduce import METHODS, demo
 
 
 def run(parsed: Parsed) -> int:

@@ -8,17 +8,21 @@ from typing import Any
 
 from codistill.cli.console import err, members_table, out, print_rows
 from codistill.cli.options import EvaluateOptions, Parsed
-from codistill.data import Loader
-from codistill.data.external_test_set import load_external_test_set
-from codistill.deploy.calibrate import calibrate_student
-from codistill.evaluation import calibration
-from codistill.training.build import load_run, load_without_images
-from codistill.training.loaders import curve_loader, make_loader, test_loader
-from codistill.training.run import Run
-from codistill.training.student import deployed_name, deployed_scores
-from codistill.training.summary import evaluate_run
-from codistill.utils.cpu_memory import keep_freed_memory
-from codistill.utils.errors import InputError
+from codistill.data import Loader, load_external_test_set
+from codistill.deploy import calibrate_student
+from codistill.evaluation import calibration_figures, class_rows, confusion_matrix, write_confusion
+from codistill.training import (
+    Run,
+    curve_loader,
+    deployed_name,
+    deployed_scores,
+    evaluate_run,
+    load_run,
+    load_without_images,
+    make_loader,
+    test_loader,
+)
+from codistill.utils import InputError, keep_freed_memory
 
 
 def run(parsed: Parsed) -> int:
@@ -66,15 +70,15 @@ def _extra_metrics(trained: Run, loader: Loader, options: EvaluateOptions, folde
     classes = trained.data.classes
     extra: dict[str, Any] = {}
     if options.per_class or options.confusion:
-        confusion = calibration.confusion_matrix(logits_NC, labels_N)
+        confusion = confusion_matrix(logits_NC, labels_N)
         if options.per_class:
-            extra["classes"] = calibration.class_rows(confusion, classes)
+            extra["classes"] = class_rows(confusion, classes)
         if options.confusion:
-            calibration.write_confusion(Path(options.confusion), confusion, classes)
+            write_confusion(Path(options.confusion), confusion, classes)
             extra["confusion"] = options.confusion
     if options.calibrate:
         temperature = calibrate_student(trained, folder, options.checkpoint)
-        extra["calibration"] = [calibration.calibration(logits_NC, labels_N, t) for t in (1.0, temperature)]
+        extra["calibration"] = [calibration_figures(logits_NC, labels_N, t) for t in (1.0, temperature)]
     return extra
 
 

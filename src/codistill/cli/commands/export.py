@@ -6,12 +6,9 @@ from pathlib import Path
 
 from codistill.cli.console import err, out
 from codistill.cli.options import ExportOptions, Parsed
-from codistill.deploy.export import SUFFIXES, export_student
-from codistill.deploy.model_card import model_card
-from codistill.training.build import load_run, load_without_images
-from codistill.training.student import deployed_name
-from codistill.utils.errors import InputError
-from codistill.utils.files import write_text
+from codistill.deploy import SUFFIXES, export_student, make_model_card
+from codistill.training import deployed_name, load_run, load_without_images
+from codistill.utils import InputError, write_text
 
 
 def run(parsed: Parsed) -> int:
@@ -26,7 +23,7 @@ def run(parsed: Parsed) -> int:
         err.print(f"the file is checked on noise, since the run's images cannot be loaded ({error})", markup=False)
     difference = export_student(trained, path, options.format)
     card = path.with_suffix(".md")
-    write_text(card, model_card(trained, folder, path, difference, options.license, options.checkpoint))
+    write_text(card, make_model_card(trained, folder, path, difference, options.license, options.checkpoint))
     beside = [card.name] + ["student.py"] * path.with_name("student.py").exists()
     out.print(f"wrote {path}, and {' and '.join(beside)} beside it")
     out.print(

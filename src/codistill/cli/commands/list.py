@@ -6,9 +6,8 @@ from collections.abc import Callable
 
 from codistill.cli.console import print_rows
 from codistill.cli.options import ListOptions, Parsed
-from codistill.config.methods import METHODS
-from codistill.utils.errors import InputError, suggest
-from codistill.utils.tables import Rows
+from codistill.config import METHODS
+from codistill.utils import InputError, Rows, suggest
 
 
 def run(parsed: Parsed) -> int:
@@ -35,9 +34,8 @@ def _list_methods(_options: ListOptions) -> Rows:
 
 
 def _list_models(_options: ListOptions) -> Rows:
-    from codistill.models import MODELS
-    from codistill.models.external import EXTERNAL_MODELS
-    from codistill.training.student import count_parameters
+    from codistill.models import EXTERNAL_MODELS, MODELS
+    from codistill.training import count_parameters
 
     built_in = [(name, f"{count_parameters(make()):,}", (make.__doc__ or "").strip()) for name, make in MODELS.items()]
     external = [(spelling, "-", description) for spelling, description in EXTERNAL_MODELS.items()]
@@ -46,14 +44,13 @@ def _list_models(_options: ListOptions) -> Rows:
 
 
 def _list_data(_options: ListOptions) -> Rows:
-    from codistill.data.datasets import SETS
+    from codistill.data import SETS
 
     return [{"data": name, "what it is": description} for name, description in SETS.items()]
 
 
 def _list_tables(_options: ListOptions) -> Rows:
-    from codistill.reproduce.published_tables import published_tables
-    from codistill.reproduce.recipes import TABLES
+    from codistill.reproduce import TABLES, load_published_tables
 
     return [
         {
@@ -63,13 +60,13 @@ def _list_tables(_options: ListOptions) -> Rows:
             "networks": ", ".join(TABLES[name].networks),
             "methods": ", ".join(TABLES[name].methods),
         }
-        for name, published in published_tables().items()
+        for name, published in load_published_tables().items()
     ]
 
 
 def _list_branch_points(options: ListOptions) -> Rows:
     """Return the modules at which a network can fork, in the order in which they run."""
-    from codistill.peers.branch_points import branch_point_rows
+    from codistill.peers import branch_point_rows
 
     return branch_point_rows(options.model, options.image_size)
 

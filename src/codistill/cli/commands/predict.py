@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 
 from codistill.cli.options import Parsed, PredictOptions
-from codistill.deploy.predict import find_images, format_csv, load_predictor, predict
-from codistill.utils.errors import InputError
+from codistill.deploy import find_images, format_csv, load_predictor, predict_images
+from codistill.utils import InputError
 
 
 def run(parsed: Parsed) -> int:
@@ -18,7 +18,7 @@ def run(parsed: Parsed) -> int:
     files = find_images(parsed.positionals[1:])
     predictor = load_predictor(parsed.positionals[0], options.device, options.checkpoint)
     top = min(options.top, len(predictor.data_info["classes"]))
-    rows = [*predict(predictor, files, top, options.batch_size)]
+    rows = [*predict_images(predictor, files, top, options.batch_size)]
     if options.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
     else:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from codistill.cli.console import out
 from codistill.cli.options import Parsed, ReportOptions
-from codistill.reproduce.report.page import write_report
+from codistill.reproduce import write_report
 
 
 def run(parsed: Parsed) -> int:

@@ -6,9 +6,9 @@ import dataclasses
 
 from codistill.cli.console import RichReporter, members_table, out
 from codistill.cli.options import Parsed
-from codistill.config.config import Config
-from codistill.distributed.launch import shutdown
-from codistill.training.loop import Result, train
+from codistill.config import Config
+from codistill.distributed import shutdown
+from codistill.training import Result, train
 
 
 def run(parsed: Parsed) -> int:

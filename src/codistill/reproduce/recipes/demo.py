@@ -1,7 +1,7 @@
 """The demo: few labels per class, small networks, enough epochs to fit them; it takes minutes on two CPU cores."""
 
-from codistill.config.config import CompareConfig
-from codistill.utils.errors import InputError, suggest
+from codistill.config import CompareConfig
+from codistill.utils import InputError, suggest
 
 SHARED = {"model": ("resnet8",), "peers": 4, "topology": "both", "seeds": 3, "workers": 2, "val_fraction": 0.1}
 SETS = {

@@ -8,9 +8,9 @@ cells of the table.
 
 from __future__ import annotations
 
-from codistill.config.config import Config
-from codistill.config.methods import (
+from codistill.config import (
     CLILRConfig,
+    Config,
     DMLConfig,
     IndependentConfig,
     KDCLConfig,

@@ -8,8 +8,7 @@ over all branches for Ind, DML, CL-ILR and ONE, and the best test epoch for ever
 
 from __future__ import annotations
 
-from codistill.config.config import Config
-from codistill.config.methods import CLILRConfig, DMLConfig, IndependentConfig, MethodConfig, OKDDipConfig, ONEConfig
+from codistill.config import CLILRConfig, Config, DMLConfig, IndependentConfig, MethodConfig, OKDDipConfig, ONEConfig
 from codistill.reproduce.recipes.table_recipe import IMAGENET, CellRef, TableRecipe, with_imagenet_schedule
 
 NETWORKS = ("densenet40_12", "resnet32", "vgg16", "resnet110", "wrn20_8")

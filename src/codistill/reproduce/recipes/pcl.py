@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 
-from codistill.config.config import Config
-from codistill.config.methods import (
+from codistill.config import (
     CLILRConfig,
+    Config,
     DMLConfig,
     IndependentConfig,
     KDCLConfig,

@@ -7,8 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
-from codistill.config.config import Config
-from codistill.utils.errors import InputError, suggest
+from codistill.config import Config
+from codistill.utils import InputError, suggest
 
 IMAGENET = "folder:imagenet"
 """In recipes, the data set of the user: --data-dir names its folder."""

@@ -7,16 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from codistill.config.config import Config
-from codistill.reproduce.command_line import command_line
+from codistill.config import Config
+from codistill.reproduce.command_line import format_command
 from codistill.reproduce.grid import Cell
 from codistill.reproduce.statistics import comparison_rows, format_mean_std
-from codistill.reproduce.table_figures import table_figures
+from codistill.reproduce.table_figures import make_figures
 from codistill.reproduce.table_folder import read_plan
-from codistill.reproduce.table_rows import cost_columns, network_label, table_notes, table_rows
-from codistill.utils.errors import InputError
-from codistill.utils.files import read_json, read_lines
-from codistill.utils.tables import Rows
+from codistill.reproduce.table_rows import cost_columns, make_table_rows, network_label, table_notes
+from codistill.utils import InputError, Rows, read_json, read_lines
 
 
 @dataclass
@@ -33,7 +31,7 @@ class RunData:
     @property
     def command(self) -> str:
         """The shell command that trains it again."""
-        return command_line(self.config)
+        return format_command(self.config)
 
 
 @dataclass
@@ -105,7 +103,7 @@ def _table_section(path: Path, grid_info: dict[str, Any]) -> Section:
         groups += [Group(label, runs)] if runs else []
     lower = plan.published["measure"] == "error"
     name = plan.name if plan.options.scale == "full" else f"{plan.name}, {plan.options.scale} scale"
-    rows, notes = table_rows(plan, table_figures(plan)), table_notes(plan)
+    rows, notes = make_table_rows(plan, make_figures(plan)), table_notes(plan)
     return Section(name, plan.title(), rows, lower, notes, groups, _read_failures(path))
 
 

@@ -11,9 +11,7 @@ from typing import Any
 
 from codistill.reproduce.report.charts import make_charts
 from codistill.reproduce.report.collect import Section, collect_sections
-from codistill.utils.errors import InputError
-from codistill.utils.files import write_text
-from codistill.utils.tables import Rows
+from codistill.utils import InputError, Rows, write_text
 
 _NAME_COLUMNS = ("network", "method", "peers", "run")
 _COST_PREFIXES = ("trained", "training", "deployed", "parameters", "s per run")
