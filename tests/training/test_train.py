@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from codistill.config.config import Config
+from codistill.config.methods import OKDDipConfig
 from codistill.data import DeviceLoader, load_set, make_splits
 from codistill.data.loader import Augmentation
 from codistill.models import resolve
@@ -87,11 +88,10 @@ def test_one_independent_peer_is_a_plain_network_bit_for_bit(tmp_path):
 @pytest.mark.parametrize("place", [(1, 2), (0, 1), (2, 4)])
 def test_a_resumed_run_ends_bit_identical(tmp_path, topology, place):
     options = {"topology": topology, "checkpoint_every_steps": 1, "log_every_steps": 1, "cutout": 2}
-    method = {"ablation": "random"}  # draws from the global random state at every step
+    method = OKDDipConfig(ablation="random")  # draws from the global random state at every step
     runs = {}
     for name, stop in (("whole", None), ("stopped", place)):
-        config = tiny(out=str(tmp_path / name), **options)
-        config.method = dataclasses.replace(config.method, **method)
+        config = tiny(out=str(tmp_path / name), method=method, **options)
         if stop is not None:
             with pytest.raises(KeyboardInterrupt):
                 train(config, StopAt(*stop))
