@@ -192,10 +192,11 @@ def row(family: str, name: str, size: int, pair: tuple[str, str], folder: Path) 
 HEAD = ["family", "name", "side", "fork", "head", "outputs", "gradients", "two steps under"]
 ABOUT = """# Architectures
 
-Written by `benchmarks/architectures.py` (torch {torch}, timm {timm}, torchvision {torchvision}; CPU). Two branches at
-the default place against explicit copies that share nothing: the largest difference of outputs and of every parameter's
-gradient (float64, relative above 1, training mode). "side" is that of the images tried. Two steps then ran through the
-real set-up under the methods named. Options after the name make a network small enough to try.
+Written by `benchmarks/architectures.py` (torch {torch}, timm {timm}, torchvision {torchvision}; CPU). Two branches
+that fork at the default module are compared with two explicit copies that share no modules: the columns "outputs" and
+"gradients" are the largest difference of outputs and of all parameters' gradients (float64, training mode; relative where the
+value is above 1). "side" is the side of the test images in pixels. Two training steps were then run with the method in
+the last column. Options after a name make the network small enough for the test.
 
 {table}
 """
@@ -203,8 +204,8 @@ real set-up under the methods named. Options after the name make a network small
 
 MATRIX = "## Every method\n"
 ABOUT_MATRIX = """{head}
-Two steps through the real set-up (`--matrix`; losses and gradients finite), on branches (B) and on whole networks (N);
-okddip with 3 members, the others with 2; one needs a trunk. The first small architecture of each of {tried} families
+Two training steps with finite losses and gradients (`--matrix`), on branches (B) and on whole networks (N); okddip with 3
+members, the others with 2; the method `one` needs a shared trunk. The first small architecture of each of {tried} families
 took {minutes:.0f} minutes of CPU time in all (1 thread, AMD EPYC Milan).
 
 {table}
