@@ -82,7 +82,7 @@ torch.save((model(student.normalise(pixels, about)), about["classes"]), "answer.
     assert classes == [str(c) for c in range(10)]
 
 
-def test_compare_prints_rows_of_equal_cost_and_trains_nothing_twice(tmp_path, capsys):
+def test_compare_prints_baselines_and_trains_nothing_twice(tmp_path, capsys):
     words = [
         "compare",
         "okddip",

@@ -65,7 +65,7 @@ def export(run, kind, out, capsys):
     return out
 
 
-def test_all_three_formats_work_where_codistill_cannot_be_imported(run, tmp_path, capsys):
+def test_all_three_formats_work_without_codistill(run, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="the ONNX part needs the extra codistill[onnx]")
     for kind, suffix in (("safetensors", ".safetensors"), ("torch-export", ".pt2"), ("onnx", ".onnx")):
         export(run, kind, tmp_path / f"s{suffix}", capsys)
@@ -83,7 +83,7 @@ def test_all_three_formats_work_where_codistill_cannot_be_imported(run, tmp_path
         assert classes == sorted(ODD)
 
 
-def test_the_card_says_what_the_folder_holds_and_no_name_breaks_out_of_it(run, tmp_path, capsys):
+def test_the_card_describes_the_folder_and_escapes_names(run, tmp_path, capsys):
     out = export(run, "safetensors", tmp_path / "my|student.safetensors", capsys)
     card = out.with_suffix(".md").read_text()
     _, front, body = card.split("---\n", 2)

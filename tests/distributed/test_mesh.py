@@ -147,7 +147,7 @@ def test_a_mesh_that_does_not_fit_is_refused(words, sentence, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_without_a_mesh_or_with_another_number_are_refused(monkeypatch):
+def test_a_mesh_must_match_the_number_of_processes(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(InputError, match="torchrun started 4 processes; say what they share with --mesh"):

@@ -182,7 +182,7 @@ def test_maps_of_two_sizes_are_not_written_over_each_other(network, layout):
     assert largest_gap(folded_for_evaluation(peers, x[:2], large=True), peers, x) < 1e-5
 
 
-def test_in_bfloat16_the_weights_are_kept_in_it_and_heads_are_not():
+def test_bfloat16_applies_to_weights_but_not_to_heads():
     peers = trained(NetworkPeers, "resnet8")
     peers.autocast = torch.bfloat16
     peers.to(memory_format=torch.channels_last)
@@ -201,7 +201,7 @@ def test_in_bfloat16_the_weights_are_kept_in_it_and_heads_are_not():
 
 
 @pytest.mark.parametrize("failure", ["no kernel", "refused", "no such operator", "wrong"])
-def test_without_the_kernels_or_if_they_err_the_folded_network_is_used(monkeypatch, failure):
+def test_the_folded_network_is_the_fallback_for_kernels(monkeypatch, failure):
     peers = trained(NetworkPeers, "resnet8")
     x = torch.randn(4, 3, 16, 16)
     if failure == "no kernel":

@@ -168,7 +168,7 @@ def test_peers_and_a_method_compile(topology):
     assert torch.allclose(compiled(views, targets), eager, atol=1e-5)
 
 
-def test_a_mean_teacher_copies_then_lags_and_records_no_statistics():
+def test_a_mean_teacher_starts_equal_and_records_no_statistics():
     peers = NetworkPeers("resnet8", 2, 10, in_channels=1, image_size=8)
     teacher = MeanTeacher(peers, 0.999)
     x = torch.randn(8, 1, 8, 8)
@@ -194,7 +194,7 @@ def test_a_mean_teacher_copies_then_lags_and_records_no_statistics():
         assert all((b == 7).all() for n, b in teacher.peers.named_buffers() if n.endswith("running_var"))
 
 
-def test_alternating_leaves_the_others_statistics_and_weights_alone():
+def test_alternating_keeps_the_others_statistics_and_weights():
     t = build("dml", {}, "networks")
     views, targets = next(t.loader.epoch(0))
     tracked = t.peers.members[1].body.bn1.num_batches_tracked

@@ -39,7 +39,7 @@ def setup_plain(path):
     return deployed_network(load_run(path))
 
 
-def test_a_run_folder_an_export_and_a_state_dict_give_the_same_teacher(run):
+def test_all_teacher_sources_give_the_same_teacher(run):
     ways = [(run / "run", None), (run / "student.safetensors", None), (run / "plain.pt", "resnet8")]
     teachers = [setup(student(path, model).resolved()).teacher for path, model in ways]
     x = torch.randn(4, 1, 8, 8)

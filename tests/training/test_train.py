@@ -148,14 +148,14 @@ def test_the_papers_protocol_keeps_last_and_best_apart(tmp_path):
     assert "validation" not in result.figures["split"]
 
 
-def test_the_honest_protocol_does_not_look_at_the_test_set_while_training(tmp_path):
+def test_the_honest_protocol_reads_the_test_set_only_at_the_end(tmp_path):
     train(tiny(out=str(tmp_path / "run"), epochs=1))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert "val" in line
     assert "test" not in line
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(tmp_path):
+def test_a_non_finite_loss_stops_the_run_and_keeps_weights(tmp_path):
     config = tiny(out=str(tmp_path / "run"), lr=1e18, log_every_steps=50)
     with pytest.raises(MachineError, match=r"epoch 0, step \d+ \(loss .*lower --lr \(now 1e\+18\)"):
         train(config)

@@ -36,7 +36,7 @@ def probe(mode):
 
 
 @linux
-def test_kept_memory_is_not_cleared_anew_and_goes_back_when_asked():
+def test_kept_memory_is_not_cleared_again_and_is_released():
     default, _ = probe("default")
     kept, released = probe("keep")
     assert default > 20 * 12  # at least a page of 2 MB each time where huge pages are, or 12,000 small ones
