@@ -7,6 +7,8 @@ import pytest
 import kills
 from kept_whole import unreadable
 
+pytestmark = pytest.mark.slow
+
 CASES = ["pcl, networks", "kdcl general, branches", "one, branches, bfloat16", "dml alternating, networks"]
 
 

@@ -190,6 +190,7 @@ def weights(out):
     return torch.load(out / "last.pt", weights_only=True)["peers"]
 
 
+@pytest.mark.slow
 def test_a_run_stopped_by_a_corrupt_file_resumes_to_the_same_end(tmp_path, capsys):
     folder = write_images(tmp_path / "images")
     given = ("--normalise", "imagenet")  # statistics of its own would pass the bad file over

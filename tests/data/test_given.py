@@ -195,6 +195,7 @@ class Photos(Squares):
         return image.resize((self.size, self.size)), label
 
 
+@pytest.mark.slow
 def test_a_lazy_set_is_read_in_every_epoch_as_files_are(tmp_path):
     data = ImageSet.from_dataset(Photos(40), Photos(10), lazy=True)
     assert data.from_files

@@ -36,6 +36,7 @@ def imagenet(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("table", "network", "method"), CELLS)
 def test_cells_train_on_a_folder_in_imagenets_layout(table, network, method, imagenet, tmp_path):
     options = ReproduceConfig(seeds=1, data_dir=str(imagenet), out=str(tmp_path))

@@ -14,6 +14,8 @@ from codistill.cli.main import main
 from helpers.common import read_json
 from helpers.processes import free_port, torchrun
 
+pytestmark = pytest.mark.slow
+
 TRAIN = [
     *("-m", "codistill", "train", "okddip", "--model", "resnet8", "--data", "digits", "--train-per-class", "6"),
     *("--batch-size", "16", "--peers", "4", "--epochs", "8", "--device", "cpu", "--checkpoint-every-steps", "1"),

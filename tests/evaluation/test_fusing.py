@@ -33,6 +33,7 @@ def largest_gap(one, other, x):
     return ((one(x).logits_PBC - said).abs().max() / said.abs().max()).item()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [NetworkPeers, BranchPeers])
 @pytest.mark.parametrize(
     ("model", "networks", "branches"),

@@ -49,6 +49,7 @@ def test_the_temperature_undoes_a_known_overconfidence():
     )
 
 
+@pytest.mark.slow
 def test_evaluate_shows_it_and_predict_uses_the_temperature(tmp_path, capsys):
     words = ["--model", "resnet8", "--train-per-class", "6", "--batch-size", "16", "--epochs", "2", "--peers", "1"]
     run = tmp_path / "run"

@@ -139,6 +139,7 @@ def test_order_of_peers_does_not_matter(name, options, topology):
     close(t.method(outputs, targets)["loss"], before, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "kd"])
 def test_a_resumed_run_ends_bit_identical_for_every_method(name, tmp_path):
     from helpers.runs import StopAt
@@ -159,6 +160,7 @@ def test_a_resumed_run_ends_bit_identical_for_every_method(name, tmp_path):
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "stopped/metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["networks", "branches"])
 def test_peers_and_a_method_compile(topology):
     t = build("okddip", {}, topology)

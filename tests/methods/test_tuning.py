@@ -174,6 +174,7 @@ def test_a_cut_never_leaves_the_image():
             assert 0 <= left <= 1
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it_resumes_bit_identically(tmp_path):
     from helpers.runs import StopAt
 

@@ -15,6 +15,7 @@ from codistill.utils.errors import InputError
 CASES = [(name, size) for _, name, size in ARCHITECTURES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), CASES, ids=[name.split(",")[0] for name, _ in CASES])
 def test_branches_equal_explicit_copies(name, size):
     proof = prove(name, size)
@@ -22,6 +23,7 @@ def test_branches_equal_explicit_copies(name, size):
     assert proof.gradients <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[name.split(",")[0] for name, _ in CASES])
 def test_two_steps_run_under_a_method(index, tmp_path):
     method, topology = ROTATION[index % len(ROTATION)]
@@ -34,6 +36,7 @@ def test_the_rotation_covers_methods_and_architectures():
     assert len({name.partition(",")[0] for name, _ in CASES}) >= 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "place"),
     [

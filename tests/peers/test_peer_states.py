@@ -108,6 +108,7 @@ def test_building_changes_no_running_statistics():
             assert (buffer == start).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "options"), [(networks, {}), (branches, {}), (branches, TREE)])
 def test_compiled_peers_equal_eager_ones(build, options):
     eager, compiled = build(4, **options), build(4, **options)

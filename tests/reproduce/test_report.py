@@ -91,6 +91,7 @@ def test_the_page_holds_every_chart_and_the_commands(page):
     assert "best test epoch" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
 def test_a_browser_draws_it_without_errors_and_toggles_a_group(page, tmp_path):
     probe = """<script>

@@ -78,6 +78,7 @@ def test_every_recipe_resolves_at_every_scale(scale):
             assert (baseline.peers, baseline.topology) == (full.peers, full.topology), (name, method)
 
 
+@pytest.mark.slow
 def test_imagenet_cells_can_be_built_at_smoke_scale():
     from codistill.training.build import setup
 
@@ -126,6 +127,7 @@ def test_printed_commands_stand_after_their_teachers(tmp_path, capsys):
     assert not (tmp_path / "grid").exists()
 
 
+@pytest.mark.slow
 def test_a_smoke_table_prints_no_published_number(tmp_path, capsys):
     folder = tmp_path / "grid"
     words = ["reproduce", "okddip_table2", "--scale", "smoke", "--method", "OKDDip-branch", "--seeds", "1"]
@@ -207,6 +209,7 @@ def test_tables_escape_everything():
 # The grid
 
 
+@pytest.mark.slow
 def test_a_failed_run_stops_only_its_students(tmp_path):
     from codistill.config.methods import KDConfig
     from codistill.reproduce.workers import Processes
@@ -235,6 +238,7 @@ def test_a_failed_run_stops_only_its_students(tmp_path):
     assert read_json(tmp_path / "student/seed0/config.json")["method"]["teacher"] == str(tmp_path / "good" / "seed0")
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_where_it_stood(tmp_path):
     folder = tmp_path / "grid"
     words = [sys.executable, "-m", "codistill", "compare", "independent", "--seeds", "1", "--peers", "2"]
@@ -298,6 +302,7 @@ def test_every_gpu_gets_one_worker(monkeypatch):
     assert seen == ["2", "5", "7"]
 
 
+@pytest.mark.slow
 def test_a_process_that_has_lost_its_gpu_is_replaced(tmp_path, monkeypatch):
     source = "def network(num_classes):\n    raise RuntimeError('CUDA error: an illegal memory access')\n"
     (tmp_path / "lost_gpu.py").write_text(source)
@@ -320,6 +325,7 @@ def test_a_process_that_has_lost_its_gpu_is_replaced(tmp_path, monkeypatch):
     assert served[0] != served[1] == served[2]
 
 
+@pytest.mark.slow
 def test_submitit_trains_on_this_machine(tmp_path):
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     words = ["reproduce", "okddip_table2", "--scale", "smoke", "--method", "Baseline", "--no-baselines"]

@@ -58,6 +58,7 @@ def test_a_complete_run_without_its_last_weights_is_left_alone(gone, run, tmp_pa
     assert (tmp_path / "run" / "result.json").exists()
 
 
+@pytest.mark.slow
 def test_another_comparison_in_the_same_folder_is_refused(tmp_path, capsys):
     compare = ["compare", "independent", *ROW, "--seeds", "1", "--out", str(tmp_path / "grid")]
     assert main([*compare, "--epochs", "1"]) == 0

@@ -32,6 +32,7 @@ for threads in (1, 2, 2):
 """
 
 
+@pytest.mark.slow
 def test_a_run_repeats_bit_for_bit_on_as_many_threads():
     command = [sys.executable, "-W", "ignore", "-c", CODE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)

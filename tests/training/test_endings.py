@@ -187,6 +187,7 @@ def test_a_full_disk_while_metrics_are_written(tmp_path, capsys, whole, monkeypa
     same_end(out, whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_grids_bookkeeping(tmp_path):
     from codistill.reproduce.workers import train_job
 

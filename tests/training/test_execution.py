@@ -121,6 +121,7 @@ def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):
         assert torch.equal(value, again.peers.state_dict()[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "topology"), [("sgd", "networks"), ("sgd", "branches"), ("adamw", "networks")])
 def test_a_checkpoint_does_not_show_how_the_peers_ran(tmp_path, optimizer, topology):
     from helpers.runs import StopAt

@@ -84,6 +84,7 @@ def test_one_independent_peer_is_a_plain_network_bit_for_bit(tmp_path):
         assert torch.equal(student[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["networks", "branches"])
 @pytest.mark.parametrize("place", [(1, 2), (0, 1), (2, 4)])
 def test_a_resumed_run_ends_bit_identical(tmp_path, topology, place):

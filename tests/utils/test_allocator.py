@@ -35,6 +35,7 @@ def probe(mode):
     return tuple(map(float, done.stdout.split()))
 
 
+@pytest.mark.slow
 @linux
 def test_kept_memory_is_not_cleared_again_and_is_released():
     default, _ = probe("default")
@@ -44,6 +45,7 @@ def test_kept_memory_is_not_cleared_again_and_is_released():
     assert released > 40
 
 
+@pytest.mark.slow
 @linux
 def test_training_on_a_cpu_keeps_it_and_lets_go_at_the_end(monkeypatch, tmp_path):
     called, loop = [], sys.modules[train.__module__]
