@@ -13,6 +13,7 @@ from codistill.training.step import train_step
 from codistill.training.student import deployed_network
 from codistill.utils.errors import InputError
 from helpers.common import close
+from helpers.runs import StopAt, tiny
 
 CASES = [
     ("okddip", "networks"),
@@ -25,8 +26,7 @@ CASES = [
 
 
 def config(name="okddip", topology="networks", **options) -> Config:
-    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 12, "epochs": 2, "peers": 3}
-    return Config(name, topology=topology, **values | options)
+    return tiny(**{"method": name, "topology": topology, "batch_size": 12, "epochs": 2} | options)
 
 
 def build(*args, **options):
@@ -99,8 +99,6 @@ def test_the_choice_is_kept_and_used_again(tmp_path, monkeypatch):
     assert first.figures["execution"] == "stacked"
     measured = config(execution="measure", out=str(tmp_path / "measured"), epochs=2)
     monkeypatch.setattr("codistill.training.build.choose_execution", lambda *_: "stacked")
-    from helpers.runs import StopAt
-
     with pytest.raises(KeyboardInterrupt):
         train(dataclasses.replace(measured, log_every_steps=1), StopAt(1, 2))
     monkeypatch.setattr("codistill.training.build.choose_execution", lambda *_: pytest.fail("it was chosen already"))
@@ -110,8 +108,6 @@ def test_the_choice_is_kept_and_used_again(tmp_path, monkeypatch):
 
 
 def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):
-    from helpers.runs import StopAt
-
     options = {"execution": "stacked", "checkpoint_every_steps": 1, "log_every_steps": 1}
     whole = train(config(out=str(tmp_path / "whole"), **options))
     with pytest.raises(KeyboardInterrupt):
@@ -124,8 +120,6 @@ def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "topology"), [("sgd", "networks"), ("sgd", "branches"), ("adamw", "networks")])
 def test_a_checkpoint_does_not_show_how_the_peers_ran(tmp_path, optimizer, topology):
-    from helpers.runs import StopAt
-
     options = {"optimizer": optimizer, "topology": topology, "dtype": "float64", "log_every_steps": 1}
     if optimizer == "adamw":
         options["lr"] = 1e-3

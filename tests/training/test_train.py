@@ -23,12 +23,7 @@ from codistill.utils.errors import InputError, MachineError
 from codistill.utils.signals import Stopped
 from helpers.common import read_json
 from helpers.host_reads import CountHostReads
-from helpers.runs import StopAt
-
-
-def tiny(**options) -> Config:
-    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 3, "peers": 3}
-    return Config(**({"method": "okddip"} | values | options))
+from helpers.runs import StopAt, tiny
 
 
 def test_the_rate_falls_when_the_papers_say():
