@@ -294,6 +294,7 @@ def test_mistakes_are_one_sentence(options, sentence, tmp_path, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_grid_decodes_with_workers_of_its_own(folder, tmp_path, capsys):
     out = tmp_path / "grid"
     options = ["--model", "resnet8", "--image-size", "16", "--batch-size", "8", "--epochs", "1", "--seeds", "1"]

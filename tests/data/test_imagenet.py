@@ -52,6 +52,7 @@ def test_cells_train_on_a_folder_in_imagenets_layout(table, network, method, ima
     assert read_json(tmp_path / "run" / "data.json")["classes"] == ["n01440764", "n01443537"]
 
 
+@pytest.mark.slow
 def test_options_appended_to_a_printed_command_override_it(imagenet, tmp_path, capsys):
     words = ["reproduce", "okddip_table3", "--method", "Baseline", "--seeds", "1", "--data-dir", str(imagenet)]
     assert main([*words, "--out", str(tmp_path / "grid"), "--print-commands"]) == 0
