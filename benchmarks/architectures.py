@@ -1,12 +1,12 @@
-"""Which architectures work as peers and branches, and under which methods: the proof, and docs/architectures.md.
+"""Check which architectures work as peers and branches, and with which methods; writes docs/architectures.md.
 
     OMP_NUM_THREADS=1 python benchmarks/architectures.py --out docs/architectures.md           # 4 minutes, 1 core
     OMP_NUM_THREADS=1 python benchmarks/architectures.py --matrix                            # every method: 3
 
-For every architecture, two branches at the default place are compared with explicit copies: outputs and the gradient of
-every parameter, float64, training mode, dropout and stochastic depth off. Then two steps run under a method. `--matrix`
-runs two steps of one architecture a family under every method instead, and puts that table below the first.
-Networks are the libraries' own, made narrow or shallow by their own options where they would be slow.
+For every architecture, two branches at the default fork are compared with explicit copies: outputs and the gradient of
+every parameter, float64, training mode, dropout and stochastic depth off. Then two steps run with a method. `--matrix`
+runs two steps of one architecture per family with every method instead, and writes that table below the first.
+The networks are those of the libraries, made narrow or shallow by their own options where they would be slow.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ from codistill.config.config import Config
 from codistill.config.methods import METHODS
 from codistill.peers.branches import BranchPeers
 from codistill.peers.networks import NetworkPeers
-from codistill.peers.shared_trunk import Entry
-from codistill.training.build import setup
-from codistill.training.loop import zero_sums
+from codistill.peers.shared_trunk import BranchEntry
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError, MachineError
 
@@ -66,7 +66,7 @@ ARCHITECTURES = [
     ("Swin V2", f"timm:swinv2_tiny_window8_256,{SMALL_SWIN}", 32),
     ("PoolFormer", "timm:poolformer_s12", 32),
 ]
-LARGE = [  # in the table alone: too slow for the tests
+LARGE = [  # in the table only: too slow for the tests
     ("VGG", "torchvision:vgg11", 32),
     ("ConvNeXt", "torchvision:convnext_tiny", 32),
     ("Swin", "torchvision:swin_t", 32),
@@ -75,14 +75,14 @@ LARGE = [  # in the table alone: too slow for the tests
     ("SqueezeNet", "torchvision:squeezenet1_1", 64),
     ("DeiT, distilled", "timm:deit_tiny_distilled_patch16_224", 32),
 ]
-ROTATION = [  # every method, on every topology that it admits
+ROTATION = [  # every method, on every topology that it supports
     (name, topology) for topology in ("branches", "networks") for name, c in METHODS.items() if topology in c.topologies
 ]
 
 
 @dataclass
 class Proof:
-    """What the comparison with explicit copies gave."""
+    """Result of the comparison with explicit copies."""
 
     fork: str
     head: str
@@ -92,9 +92,9 @@ class Proof:
 
 
 def prove(name: str, size: int, num_peers: int = 2) -> Proof:
-    """Compare branches at the default place with explicit copies that share nothing."""
+    """Compare branches at the default fork with explicit copies that share nothing."""
     peers = BranchPeers(name, num_peers, CLASSES, image_size=size).double().train()
-    without_chance(peers)
+    disable_dropout(peers)
     copies = [peers.export_member(p) for p in range(num_peers)]
     rng = torch.Generator().manual_seed(1)
     x_BCHW = torch.randn(8, 3, size, size, generator=rng, dtype=torch.float64)
@@ -112,25 +112,25 @@ def prove(name: str, size: int, num_peers: int = 2) -> Proof:
             zeros = torch.zeros_like(parameter)
             expected[id(parameter)] = expected.get(id(parameter), zeros) + (zeros if grad is None else grad)
             ours[id(parameter)] = zeros if parameter.grad is None else parameter.grad
-    fork = next(n for n, m in peers.member(0).body.named_modules() if isinstance(m, Entry)).replace(".inner", "")
-    gradients = max(gap(ours[key], expected[key]) for key in ours)
-    return Proof(fork, peers.member(0).head_path, gap(logits_PBC, expected_PBC), gradients)
+    fork = next(n for n, m in peers.member(0).body.named_modules() if isinstance(m, BranchEntry)).replace(".inner", "")
+    gradients = max(largest_difference(ours[key], expected[key]) for key in ours)
+    return Proof(fork, peers.member(0).head_path, largest_difference(logits_PBC, expected_PBC), gradients)
 
 
-def gap(ours: Tensor, theirs: Tensor) -> float:
+def largest_difference(ours: Tensor, theirs: Tensor) -> float:
     """Return the largest difference, relative where the value exceeds 1."""
     ours, theirs = ours.detach(), theirs.detach()
     return ((ours - theirs).abs() / theirs.abs().clamp_min(1.0)).max().item() if ours.numel() else 0.0
 
 
 def plain_names(peers: BranchPeers, index: int) -> dict[str, nn.Parameter]:
-    """Return a member's parameters under the names that they have in the plain network."""
+    """Return a member's parameters by their names in the plain network."""
     member = peers.member(index)
     body = {n.replace(".inner", ""): p for n, p in member.body.named_parameters(remove_duplicate=False)}
     return body | {f"{member.head_path}.{n}": p for n, p in member.head.named_parameters()}
 
 
-def without_chance(module: nn.Module) -> None:
+def disable_dropout(module: nn.Module) -> None:
     """Switch dropout and stochastic depth off."""
     for part in module.modules():
         if isinstance(part, nn.modules.dropout._DropoutNd):
@@ -141,7 +141,7 @@ def without_chance(module: nn.Module) -> None:
 
 
 def write_images(path: Path, size: int) -> str:
-    """Write a small set of noise for a network of that input size, and return its name as a set."""
+    """Write a small data set of noise for a network of that input size, and return its name."""
     rng = np.random.default_rng(0)
     labels = np.arange(20) % CLASSES
     arrays = {f"x_{part}": rng.integers(0, 256, (20, size, size, 3), dtype=np.uint8) for part in ("train", "test")}
@@ -150,7 +150,7 @@ def write_images(path: Path, size: int) -> str:
 
 
 def two_steps(name: str, size: int, method: str, topology: str, folder: Path) -> list[float]:
-    """Return the losses of two steps through the real set-up.
+    """Return the losses of two steps of a run as training builds it.
 
     Raises:
         MachineError: a loss or a gradient was not finite.
@@ -160,18 +160,18 @@ def two_steps(name: str, size: int, method: str, topology: str, folder: Path) ->
     teacher = None
     if method == "kd":
         teacher = NetworkPeers("resnet8", 1, CLASSES, image_size=size).export_member(0)
-    t = setup(config.resolved(), teacher)
-    t.sums = zero_sums(t)
+    t = build_run(config.resolved(), teacher)
+    t.progress.sums = zero_sums(t)
     t.peers.train()
     batches = t.loader.epoch(0)
     losses = [train_step(t, *next(batches), 1.0)["loss"].item() for _ in range(2)]
-    if t.guard.look() is not None:
+    if t.guard.check_finite() is not None:
         raise MachineError(f"{method} on {topology}: not finite ({losses})")
     return losses
 
 
 def row(family: str, name: str, size: int, pair: tuple[str, str], folder: Path) -> list[str]:
-    """Try one architecture and return its line of the table."""
+    """Check one architecture and return its row of the table."""
     began = time.perf_counter()
     shown = [family, f"`{name}`", str(size)]
     try:
@@ -189,31 +189,31 @@ def row(family: str, name: str, size: int, pair: tuple[str, str], folder: Path) 
     return [*shown, f"`{proof.fork}`", f"`{proof.head}`", *figures, under]
 
 
-HEAD = ["family", "name", "side", "fork", "head", "outputs", "gradients", "two steps under"]
-ABOUT = """# Architectures
+HEAD = ["family", "name", "size", "fork", "head", "outputs", "gradients", "two steps with"]
+TEXT = """# Architectures
 
 Written by `benchmarks/architectures.py` (torch {torch}, timm {timm}, torchvision {torchvision}; CPU). Two branches
 that fork at the default module are compared with two explicit copies that share no modules: the columns "outputs" and
-"gradients" are the largest difference of outputs and of all parameters' gradients (float64, training mode; relative where the
-value is above 1). "side" is the side of the test images in pixels. Two training steps were then run with the method in
-the last column. Options after a name make the network small enough for the test.
+"gradients" are the largest difference of outputs and of all parameters' gradients (float64, training mode; relative where
+the value is above 1). "size" is the side of the test images in pixels. Two training steps were then run with the method
+in the last column. Options after a name make the network small enough for the test.
 
 {table}
 """
 
 
-MATRIX = "## Every method\n"
-ABOUT_MATRIX = """{head}
-Two training steps with finite losses and gradients (`--matrix`), on branches (B) and on whole networks (N); okddip with 3
-members, the others with 2; the method `one` needs a shared trunk. The first small architecture of each of {tried} families
-took {minutes:.0f} minutes of CPU time in all (1 thread, AMD EPYC Milan).
+MATRIX_HEADING = "## Every method\n"
+MATRIX_TEXT = """{head}
+Two training steps with finite losses and gradients (`--matrix`), on branches (B) and on whole networks (N); okddip
+with 3 members, the others with 2; the method `one` needs a shared trunk. The first small architecture of each of {tried}
+families took {minutes:.0f} minutes of CPU time in total (1 thread, AMD EPYC Milan).
 
 {table}
 """
 
 
 def matrix_row(name: str, size: int, folder: Path) -> list[str]:
-    """Try one architecture under every method and return its line of the matrix."""
+    """Check one architecture with every method and return its row of the matrix."""
     cells = dict.fromkeys(METHODS, "")
     for method, topology in ROTATION:
         try:
@@ -227,26 +227,28 @@ def matrix_row(name: str, size: int, folder: Path) -> list[str]:
 
 
 def write_matrix(path: Path) -> None:
-    """Try one architecture a family under every method, and put the table below what the file holds."""
+    """Check one architecture per family with every method, and write the table below the file's first table."""
     with tempfile.TemporaryDirectory() as folder:
         first = {family: (name, size) for family, name, size in reversed(ARCHITECTURES)}
         lines = [matrix_row(name, size, Path(folder)) for name, size in reversed(first.values())]
     table = markdown([["name", *METHODS], *lines])
-    above = path.read_text().partition(MATRIX)[0].rstrip() if path.exists() else ""
-    text = ABOUT_MATRIX.format(head=MATRIX, tried=len(lines), minutes=time.process_time() / 60, table=table)
+    above = path.read_text().partition(MATRIX_HEADING)[0].rstrip() if path.exists() else ""
+    text = MATRIX_TEXT.format(head=MATRIX_HEADING, tried=len(lines), minutes=time.process_time() / 60, table=table)
     path.write_text(f"{above}\n\n{text}")
 
 
 def markdown(rows: list[list[str]]) -> str:
-    """Return a table; the first row is its head."""
+    """Return a Markdown table; the first row is its head."""
     return "\n".join("| " + " | ".join(cells) + " |" for cells in [rows[0], ["---"] * len(rows[0]), *rows[1:]])
 
 
 def main() -> int:
-    """Try them all and write the table."""
+    """Check all architectures and write the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", default="docs/architectures.md", type=Path)
-    parser.add_argument("--matrix", action="store_true", help="every method on every topology, not one in rotation")
+    parser.add_argument(
+        "--matrix", action="store_true", help="every method on every topology, not one per architecture"
+    )
     options = parser.parse_args()
     import timm
     import torchvision
@@ -262,7 +264,7 @@ def main() -> int:
     table = markdown([HEAD, *lines])
     versions = {"torch": torch.__version__, "timm": timm.__version__, "torchvision": torchvision.__version__}
     options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(ABOUT.format(table=table, **versions))
+    options.out.write_text(TEXT.format(table=table, **versions))
     return 0
 
 

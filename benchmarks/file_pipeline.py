@@ -1,11 +1,11 @@
-"""Images a second out of files: codistill's loader against torchvision's transforms and torch's DataLoader alone.
+"""Images per second read from files: codistill's loader against torchvision's transforms and torch's DataLoader.
 
     OMP_NUM_THREADS=1 python benchmarks/file_pipeline.py --workers 2                # JPEG, 500 x 375
     OMP_NUM_THREADS=1 python benchmarks/file_pipeline.py --workers 2 --format png
 
-Writes a folder of images, then reads epochs of it by turns: ImageFolder + RandomResizedCrop + flip + normalising in
-the workers, as torchvision's own training reference does, against `FileLoader` with the same draws of crops and flips.
-Prints the median of each and of the paired ratios (above 1: codistill reads more), and how busy the CPUs were.
+Writes a folder of images, then reads epochs of it alternately: ImageFolder + RandomResizedCrop + flip + normalization
+in the workers, as torchvision's training reference does, against `FileLoader` with the same kinds of augmentation.
+Prints the median of each and of the paired ratios (above 1: codistill is faster), and the CPU load.
 """
 
 from __future__ import annotations
@@ -28,14 +28,14 @@ from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
 from codistill.data import FileLoader, load_set
-from codistill.data.loader import Augmentation
+from codistill.data.loader import Augmentation, LoaderOptions
 from codistill.data.normalization import IMAGENET
 
 CLASSES = 4
 
 
 def write_folder(root: Path, count: int, kind: str, width: int, height: int) -> None:
-    """Write images that are as hard to decode as photographs: smooth shades with grain on them."""
+    """Write images that take as long to decode as photographs: smooth gradients with noise."""
     rng = np.random.default_rng(0)
     for number in range(count):
         coarse = Image.fromarray(rng.integers(0, 256, (12, 16, 3), dtype=np.uint8)).resize((width, height))
@@ -49,7 +49,7 @@ def write_folder(root: Path, count: int, kind: str, width: int, height: int) -> 
 
 
 def plain_loader(root: Path, batch_size: int, workers: int, size: int) -> DataLoader:
-    """Return what torchvision and torch do by themselves."""
+    """Return the loader of torchvision and torch."""
     transforms = v2.Compose(
         [
             v2.RandomResizedCrop(size, antialias=True),
@@ -66,7 +66,7 @@ def plain_loader(root: Path, batch_size: int, workers: int, size: int) -> DataLo
 
 
 def rate(batches: Iterable, count: int) -> tuple[float, float]:
-    """Read an epoch; return images a second, and CPU seconds a second of this process."""
+    """Read an epoch; return images per second, and CPU seconds of this process per second."""
     used, began = time.process_time(), time.perf_counter()
     seen = sum(len(labels) for _, labels in batches)
     assert seen == count
@@ -75,7 +75,7 @@ def rate(batches: Iterable, count: int) -> tuple[float, float]:
 
 
 def main() -> int:
-    """Measure, by turns."""
+    """Measure both loaders alternately."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--images", default=1500, type=int)
     parser.add_argument("--format", default="jpg", choices=("jpg", "png"))
@@ -93,8 +93,8 @@ def main() -> int:
         data = load_set(f"folder:{root}", image_size=options.size, pipeline="files")
         assert data.from_files
         ours = FileLoader(
-            data.x_train, data.y_train, *IMAGENET, workers=options.workers, batch_size=options.batch_size,  # pyrefly: ignore
-            augmentation=Augmentation(flip=True, resized_crop=True), channels_last=True,
+            data.x_train, data.y_train, *IMAGENET,   # pyrefly: ignore
+            LoaderOptions(options.batch_size, Augmentation(flip=True, resized_crop=True)), workers=options.workers,
         )  # fmt: skip
         plain = plain_loader(root, options.batch_size, options.workers, options.size)
         pairs = []
@@ -102,13 +102,13 @@ def main() -> int:
             pair = rate(plain, options.images), rate(ours.epoch(turn), options.images)
             pairs += [pair] * bool(turn)
         del ours, plain
-    theirs, mine = (median(p[k][0] for p in pairs) for k in (0, 1))
-    main_theirs, main_mine = (median(p[k][1] for p in pairs) for k in (0, 1))
+    theirs, ours_rate = (median(p[k][0] for p in pairs) for k in (0, 1))
+    busy_theirs, busy_ours = (median(p[k][1] for p in pairs) for k in (0, 1))
     children = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(f"{options.format} {options.width} x {options.height}, {options.workers} workers, {os.cpu_count()} CPUs, "
           f"{options.turns} turns of {options.images} images")  # fmt: skip
-    print(f"torchvision + DataLoader: {theirs:.0f} images/s (main process busy {100 * main_theirs:.0f} %)")
-    print(f"codistill:                {mine:.0f} images/s (main process busy {100 * main_mine:.0f} %)")
+    print(f"torchvision + DataLoader: {theirs:.0f} images/s (main process busy {100 * busy_theirs:.0f} %)")
+    print(f"codistill:                {ours_rate:.0f} images/s (main process busy {100 * busy_ours:.0f} %)")
     print(f"ratio, median of pairs:   {median(b[0] / a[0] for a, b in pairs):.3f} "
           f"(from {min(b[0] / a[0] for a, b in pairs):.3f} to {max(b[0] / a[0] for a, b in pairs):.3f})")  # fmt: skip
     print(f"CPU seconds of the workers: {children.ru_utime + children.ru_stime:.0f}")

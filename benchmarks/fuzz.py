@@ -1,9 +1,9 @@
-"""Throw configs, config files and command lines at codistill that nobody would write: none may end in a traceback.
+"""Run codistill with random configs, config files and command lines: none may end in a traceback.
 
     python benchmarks/fuzz.py --cases 10000
 
-Each case is parsed, resolved and, where it resolves to something small, set up (data, networks, method, optimiser) as
-training would. What comes back must be a config, or one sentence with exit code 2 (1 where the machine refuses).
+Each case is parsed, resolved and, if the run is small, built (data, networks, method, optimizer) as in training. The
+result must be a config, or one sentence with exit code 2 (1 for a failure of the machine).
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ import torch
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-import codistill.cli.commands
+from codistill.cli import commands
 from codistill.cli.main import main
-from codistill.cli.options import COMMANDS
+from codistill.cli.options import COMMANDS, Parsed
 from codistill.config.config import Config, ReproduceConfig
 from codistill.config.methods import METHODS
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.utils.errors import InputError
 
 SEEN: Counter[str] = Counter()
-"""How cases ended."""
+"""Number of cases by outcome."""
 FIELDS = [f.name for f in dataclasses.fields(Config)]
 _WORDS = st.sampled_from(
     ["", "auto", "none", "okddip", "pcl", "kdcl", "kd", "ensemble", "ema", "0", "1", "2", "3", "-1", "1e400", "nan",
@@ -83,7 +83,8 @@ _LIKELY_VALUES = {
     "dtype": st.sampled_from(["float32", "bfloat16", "float64"]), "execution": st.sampled_from(["loop", "stacked"]),
     "fan_out": st.lists(st.integers(0, 4), max_size=2), "freeze": st.lists(st.sampled_from(["trunk", "layer1", "x"])),
     "branch_at": st.lists(st.sampled_from(["layer1", "layer2", "layer3", "", "."]), max_size=2),
-    "milestones": st.lists(st.integers(0, 9), max_size=2), "warmup_epochs": st.floats(0, 9), "head_lr": st.floats(0, 9),
+    "milestones": st.lists(st.integers(0, 9), max_size=2), "warmup_epochs": st.floats(0, 9),
+    "head_lr_scale": st.floats(0, 9),
 }  # fmt: skip
 CONFIGS = st.one_of(
     _WILD,
@@ -148,28 +149,28 @@ COMMAND_LINES = st.one_of(
 
 
 def _small_words() -> list[str]:
-    """Return the options of a run that is set up in a moment."""
+    """Return the options of a run that is built quickly."""
     return [word for key, value in _SMALL.items() for word in (f"--{key.replace('_', '-')}", str(value).strip("[']"))]
 
 
 def small(config: Config) -> bool:
-    """Say whether a resolved config can be set up within a moment and without a download."""
+    """Return whether a run is built quickly and without a download."""
     networks = all(name == "resnet8" for name in config.model)
     size = (config.peers or 0) <= 4 and (config.image_size or 8) <= 32
     return networks and size and config.data == "digits" and config.mesh is None and not config.pretrained
 
 
 def set_up(config: Config) -> None:
-    """Do what training does before its first step."""
+    """Build the run as training does before its first step."""
     resolved = config.resolved()
     SEEN["resolved"] += 1
     if small(resolved):
-        setup(resolved)
+        build_run(resolved)
         SEEN["set up"] += 1
 
 
 def try_config(values: dict[str, Any]) -> None:
-    """Build, resolve and set up a config from values of any kind."""
+    """Make a config of any values, resolve it and build its run."""
     try:
         config = Config.from_dict(values)
         assert json.loads(json.dumps(config.to_dict())) is not None
@@ -189,27 +190,30 @@ def try_file(content: bytes, place: Path, suffix: str) -> None:
 
 
 def try_command_line(words: list[str]) -> None:
-    """Run a command line, with `train` ending at the set-up and grids before their first run."""
-    said = io.StringIO()
-    kept = {name: getattr(codistill.cli.commands, name) for name in ("train", "compare", "reproduce", "demo")}
-    codistill.cli.commands.train = lambda parsed: (set_up(parsed.options), 0)[1]
-    for name in ("compare", "reproduce", "demo"):
-        setattr(codistill.cli.commands, name, lambda parsed: 0)
+    """Run a command line; `train` only builds its run, and grids do nothing."""
+    output = io.StringIO()
+    run_command = commands.run_command
+
+    def set_up_only(name: str, parsed: Parsed) -> int:
+        if name == "train":
+            set_up(parsed.options)
+        return 0 if name in ("train", "compare", "reproduce", "demo") else run_command(name, parsed)
+
+    commands.run_command = set_up_only
     try:
-        with contextlib.redirect_stdout(said), contextlib.redirect_stderr(said):
+        with contextlib.redirect_stdout(output), contextlib.redirect_stderr(output):
             code = main(words)
     except SystemExit as end:  # help
         code = int(end.code or 0)
     finally:
-        for name, command in kept.items():
-            setattr(codistill.cli.commands, name, command)
+        commands.run_command = run_command
     SEEN[f"exit code {code}"] += 1
     assert code in (0, 1, 2), code
-    assert "Traceback" not in said.getvalue()
+    assert "Traceback" not in output.getvalue()
 
 
 def search(name: str, strategy: Any, what: Any, cases: int, number: int) -> int:
-    """Try so many cases; return 1 where one fails, after saying which is the smallest."""
+    """Run `cases` random cases; print the smallest that fails and return 1, else 0."""
     run = given(strategy)(what)
     run = settings(max_examples=cases, deadline=None, database=None, phases=(Phase.generate, Phase.shrink),
                    suppress_health_check=[*HealthCheck])(run)  # fmt: skip

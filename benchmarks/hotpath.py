@@ -1,11 +1,12 @@
-"""The hot path against the published shape, and every method against independent peers: ratios, not seconds.
+"""Speed of the training step against a plain reference loop, and of every method against independent peers, as ratios.
 
     make bench                                                     # or:
     OMP_NUM_THREADS=1 python benchmarks/hotpath.py [--pairs 5]     # about 7 minutes on 2 cores
 
-One thread, process CPU time, A and B in turn, the median of the pairs' ratios. A float64 parity gate
-runs first: both programs must give the same loss. An epoch is composed: 391 x (augment + step) + 79 x evaluation + a
-folding. The published shape has a process of its own (`programs.py`), for codistill sets its process's allocator.
+One thread, process CPU time, A and B alternately, the median of the pairs' ratios. A parity check in float64 is first:
+both programs must give the same loss. The time of an epoch is computed as 391 x (augment + step) + 79 x evaluation +
+one folding. The reference loop (`published_shape.py`) has its own process (`programs.py`), because codistill
+configures the allocator of its process.
 """
 
 import argparse
@@ -30,18 +31,18 @@ from codistill.peers.branches import BranchPeers
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.stacked import StackedPeers
-from codistill.training.build import setup
-from codistill.training.loop import zero_sums
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.tables import markdown
-from programs import Elsewhere, Ours, Step, Theirs, independent, prepare, spent
+from programs import Ours, ProgramProcess, Step, Theirs, independent, prepare, spent
 
 COUNTS = {"augment": 391, "step": 391, "evaluate": 79}
-"""How often an epoch of CIFAR-100 at batch 128 does each."""
+"""Number of times that an epoch of CIFAR-100 at batch 128 does each."""
 
 
 def median(values: list[float]) -> float:
-    """Return the middle one."""
+    """Return the middle value."""
     return sorted(values)[len(values) // 2]
 
 
@@ -64,8 +65,8 @@ def seconds(step: Step, times: int = 3) -> float:
     return median([spent(step) for _ in range(times)])
 
 
-def parity_gate() -> float:
-    """Return how far three float64 steps of both programs are apart; raise if they are not one program."""
+def check_parity() -> float:
+    """Return the largest difference of three losses of both programs in float64; raise if they differ."""
     ours = Ours("float64", 8)
     theirs = Theirs(ours)
     gaps = [abs(ours.step() - theirs.step()) for _ in range(3)]
@@ -73,8 +74,8 @@ def parity_gate() -> float:
     return max(gaps)
 
 
-def against_the_published_shape(dtype: str, theirs: Elsewhere, pairs: int) -> list[dict[str, str]]:
-    """Return the parts of an epoch and the epoch that they make up."""
+def against_the_published_shape(dtype: str, theirs: ProgramProcess, pairs: int) -> list[dict[str, str]]:
+    """Return the ratio of each part of an epoch, and of the epoch that they add up to."""
     ours = Ours(dtype)
     fold = seconds(ours.fold)
     rows, mine, other = [], fold, 0.0
@@ -86,14 +87,14 @@ def against_the_published_shape(dtype: str, theirs: Elsewhere, pairs: int) -> li
 
 
 def has_bfloat16() -> bool:
-    """Say whether this CPU multiplies in bfloat16 (Linux)."""
+    """Return whether this CPU has bfloat16 instructions (Linux)."""
     path = Path("/proc/cpuinfo")
     return path.exists() and any(f in path.read_text() for f in ("avx512_bf16", "amx_bf16"))
 
 
-def kept_memory(pairs: int) -> float:
-    """Return our step with the allocator as Python finds it over the one that keeps freed memory."""
-    kept, default = Elsewhere("ours", keep=True), Elsewhere("ours")
+def allocator_ratio(pairs: int) -> float:
+    """Return the time of a step with the default allocator over that with the one that keeps freed memory."""
+    kept, default = ProgramProcess("ours", keep=True), ProgramProcess("ours")
     times, _ = paired(lambda: kept.spent("step"), lambda: default.spent("step"), pairs)
     for program in (kept, default):
         program.end()
@@ -109,8 +110,8 @@ def okddip_overhead(pairs: int) -> float:
 def overheads() -> list[dict[str, str]]:
     """Return, for every method, its head's cost (forward and backward) over the peers' own step.
 
-    The second column adds the forwards that the method itself asks for: pcl's mean teachers, and in dml's alternating
-    update the members that have stepped and speak again.
+    The second column adds the forward passes that the method needs: pcl's mean teachers, and in dml's alternating
+    update the new outputs of the members that have stepped.
     """
     variants = [(name, {}) for name in METHODS if name != "kdcl"]
     variants += [("kdcl", {"target": target}) for target in ("minlogit", "naive", "linear", "general")]
@@ -130,8 +131,8 @@ def overheads() -> list[dict[str, str]]:
             z = outputs.logits_PBC.detach().requires_grad_()
             h = [f.detach().requires_grad_() for f in outputs.features]
             trunk = None if outputs.trunk_BD is None else outputs.trunk_BD.detach().requires_grad_()
-            heard = PeerOutputs(z, h, trunk, teacher_logits_BC=z[0].detach(), ema_logits_PBC=z.detach())
-            terms = method(heard, targets, 1.0)
+            detached = PeerOutputs(z, h, trunk, teacher_logits_BC=z[0].detach(), ema_logits_PBC=z.detach())
+            terms = method(detached, targets, 1.0)
             terms["loss"].backward()
 
         def plain(outputs=outputs, targets=targets):
@@ -141,12 +142,12 @@ def overheads() -> list[dict[str, str]]:
             if teacher is not None:
                 teacher(views)
                 teacher.update(peers, 5)
-            if method.update == "alternating":
-                said = PeerOutputs(outputs.logits_PBC.detach().clone(), [])
+            if method.update_mode == "alternating":
+                current = PeerOutputs(outputs.logits_PBC.detach().clone(), [])
                 for p in range(peers.num_peers - 1):
-                    peers.refresh(said, views, p)
+                    peers.refresh(current, views, p)
 
-        turns = peers.num_peers if method.update == "alternating" else 1
+        turns = peers.num_peers if method.update_mode == "alternating" else 1
         losses = turns * seconds(head, 5) - seconds(plain, 5)
         rows.append(
             {
@@ -160,12 +161,12 @@ def overheads() -> list[dict[str, str]]:
 
 
 class Counter(TorchDispatchMode):
-    """Counts operators (views of a tensor, which start nothing, apart) and reads of the device."""
+    """Counts operators, views of tensors (which launch no kernel) separately, and reads from the device."""
 
     operators, views, reads = 0, 0, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        """Count, and go on."""
+        """Count the operator and run it."""
         self.operators += not func.is_view
         self.views += func.is_view
         self.reads += any(n in str(func) for n in ("_local_scalar_dense", "nonzero"))
@@ -181,7 +182,7 @@ def count(step: Step) -> Counter:
 
 
 def small_networks(pairs: int) -> list[dict[str, str]]:
-    """Return what stacking does where launches dominate: batch 2, 8 x 8 images, 4 ResNet-32."""
+    """Return the gain of stacking where kernel launches dominate: batch 2, 8 x 8 images, 4 ResNet-32."""
     loop = NetworkPeers("resnet32", 4, 10, image_size=8)
     stacked = NetworkPeers("resnet32", 4, 10, image_size=8)
     x, y = torch.randn(1, 2, 3, 8, 8), torch.randint(10, (2,))
@@ -203,37 +204,37 @@ def small_networks(pairs: int) -> list[dict[str, str]]:
             "line": "stacked over loop, batch 2, 8 x 8",
             "ratio": f"{times:.2f}",
         },
-        {"line": "operators a step, stacked (loop)", "ratio": f"{ours.operators} ({theirs.operators})"},
-        {"line": "and views, stacked (loop)", "ratio": f"{ours.views} ({theirs.views})"},
+        {"line": "operators per step, stacked (loop)", "ratio": f"{ours.operators} ({theirs.operators})"},
+        {"line": "views per step, stacked (loop)", "ratio": f"{ours.views} ({theirs.views})"},
     ]
 
 
 def reads_of_a_run() -> int:
     """Return the host reads of a whole training step as the loop does it, guard and sums included."""
-    t = setup(Config("okddip", "resnet8", "digits", batch_size=32).resolved())
+    t = build_run(Config("okddip", "resnet8", "digits", batch_size=32).resolved())
     with Counter() as counter:
-        t.sums = zero_sums(t)
+        t.progress.sums = zero_sums(t)
         t.peers.train()
         train_step(t, *next(t.loader.epoch(0)), 1.0)
     return counter.reads
 
 
 def peak_memory(name: str, topology: str, checkpoint: bool = False) -> float:
-    """Return how far two steps of batch 128 raise the resident memory, in MiB, in a process of its own (Linux)."""
+    """Return the increase of resident memory by two steps of batch 128, in MiB, in a new process (Linux)."""
     code = f"""
 import torch
 torch.set_num_threads(1)
 from codistill.config.config import Config
 from codistill.utils.device import forget_peak, peak_megabytes
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.training.step import train_step
-from codistill.training.loop import _zero_sums
+from codistill.training.run import zero_sums
 size = {{"topology": {topology!r}, "peers": 4, "batch_size": 128, "checkpoint_activations": {checkpoint}}}
-t = setup(Config({name!r}, "resnet32", "digits", **size).resolved())
-t.sums = _zero_sums(t)
+t = build_run(Config({name!r}, "resnet32", "digits", **size).resolved())
+t.progress.sums = zero_sums(t)
 t.peers.train()
-views = torch.randn(t.loader.first().shape[0], 128, 1, 32, 32)
-forget_peak(t.device)
+views = torch.randn(t.loader.sample_batch().shape[0], 128, 1, 32, 32)
+reset_peak_memory(t.device)
 start = peak_megabytes(t.device)
 for _ in range(2):
     train_step(t, views, torch.randint(10, (128,)), 1.0)
@@ -244,7 +245,7 @@ print(peak_megabytes(t.device) - start)
 
 
 def memory() -> list[dict[str, str]]:
-    """Return every method's peak over that of as many plain networks."""
+    """Return every method's peak memory relative to that of as many plain networks."""
     plain = peak_memory("independent", "networks")
     cells = [(name, topology, False) for name, c in METHODS.items() if name != "kd" for topology in c.topologies]
     rows = []
@@ -256,21 +257,21 @@ def memory() -> list[dict[str, str]]:
 
 
 def main() -> int:
-    """Run the lines and print them."""
+    """Measure and print the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--pairs", type=int, default=5)
     options = parser.parse_args()
     prepare(keep=True)
     warnings.simplefilter("ignore")
-    print(f"parity gate: losses of both programs differ by {parity_gate():.1e} in float64\n")
-    theirs = Elsewhere("theirs")
+    print(f"parity check: losses of both programs differ by {check_parity():.1e} in float64\n")
+    theirs = ProgramProcess("theirs")
     rows = against_the_published_shape("float32", theirs, options.pairs)
     if has_bfloat16():
         rows += against_the_published_shape("bfloat16", theirs, options.pairs)
     theirs.end()
-    rows.append({"line": "freed memory kept: the step without over with", "ratio": f"{kept_memory(options.pairs):.2f}"})
+    rows.append({"line": "step, default allocator over kept memory", "ratio": f"{allocator_ratio(options.pairs):.2f}"})
     rows += small_networks(options.pairs)
-    rows.append({"line": "host reads a training step", "ratio": str(reads_of_a_run())})
+    rows.append({"line": "host reads per training step", "ratio": str(reads_of_a_run())})
     rows.append({"line": "okddip's whole step over independent's", "ratio": f"{okddip_overhead(options.pairs):.3f}"})
     print(markdown(rows), flush=True)
     print(markdown(overheads()), flush=True)

@@ -1,4 +1,4 @@
-"""Whether a run folder is whole, and whether two hold the same: what `kills.py` asks after every kill."""
+"""Checks of run folders that `kills.py` makes after every kill: every file readable, and two folders equal."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 import torch
 
-from codistill.runs.checkpoint import checkpoints, load_checkpoint
+from codistill.runs.checkpoint import list_checkpoints, load_checkpoint
 from codistill.utils.files import read_lines
 
 
 def unreadable(folder: Path) -> list[str]:
-    """Return the files of a folder that cannot be read whole; a torn last line of metrics is known and dropped."""
+    """Return the files of a folder that cannot be read; an unfinished last line of metrics.jsonl is allowed."""
     bad = []
     for path in folder.rglob("*"):
         try:
@@ -31,8 +31,8 @@ def unreadable(folder: Path) -> list[str]:
 
 
 def behind(folder: Path, done: int, steps: int) -> int:
-    """Return how many finished steps a continuation repeats."""
-    newest = next(iter(checkpoints(folder)), None)
+    """Return the number of finished steps that a resumed run repeats."""
+    newest = next(iter(list_checkpoints(folder)), None)
     if newest is None:
         return done
     state = load_checkpoint(newest)
@@ -40,11 +40,11 @@ def behind(folder: Path, done: int, steps: int) -> int:
 
 
 def difference(one: Any, other: Any, path: str = "") -> str | None:
-    """Return where two states differ in a single bit; times and paths are left out."""
+    """Return the path of the first difference of two states, None if they are equal; times and paths are ignored."""
     if isinstance(one, torch.Tensor):
         same = one.dtype == other.dtype and torch.equal(one, other)
     elif isinstance(one, dict):
-        keys = (one.keys() | other.keys()) - {"seconds", "cost", "file", "s a run"}
+        keys = (one.keys() | other.keys()) - {"seconds", "cost", "file", "s per run"}
         return next((d for k in sorted(keys, key=str) if (d := difference(one[k], other[k], f"{path}/{k}"))), None)
     elif isinstance(one, list | tuple):
         same = len(one) == len(other)
@@ -57,7 +57,7 @@ def difference(one: Any, other: Any, path: str = "") -> str | None:
 
 
 def differing(one: Path, other: Path) -> str | None:
-    """Return how two finished runs differ."""
+    """Return the first difference of two finished runs, None if they are equal."""
     if (one / "metrics.jsonl").read_text() != (other / "metrics.jsonl").read_text():
         return f"{one}: metrics"
     for name in ("last.pt", "last-1.pt", "best.pt"):

@@ -1,12 +1,12 @@
-"""Kill -9 at random moments, resume, kill again: every run must end bit-identical to one that nobody touched.
+"""Kill runs with SIGKILL at random moments and resume them: each must end bit-identical to an uninterrupted run.
 
     python benchmarks/kills.py                    # all cases, about 130 kills
     python benchmarks/kills.py --kills 3 --only pcl
 
-Children are forked after the imports. A child is killed at a place (in a step, half-way through a checkpoint's bytes,
-before a rename, in an evaluation, in the middle of a line of metrics, in the grid's files), the how-manieth time being
-drawn, or at a moment drawn from the clock. After each kill every file must be readable, and the newest checkpoint no
-more than its interval behind what was done. In the end tensors, metrics and figures must equal the untouched run's.
+Children are forked after the imports. A child is killed at a place (in a step, in the middle of writing a checkpoint,
+before a rename, in an evaluation, in the middle of a line of metrics, in the grid's files) when it gets there for the
+n-th time, n being random, or at a random time. After each kill every file must be readable, and the newest checkpoint
+at most one checkpoint interval old. In the end tensors, metrics and figures must equal those of the uninterrupted run.
 """
 
 from __future__ import annotations
@@ -32,7 +32,6 @@ from typing import Any
 
 import torch
 
-import codistill.cli.commands
 import codistill.runs.checkpoint
 import codistill.runs.run_folder
 import codistill.training.loop
@@ -62,12 +61,12 @@ CASES = {
     "pcl, 2 processes": ("pcl", {}, {"mesh": "data=1,peer=2"}),
     "dml alternating, 2 processes": ("dml", {}, {"mesh": "data=2,peer=1"}),
 }
-WHY = Path(tempfile.gettempdir(), f"kills-{os.getpid()}.txt")  # what a child met that was not killed
+CHILD_ERROR = Path(tempfile.gettempdir(), f"kills-{os.getpid()}.txt")  # the error of a child that was not killed
 PLACES = ("step", "bytes", "flush", "rename", "evaluation", "metrics", "clock")
 
 
 def config_of(case: str, out: Path, **more: Any) -> Config:
-    """Return a case's config: 12 steps in 3 epochs, a checkpoint every second."""
+    """Return a case's config: 12 steps in 3 epochs, a checkpoint every 2 steps."""
     name, options, values = CASES[case]
     shared = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 3, "peers": 2}
     shared |= {"checkpoint_every_steps": EVERY, "log_every_steps": 1, "device": "cpu", "keep_checkpoints": 2}
@@ -76,8 +75,8 @@ def config_of(case: str, out: Path, **more: Any) -> Config:
     return Config(method=method, out=str(out), **shared | values | more)
 
 
-class Board:
-    """What a child leaves in memory that outlives it: steps done, and how often each place was passed."""
+class SharedCounters:
+    """Counters in memory shared with a child: steps done, and how many times it passed each place."""
 
     def __init__(self) -> None:
         self.memory = mmap.mmap(-1, 8 * (1 + len(PLACES)))
@@ -93,30 +92,30 @@ class Board:
         return 0 if place == "done" else 1 + PLACES.index(place)
 
     def clear(self) -> None:
-        """Begin anew."""
+        """Set all counters to zero."""
         for place in ("done", *PLACES):
             self[place] = 0
 
 
-def arm(board: Board, place: str | None, count: int) -> None:
-    """Make this process kill itself the `count`-th time that it comes to `place`."""
+def arm(counters: SharedCounters, place: str | None, count: int) -> None:
+    """Make this process kill itself the `count`-th time that it reaches `place`."""
 
     def at(name: str) -> None:
-        board[name] += 1
-        if name == place and board[name] == count:
+        counters[name] += 1
+        if name == place and counters[name] == count:
             os.kill(os.getpid(), signal.SIGKILL)
 
     step, replace, fsync = codistill.training.loop.train_step, os.replace, os.fsync
-    write, log, update = codistill.runs.checkpoint._Hashed.write, RunFolder.log, PeerMetrics.update
+    write, log, update = codistill.runs.checkpoint._HashingStream.write, RunFolder.append_metrics, PeerMetrics.update
 
     def counted_step(t: Any, *args: Any) -> Any:
         at("step")
         terms = step(t, *args)
-        board["done"] = t.epoch * len(t.loader) + t.step + 1
+        counters["done"] = t.steps_done + 1
         return terms
 
     def half_written(self: Any, data: bytes) -> int:
-        if len(data) > 1:  # the bytes before the kill are on their way to the disk
+        if len(data) > 1:  # the first half is written before the kill
             half = len(data) // 2
             write(self, data[:half])
             self.stream.flush()
@@ -125,7 +124,7 @@ def arm(board: Board, place: str | None, count: int) -> None:
         return write(self, data)
 
     def half_a_line(self: RunFolder, line: dict[str, Any]) -> None:
-        if place == "metrics" and board["metrics"] + 1 == count:
+        if place == "metrics" and counters["metrics"] + 1 == count:
             with open(self.path / "metrics.jsonl", "a") as stream:
                 stream.write(json.dumps(line)[:40])
         at("metrics")
@@ -136,14 +135,14 @@ def arm(board: Board, place: str | None, count: int) -> None:
         update(self, *args)
 
     codistill.training.loop.train_step = counted_step
-    codistill.runs.checkpoint._Hashed.write = half_written
-    RunFolder.log, PeerMetrics.update = half_a_line, evaluated
+    codistill.runs.checkpoint._HashingStream.write = half_written
+    RunFolder.append_metrics, PeerMetrics.update = half_a_line, evaluated
     os.replace = lambda *args: (at("rename"), replace(*args), at("rename"))  # type: ignore[assignment]
     os.fsync = lambda handle: (fsync(handle), at("flush"))  # type: ignore[assignment]
 
 
-def fork(what: Callable[[], None], board: Board, place: str | None, count: int, env: dict[str, str]) -> int:
-    """Start a child that is killed at a place (or not), in silence; return its number."""
+def fork(what: Callable[[], None], counters: SharedCounters, place: str | None, count: int, env: dict[str, str]) -> int:
+    """Start a child without output, which is killed at a place (or not); return its process id."""
     child = os.fork()
     if child:
         return child
@@ -152,108 +151,108 @@ def fork(what: Callable[[], None], board: Board, place: str | None, count: int, 
         silent = os.open(os.devnull, os.O_WRONLY)
         os.dup2(silent, 1), os.dup2(silent, 2)
         warnings.simplefilter("ignore")
-        arm(board, place, count)
+        arm(counters, place, count)
         what()
         os._exit(0)
     except BaseException as error:
-        WHY.write_text(f"{type(error).__name__}: {error}")
+        CHILD_ERROR.write_text(f"{type(error).__name__}: {error}")
         os._exit(1)
 
 
-def attempt(config: Config, board: Board, place: str | None, count: int, seconds: float, rank: int) -> bool:
-    """Train in a child (on a mesh, in two, `rank` being the one that is killed); say whether it was killed."""
+def attempt(config: Config, counters: SharedCounters, place: str | None, count: int, seconds: float, rank: int) -> bool:
+    """Train in a child (on a mesh in two, of which `rank` is killed); return whether it was killed."""
     ranks = 1 if config.mesh is None else 2
-    board.clear()
+    counters.clear()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
-    other = Board()
+    other = SharedCounters()
     children = []
     for r in range(ranks):
         env = {"RANK": str(r), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(r), "LOCAL_WORLD_SIZE": str(ranks),
                "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}  # fmt: skip
-        mine = r == rank
-        about = (board if mine else other, place if mine else None, count)
-        children.append(fork(lambda: train(config), *about, {} if ranks == 1 else env))
+        is_killed = r == rank
+        arguments = (counters if is_killed else other, place if is_killed else None, count)
+        children.append(fork(lambda: train(config), *arguments, {} if ranks == 1 else env))
     if place == "clock":
         time.sleep(seconds)
         os.kill(children[rank], signal.SIGKILL)
     codes = [os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) for child in children]
     killed = codes[rank] == -signal.SIGKILL
     if not killed and any(codes):
-        raise AssertionError(f"a child failed: {codes} {WHY.read_text() if WHY.exists() else ''}")
+        raise AssertionError(f"a child failed: {codes} {CHILD_ERROR.read_text() if CHILD_ERROR.exists() else ''}")
     return killed
 
 
 @dataclasses.dataclass
 class Count:
-    """What came of the kills."""
+    """Results of the kills."""
 
     kills: Counter[str] = dataclasses.field(default_factory=Counter)
     unreadable: int = 0
     repeated: int = 0
-    """Most finished steps that a continuation repeated."""
+    """Largest number of finished steps that a resumed run repeated."""
     runs: int = 0
     identical: int = 0
     trouble: list[str] = dataclasses.field(default_factory=list)
 
 
 def survive(case: str, kills: int, folder: Path, rng: random.Random, count: Count) -> None:
-    """Kill one run again and again, resume it to its end, and compare."""
-    whole, out, board = folder / "whole", folder / "killed", Board()
+    """Kill one run many times, resume it to its end, and compare it with an uninterrupted run."""
+    uninterrupted, out, counters = folder / "uninterrupted", folder / "killed", SharedCounters()
     began = time.perf_counter()
-    attempt(config_of(case, whole), board, None, 0, 0.0, 0)
+    attempt(config_of(case, uninterrupted), counters, None, 0, 0.0, 0)
     lasts = time.perf_counter() - began
-    passed = {place: board[place] for place in PLACES}
+    passed = {place: counters[place] for place in PLACES}
     done, tries = 0, 0
     while done < kills and tries < 4 * kills:
         tries += 1
         place = PLACES[rng.randrange(len(PLACES))]
         rank = rng.randrange(2) if "processes" in case and place in ("step", "clock") else 0
-        # Early in what is left: late ones come by themselves as the run gets on.
+        # Early in the remaining steps; a resumed run gets further each time.
         when = rng.randint(1, max(passed[place] // 2, 1))
-        killed = attempt(config_of(case, out), board, place, when, rng.random() * lasts, rank)
+        killed = attempt(config_of(case, out), counters, place, when, rng.random() * lasts, rank)
         if killed:
             done += 1
             count.kills[place] += 1
             if bad := unreadable(out):
                 count.unreadable += len(bad)
                 count.trouble += bad
-            # In the first run of a folder nothing may be written yet; what was done before stays done.
-            repeats = behind(out, board["done"], STEPS) if board["done"] else 0
+            # No checkpoint may exist yet when the first run of a folder is killed.
+            repeats = behind(out, counters["done"], STEPS) if counters["done"] else 0
             count.repeated = max(count.repeated, repeats)
         elif (out / "result.json").exists():
-            compare_ended(whole, out, count)
+            compare_ended(uninterrupted, out, count)
             shutil.rmtree(out)
     if out.exists() or not count.runs:
-        attempt(config_of(case, out), board, None, 0, 0.0, 0)
-        compare_ended(whole, out, count)
+        attempt(config_of(case, out), counters, None, 0, 0.0, 0)
+        compare_ended(uninterrupted, out, count)
 
 
-def compare_ended(whole: Path, out: Path, count: Count) -> None:
-    """Count a run that has come to its end."""
-    found = differing(out, whole)
+def compare_ended(uninterrupted: Path, out: Path, count: Count) -> None:
+    """Compare a finished run with the uninterrupted one, and count it."""
+    found = differing(out, uninterrupted)
     count.runs += 1
     count.identical += found is None
     count.trouble += [found] if found else []
 
 
 class Inline:
-    """An executor that trains in this process, so that one kill strikes the grid and its run."""
+    """An executor that trains in this process, so that one kill ends the grid and its run."""
 
     def __init__(self, *_: Any) -> None:
         pass
 
-    def room(self) -> bool:
-        """Say that a run may begin."""
+    def has_capacity(self) -> bool:
+        """Return True."""
         return True
 
     def start(self, config: Config) -> grid.RunOutcome:
         """Train it."""
         return workers.train_job(config)
 
-    def answer(self, handle: grid.RunOutcome) -> grid.RunOutcome:
-        """Return what came out."""
+    def poll(self, handle: grid.RunOutcome) -> grid.RunOutcome:
+        """Return the outcome."""
         return handle
 
     def close(self) -> None:
@@ -271,20 +270,20 @@ def compare_grid(out: Path) -> None:
 
 
 def survive_grid(kills: int, folder: Path, rng: random.Random, count: Count) -> None:
-    """Kill a grid of three runs in its files and between them, give the same command again, and compare."""
-    board, whole, out = Board(), folder / "grid-whole", folder / "grid-killed"
+    """Kill a grid of three runs while it writes files, run the same command again, and compare."""
+    counters, uninterrupted, out = SharedCounters(), folder / "grid-uninterrupted", folder / "grid-killed"
 
     def once(place: str | None, when: int, where: Path) -> int:
-        board.clear()
-        child = fork(lambda: compare_grid(where), board, place, when, {})
+        counters.clear()
+        child = fork(lambda: compare_grid(where), counters, place, when, {})
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
-    assert once(None, 0, whole) == 0
-    passed = {place: board[place] for place in PLACES}
+    assert once(None, 0, uninterrupted) == 0
+    passed = {place: counters[place] for place in PLACES}
     done = 0
     while done < kills:
         place = rng.choice(("rename", "flush"))
-        # The last files that a grid writes are its own: half of the kills are meant for them.
+        # Half of the kills are at the grid's own files, which it writes last.
         last = rng.random() < 0.5
         code = once(place, rng.randint(max(passed[place] - 8, 1) if last else 1, passed[place]), out)
         if code == -signal.SIGKILL:
@@ -296,15 +295,15 @@ def survive_grid(kills: int, folder: Path, rng: random.Random, count: Count) -> 
         if rng.random() < 0.3:
             shutil.rmtree(out, ignore_errors=True)
     assert once(None, 0, out) == 0
-    for path in sorted(whole.glob("*/seed*/result.json")):
-        compare_ended(path.parent, out / path.parent.relative_to(whole), count)
-    rows = [json.loads((p / "table.json").read_text())["rows"] for p in (whole, out)]
+    for path in sorted(uninterrupted.glob("*/seed*/result.json")):
+        compare_ended(path.parent, out / path.parent.relative_to(uninterrupted), count)
+    rows = [json.loads((p / "table.json").read_text())["rows"] for p in (uninterrupted, out)]
     if found := difference(*rows):
         count.trouble.append(f"table.json{found}")
 
 
 def warm_up() -> None:
-    """Train once here, so that no child pays for what torch and others import when they are first used."""
+    """Train once here, so that the children need no lazy imports."""
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as folder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -313,7 +312,7 @@ def warm_up() -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=9, help="kills a case")
+    parser.add_argument("--kills", type=int, default=9, help="kills per case")
     parser.add_argument("--only", default="", help="only cases that contain this")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()

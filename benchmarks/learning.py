@@ -1,9 +1,9 @@
-"""Do the methods learn? Every method on the embedded digits, against independent peers of equal cost.
+"""Accuracy of every method on the digits, against independent peers of equal cost.
 
     OMP_NUM_THREADS=1 python benchmarks/learning.py --out runs/learning            # about 15 minutes on 2 cores
 
-100 labelled images (10 a class), resnet8, 4 members, 100 epochs, batch 25, lr 0.05, 3 seeds, last epoch, test set. kd's
-teacher is a resnet20 trained alone on the same images, seed 0.
+100 labeled images (10 per class), resnet8, 4 members, 100 epochs, batch 25, lr 0.05, 3 seeds, last epoch, test set.
+kd's teacher is a resnet20 trained alone on the same images, seed 0.
 """
 
 import argparse
@@ -13,20 +13,20 @@ from pathlib import Path
 from codistill.cli.compare import LEGEND
 from codistill.config.config import CompareConfig, Config
 from codistill.config.methods import KDConfig, method_config
-from codistill.reproduce.comparison import plan
-from codistill.reproduce.grid import Cell, run_grid
-from codistill.reproduce.statistics import table_rows
+from codistill.reproduce.comparison import plan_comparison
+from codistill.reproduce.grid import Cell, list_failures, run_grid
+from codistill.reproduce.statistics import comparison_rows
 from codistill.utils.tables import markdown
 
 SHARED = {"model": "resnet8", "data": "digits", "train_per_class": 10, "epochs": 100, "batch_size": 25, "lr": 0.05}
 METHODS = ["dml", "cl_ilr", "one", "okddip", "pcl", "kdcl"]
-TARGETS = ("naive", "linear", "general")  # plan() has kdcl's default, minlogit
+TARGETS = ("naive", "linear", "general")  # plan_comparison() has kdcl's default, minlogit
 
 
 def cells(folder: Path) -> tuple[Cell, list[Cell]]:
     """Return the teacher, and the rows of the table."""
     teacher = Cell("teacher resnet20", Config("independent", peers=1, **(SHARED | {"model": "resnet20"})))
-    rows = plan(METHODS, CompareConfig("independent", peers=4, topology="both", **SHARED))
+    rows = plan_comparison(METHODS, CompareConfig("independent", peers=4, topology="both", **SHARED))
     for target in TARGETS:
         method = method_config("kdcl")
         method.target = target  # type: ignore[attr-defined]
@@ -47,8 +47,8 @@ def main() -> int:
     teacher, rows = cells(options.out)
     run_grid([teacher], 1, options.out)
     run_grid(rows, options.seeds, options.out, options.workers)
-    print(f"teacher: {teacher.results[0]['student']['top1']:.2f} %\n\n{markdown(table_rows(rows))}\n{LEGEND}")
-    failures = [f"{row.label} seed {seed}: {why}" for row in rows for seed, why in row.failures.items()]
+    print(f"teacher: {teacher.results[0]['student']['top1']:.2f} %\n\n{markdown(comparison_rows(rows))}\n{LEGEND}")
+    failures = list_failures(rows)
     print("\n".join(failures))
     return 1 if failures else 0
 

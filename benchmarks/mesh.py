@@ -1,10 +1,10 @@
-"""Bytes a step and time a step: peers spread over processes against data parallelism of the same peers.
+"""Bytes and time per step: peers distributed over processes against data parallelism of the same peers.
 
     OMP_NUM_THREADS=1 python benchmarks/mesh.py [--model resnet32] [--method okddip] [--batch 64] [--steps 6]
 
 Starts jobs of 1 and 2 processes on this machine, 4 peers each: one process; `--mesh data=1,peer=2`; `--mesh
-data=2,peer=1`; and torch's own DistributedDataParallel around all peers. Bytes are what codistill counts for a ring,
-and what the loopback device carried meanwhile (whatever else used it included), a rank and a step. Times are medians;
+data=2,peer=1`; and torch's DistributedDataParallel around all peers. Bytes are per rank and step: those that codistill
+counts for a ring, and those that the loopback device carried meanwhile (also of other programs). Times are medians;
 images are noise, 32 x 32.
 """
 
@@ -25,9 +25,10 @@ import torch.distributed as dist
 
 from codistill.config.config import Config
 from codistill.config.methods import method_config
-from codistill.distributed.launch import init_mesh, leave
-from codistill.training.build import setup
-from codistill.training.loop import zero_sums
+from codistill.distributed.launch import init_mesh, shutdown
+from codistill.distributed.process_mesh import ProcessMesh
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 
 KINDS = {
@@ -39,7 +40,7 @@ KINDS = {
 
 
 def loopback_bytes() -> int:
-    """Return how many bytes this machine has sent to itself; 0 where that cannot be read."""
+    """Return the bytes sent over the loopback device so far; 0 where they cannot be read."""
     devices = Path("/proc/net/dev")
     lines = (
         [line for line in devices.read_text().splitlines() if line.strip().startswith("lo:")]
@@ -49,8 +50,8 @@ def loopback_bytes() -> int:
     return int(lines[0].split(":")[1].split()[8]) if lines else 0
 
 
-def noise(folder: Path, batch: int) -> str:
-    """Write a set of noise images and return its name."""
+def write_noise(folder: Path, batch: int) -> str:
+    """Write a data set of noise images and return its name."""
     rng = np.random.default_rng(0)
     arrays = {}
     for part, count in (("train", batch * 4), ("test", 200)):
@@ -61,8 +62,8 @@ def noise(folder: Path, batch: int) -> str:
 
 
 def ddp_step(t, wrapped, views, targets):
-    """Do a step as torch's DistributedDataParallel does it."""
-    wrapped(views, targets[t.mesh.own_rows()]).backward()
+    """Do a step with torch's DistributedDataParallel."""
+    wrapped(views, targets[t.mesh.local_rows()]).backward()
     t.optimizers[0].step()
     t.optimizers[0].zero_grad(set_to_none=True)
 
@@ -80,7 +81,7 @@ class Whole(torch.nn.Module):
 
 
 def work(kind: str, options: argparse.Namespace) -> None:
-    """Measure in this process of a job; the first rank prints the figures as JSON."""
+    """Measure in this process of a job; rank 0 prints the figures as JSON."""
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     config = Config(
@@ -88,20 +89,20 @@ def work(kind: str, options: argparse.Namespace) -> None:
         batch_size=options.batch, topology="networks", mesh=KINDS[kind], device="cpu",
     ).resolved()  # fmt: skip
     mesh = init_mesh(config, torch.device("cpu"))
-    t = setup(config, mesh=mesh)
-    t.sums = zero_sums(t)
+    t = build_run(config, mesh=mesh)
+    t.progress.sums = zero_sums(t)
     wrapped = torch.nn.parallel.DistributedDataParallel(Whole(t)) if kind == "DDP" else None
     seconds: list[float] = []
     sent = lo = 0
     for epoch in range(100):
         for views, targets in t.loader.epoch(epoch):
-            if len(seconds) == 2 and mesh is not None:  # the first two are a warm-up
+            if len(seconds) == 2 and isinstance(mesh, ProcessMesh):  # the first two are a warm-up
                 dist.barrier()
-                mesh.sent.clear()
+                mesh.bytes_sent.clear()
                 lo = loopback_bytes()
             began = time.perf_counter()
             if wrapped is not None:
-                mesh.open(len(targets), 0)
+                mesh.begin_step(len(targets), 0)
                 ddp_step(t, wrapped, views, targets)
             else:
                 train_step(t, views, targets, 1.0)
@@ -111,15 +112,14 @@ def work(kind: str, options: argparse.Namespace) -> None:
         else:
             continue
         break
-    if mesh is not None:
+    if isinstance(mesh, ProcessMesh):
         dist.barrier()
-        lo, sent = loopback_bytes() - lo, sum(mesh.sent.values())
-    if mesh is None or mesh.rank == 0:
+        lo, sent = loopback_bytes() - lo, sum(mesh.bytes_sent.values())
+    if mesh.rank == 0:
         numbers = sum(p.numel() for p in t.optimizers[0].param_groups[0]["params"])
         counted = numbers * 4 if kind == "DDP" else sent / options.steps  # a ring of two sends every gradient once
-        world = 1 if mesh is None else mesh.world
-        print(json.dumps([kind, counted, lo / options.steps / world, statistics.median(seconds[2:])]))
-    leave()
+        print(json.dumps([kind, counted, lo / options.steps / mesh.world, statistics.median(seconds[2:])]))
+    shutdown()
 
 
 def main() -> None:
@@ -136,8 +136,8 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as folder:
         words = ["--model", options.model, "--method", options.method, "--batch", str(options.batch)]
-        words += ["--steps", str(options.steps), "--data", noise(Path(folder), options.batch)]
-        alone = None
+        words += ["--steps", str(options.steps), "--data", write_noise(Path(folder), options.batch)]
+        single = None
         print(f"{options.method}, 4 x {options.model}, batch {options.batch}, {os.cpu_count()} cores, one thread each")
         print("| processes as | sent, counted (kB) | sent, loopback (kB) | step (s) | against one process |")
         print("|---|---|---|---|---|")
@@ -145,11 +145,11 @@ def main() -> None:
             start = [sys.executable] if mesh is None else [
                 sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=29655"]  # fmt: skip
             command = [*start, __file__, *words, "--kind", kind]
-            said = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-            name, counted, lo, seconds = json.loads(said.splitlines()[-1])
-            alone = alone or seconds
+            output = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+            name, counted, lo, seconds = json.loads(output.splitlines()[-1])
+            single = single or seconds
             print(
-                f"| {name} | {counted / 1e3:,.1f} | {lo / 1e3:,.1f} | {seconds:.3f} | {seconds / alone:.2f} |",
+                f"| {name} | {counted / 1e3:,.1f} | {lo / 1e3:,.1f} | {seconds:.3f} | {seconds / single:.2f} |",
                 flush=True,
             )
 

@@ -1,9 +1,9 @@
-"""How far codistill is from loops written from the papers' equations, and from the numbers the authors' code prints.
+"""Differences of codistill's losses to loops written from the papers' equations, and to numbers of the authors' code.
 
     OMP_NUM_THREADS=1 python benchmarks/parity.py             # half a minute
 
 Largest differences of losses and of all gradients (relative; absolute below 1), float64, over random logits and logits
-100 times as large. The losses see only logits, features, a trunk and teachers, so both topologies share a row.
+100 times as large. The losses depend only on logits, features, trunk and teachers, so both topologies share a row.
 """
 
 import sys
@@ -27,7 +27,7 @@ def gap(ours: torch.Tensor | None, theirs: torch.Tensor | None) -> float:
 
 
 def compare(loss: torch.Tensor, naive: torch.Tensor, inputs: list[torch.Tensor]) -> float:
-    """Return the largest difference of the values and of the gradients."""
+    """Return the largest difference of the losses and of their gradients."""
     ours = torch.autograd.grad(loss, inputs, allow_unused=True)
     theirs = torch.autograd.grad(naive, inputs, allow_unused=True)
     return max(gap(loss, naive), *(gap(a, b) for a, b in zip(ours, theirs)))

@@ -1,7 +1,7 @@
-"""The two programs that the hot path's benchmark measures in turn: codistill's own step, and the published shape.
+"""The two programs that hotpath.py compares: codistill's training step, and the reference loop (published_shape.py).
 
-The published shape runs in a process of its own, with the memory allocator as Python finds it. Every action returns
-its own process's CPU seconds; while one process works, the other waits.
+The reference loop runs in its own process with the default memory allocator. Every action returns the CPU seconds of
+its process; while one process works, the other waits.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from codistill.config.methods import IndependentConfig, MethodConfig, OKDDipConf
 from codistill.data import ImageSet
 from codistill.evaluation.fold_batchnorm import folded_for_evaluation
 from codistill.evaluation.metrics import PeerMetrics
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.training.loaders import test_loader
-from codistill.training.loop import zero_sums
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.cpu_memory import keep_freed_memory
 
 Step = Callable[[], object]
-WEIGHT = 0.37  # of distillation, on the ramp
+WEIGHT = 0.37  # of the distillation loss
 
 
 def spent(step: Step) -> float:
-    """Return the CPU seconds of this process that a step takes."""
+    """Return the CPU seconds of a step in this process."""
     began = time.process_time()
     step()
     return time.process_time() - began
 
 
 def images(count: int = 512) -> tuple[np.ndarray, np.ndarray]:
-    """Return as many random images, `N x 32 x 32 x 3`, and labels of 100 classes."""
+    """Return `count` random images, `N x 32 x 32 x 3`, and labels of 100 classes."""
     rng = np.random.default_rng(0)
     return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), rng.integers(0, 100, count)
 
@@ -58,14 +58,14 @@ class Ours:
         data = ImageSet("random", x, y, *test, classes, mean=published.MEAN, std=published.STD)
         method = method or OKDDipConfig(variant="okddip_code")
         options: Any = {"dtype": dtype, "batch_size": batch, "protocol": "paper", "device": "cpu"}
-        self.t = setup(Config(method, "resnet32", "random", peers=4, **options).resolved(), data=data)
-        self.t.sums = zero_sums(self.t)
+        self.t = build_run(Config(method, "resnet32", "random", peers=4, **options).resolved(), data=data)
+        self.t.progress.sums = zero_sums(self.t)
         self.t.peers.train()
         self.views, self.targets = next(self.t.loader.epoch(0))
         self.test = test_loader(self.t)
 
     def augment(self) -> None:
-        """Make one batch, the draws of a whole epoch of 4 included."""
+        """Make one batch, including the random numbers of an epoch of 4 batches."""
         next(self.t.loader.epoch(0))
 
     def step(self) -> float:
@@ -73,14 +73,14 @@ class Ours:
         return float(train_step(self.t, self.views, self.targets, WEIGHT)["loss"])
 
     def fold(self) -> None:
-        """Fold and fuse for evaluation, once an epoch, as for CIFAR-100's 10,000 test images."""
+        """Fold for evaluation, which is done once per epoch."""
         self.t.peers.eval()
         with torch.inference_mode():
-            self.folded = folded_for_evaluation(self.t.peers, self.test.first()[0][:2], large=True)
+            self.folded = folded_for_evaluation(self.t.peers, self.test.sample_batch()[0][:2])
         self.t.peers.train()
 
     def evaluate(self) -> None:
-        """Measure 128 images, with all figures a member, ensemble and diversity."""
+        """Evaluate 128 images: all metrics of the members, the ensemble and diversity."""
         metrics = PeerMetrics(4, 100, self.t.method.group, "cpu")
         with torch.inference_mode():
             for views, targets in self.test.epoch():
@@ -89,7 +89,7 @@ class Ours:
 
 
 class Theirs:
-    """The same networks and weights in the published shape."""
+    """The same networks and weights in the reference loop."""
 
     def __init__(self, ours: Ours) -> None:
         peers, method = ours.t.peers, ours.t.method
@@ -111,34 +111,34 @@ class Theirs:
         return published.train_step(self.model, self.optimizer, self.x, self.y, WEIGHT)
 
     def evaluate(self) -> None:
-        """Measure 128 images."""
+        """Evaluate 128 images."""
         self.model.eval()
         published.evaluate(self.model, published.load_batch(self.images[: len(self.y)], published.TEST), self.y)
 
 
 def independent() -> Ours:
-    """Return peers that hear nothing of each other."""
+    """Return peers that are trained independently."""
     return Ours(method=IndependentConfig())
 
 
 def prepare(keep: bool) -> None:
-    """Make this process ready: one thread, and freed memory kept as `codistill train` keeps it."""
+    """Set up this process: one thread, and with `keep`, freed memory is kept as in `codistill train`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     if keep:
         keep_freed_memory()
 
 
-def _serve(line: Connection, keep: bool, program: str) -> None:
-    """Build a program and do what is asked for, until the line says nothing more."""
+def _program_main(pipe: Connection, keep: bool, program: str) -> None:
+    """Build a program and run the actions that the pipe names, until it sends None."""
     prepare(keep)
     built = Theirs(Ours()) if program == "theirs" else Ours()
-    while (name := line.recv()) is not None:
-        line.send(spent(getattr(built, name)))
+    while (name := pipe.recv()) is not None:
+        pipe.send(spent(getattr(built, name)))
 
 
-class Elsewhere:
-    """A program in a process of its own.
+class ProgramProcess:
+    """A program in its own process.
 
     Args:
         program: `theirs` or `ours`.
@@ -147,16 +147,16 @@ class Elsewhere:
 
     def __init__(self, program: str, keep: bool = False) -> None:
         context = multiprocessing.get_context("spawn")
-        self.line, other = context.Pipe()
-        self.process = context.Process(target=_serve, args=(other, keep, program), daemon=True)
+        self.pipe, other = context.Pipe()
+        self.process = context.Process(target=_program_main, args=(other, keep, program), daemon=True)
         self.process.start()
 
     def spent(self, name: str) -> float:
         """Return the CPU seconds of an action."""
-        self.line.send(name)
-        return self.line.recv()
+        self.pipe.send(name)
+        return self.pipe.recv()
 
     def end(self) -> None:
         """End the process."""
-        self.line.send(None)
+        self.pipe.send(None)
         self.process.join()

@@ -1,7 +1,7 @@
-"""The shape of the published training code, as a plain eager loop: what codistill's hot path is measured against.
+"""A plain eager training loop, structured like the published code: the reference of the speed benchmark hotpath.py.
 
-Written for this purpose from a description of that code's habits: NCHW float32, one image at a time through PIL, a
-Python loop over members for every loss and accuracy, 13 reads of the device a step, diversity sample by sample.
+Written from a description of that code: NCHW float32, images processed one by one with PIL, a Python loop over members
+for every loss and accuracy, 13 reads from the device per step, diversity computed sample by sample.
 Shapes: P peers, B batch, C classes.
 """
 
@@ -32,7 +32,7 @@ def load_batch(images: np.ndarray, transform: transforms.Compose = TRAIN) -> Ten
 
 
 class Published(nn.Module):
-    """m whole networks with the attention's two projections, in one module."""
+    """P networks and the two projections of the attention, in one module."""
 
     def __init__(self, networks: list[nn.Module], feature_dim: int) -> None:
         super().__init__()
@@ -41,7 +41,7 @@ class Published(nn.Module):
         self.key = nn.Linear(feature_dim, feature_dim // 8, bias=False)
 
     def forward(self, x: Tensor) -> tuple[list[Tensor], list[Tensor]]:
-        """Return logits and features, a list each."""
+        """Return the lists of logits and of features."""
         features = [network.forward_features(x) for network in self.networks]  # type: ignore[operator]
         return [n.forward_head(f) for n, f in zip(self.networks, features)], features  # type: ignore[operator]
 
@@ -60,7 +60,7 @@ def accuracy(logits: Tensor, targets: Tensor) -> list[Tensor]:
 
 
 def train_step(model: Published, optimizer: torch.optim.Optimizer, x: Tensor, y: Tensor, weight: float) -> float:
-    """Do one step of OKDDip as that code does: losses and figures member by member, read at once."""
+    """Do one step of OKDDip: losses and accuracies member by member, each read from the device."""
     logits, features = model(x)
     auxiliary = len(logits) - 1
     queries = torch.stack([model.query(f) for f in features[:-1]], 1)
@@ -88,7 +88,7 @@ def train_step(model: Published, optimizer: torch.optim.Optimizer, x: Tensor, y:
 
 @torch.no_grad()
 def evaluate(model: Published, x: Tensor, y: Tensor) -> float:
-    """Measure one batch: member by member, and diversity sample by sample."""
+    """Evaluate one batch: member by member, and diversity sample by sample."""
     logits, _ = model(x)
     for z in logits:
         F.cross_entropy(z, y).item()

@@ -13,8 +13,8 @@ only the options and the files of a run folder have to be the same in both. Comp
     details.json        all
     evaluate.json, predict.json     what these commands print with --json
 
-It prints a line a run and ends with 1 if anything differs; the runs of NEW that differ are kept then. The results of
-OLD are kept in --out, by commit, and used again; those of a checkout with changes that are not committed never are.
+It prints one line per run and ends with 1 if anything differs; the runs of NEW that differ are kept. The results of
+OLD are stored in --out, by commit, and used again; those of a checkout with changes that are not committed never are.
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ def write_images(folder: Path) -> None:
 
 
 def write_pictures(folder: Path) -> None:
-    """Write PNG files of several shapes, a folder a class."""
+    """Write PNG files of several shapes, one folder per class."""
     rng = np.random.default_rng(1)
     for part, count in (("train", 16), ("test", 8)):
         for label in range(3):
@@ -97,7 +97,7 @@ def write_pictures(folder: Path) -> None:
 
 
 def go_back(folder: Path) -> None:
-    """Leave of a finished run what there was when the checkpoint before its last was written."""
+    """Restore a finished run's folder to the state in which its second newest checkpoint was written."""
     run = folder / "run"
     (run / "result.json").unlink()
     (run / "details.json").unlink()

@@ -1,9 +1,9 @@
-"""Soak: a long run with evaluation, checkpoints and a tracker, while memory and open files are counted.
+"""Memory and open files of a long run with evaluation, checkpoints and a tracker.
 
     python benchmarks/soak.py --minutes 4 --plot docs/soak.svg
 
 The run is one process on one thread: OKDDip with 3 resnet8 on digits, an evaluation and a checkpoint every epoch of 14
-steps, another checkpoint every 5 steps, TensorBoard where it is installed. A sample is taken every 5 epochs.
+steps, another checkpoint every 5 steps, TensorBoard if it is installed. A sample is taken every 5 epochs.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ import torch
 from codistill.config.config import Config
 from codistill.training.loop import train
 from codistill.training.reporter import Reporter
-from codistill.utils.signals import Stopped
+from codistill.utils.errors import Stopped
 
 
-def resident() -> float:
+def resident_memory() -> float:
     """Return this process's memory in MB."""
     pages = int(Path("/proc/self/statm").read_text().split()[1])
     return pages * os.sysconf("SC_PAGE_SIZE") / 2**20
@@ -41,7 +41,7 @@ def open_files() -> int:
 
 
 class Sampler(Reporter):
-    """Notes (steps, MB, handles) and ends the run, as a signal would, when the time is over."""
+    """Records (steps, MB, handles) and ends the run by a signal when the time is over."""
 
     def __init__(self, minutes: float) -> None:
         self.until = time.perf_counter() + 60 * minutes
@@ -49,14 +49,14 @@ class Sampler(Reporter):
         self.steps = 0
 
     def begin(self, notes: list[str], epochs: int, steps: int, start: int) -> None:
-        """Learn how long an epoch is."""
+        """Store the number of steps per epoch."""
         self.steps = steps
 
     def epoch(self, line: dict[str, Any]) -> None:
-        """Take a sample now and then."""
+        """Take a sample every 5 epochs."""
         if line["epoch"] % 5 == 0:
             gc.collect()
-            self.samples.append(((line["epoch"] + 1) * self.steps, resident(), open_files()))
+            self.samples.append(((line["epoch"] + 1) * self.steps, resident_memory(), open_files()))
         if time.perf_counter() > self.until:
             os.kill(os.getpid(), 15)
 
@@ -67,8 +67,8 @@ def plot(samples: list[tuple[int, float, int]]) -> str:
     last, most = samples[-1][0], 1.25 * max(mb for _, mb, _ in samples)
     x = lambda step: left + (width - 2 * left) * step / last  # noqa: E731
     y = lambda share: height - bottom - (height - 2 * bottom) * share  # noqa: E731
-    line = lambda points, colour: (  # noqa: E731
-        f'<polyline fill="none" stroke="{colour}" stroke-width="2" points="'
+    line = lambda points, color: (  # noqa: E731
+        f'<polyline fill="none" stroke="{color}" stroke-width="2" points="'
         + " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points) + '"/>'
     )  # fmt: skip
     handles = 2 * max(n for _, _, n in samples)
@@ -108,7 +108,7 @@ def main() -> int:
             train(config, sampler)
     samples = sampler.samples
     tenth = max(len(samples) // 10, 1)
-    parts = samples[tenth : 2 * tenth], samples[-tenth:]  # the first tenth is allocators' warming up
+    parts = samples[tenth : 2 * tenth], samples[-tenth:]  # in the first tenth the allocators still grow
     begin, end = (fmean(mb for _, mb, _ in part) for part in parts)
     handles = sorted({n for _, _, n in samples})
     print(

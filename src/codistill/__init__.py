@@ -20,14 +20,13 @@ _HOMES = {
     "load_run": "codistill.training.build",
     "losses": "codistill",
     "methods": "codistill",
-    "metrics": "codistill.evaluation",
+    "metrics": "codistill",
 }
 
 if TYPE_CHECKING:
-    from codistill import losses, methods
+    from codistill import losses, methods, metrics
     from codistill.config.config import Config
     from codistill.data import ImageSet
-    from codistill.evaluation import metrics
     from codistill.peers.base import PeerOutputs
     from codistill.peers.branches import BranchPeers
     from codistill.peers.networks import NetworkPeers
@@ -55,7 +54,7 @@ def __getattr__(name: str) -> Any:
     if name not in _HOMES:
         raise AttributeError(f"module 'codistill' has no attribute {name!r}")
     home = _HOMES[name]
-    if home in ("codistill", "codistill.evaluation"):
+    if home == "codistill":
         return importlib.import_module(f"{home}.{name}")
     value = getattr(importlib.import_module(home), name)
     globals()[name] = value

@@ -1,4 +1,4 @@
-"""The maths of the papers as pure functions of tensors: no state, no config, no loop.
+"""The equations of the papers as pure functions of tensors: no state, no config, no loop.
 
 Shapes: P peers, B batch, C classes, D features; `...` any leading dimensions (peers, usually). Every function works on
 logits, in the dtype it is given, and averages over the batch ("batchmean"), never over peers.
@@ -7,10 +7,14 @@ logits, in the dtype it is given, and averages over the batch ("batchmean"), nev
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
+
+SOURCE_EPS = 1e-7
+"""What the code of ONE and OKDDip adds to every target probability before the logarithm."""
 
 
 def sigmoid_ramp(epoch: float, length: float) -> float:
@@ -38,23 +42,22 @@ def cross_entropy(logits: Tensor, targets_B: Tensor) -> Tensor:
 
 
 def kl_from_log_probs(
-    student_logits: Tensor, target_log_probs: Tensor, temperature: float = 1.0, guard: float = 0.0
+    student_logits: Tensor, target_log_probs: Tensor, temperature: float = 1.0, eps: float = 0.0
 ) -> Tensor:
     """Return T^2 KL(target || softmax(student / T)), mean over the batch: `... x B x C` twice -> `...`.
 
-    No side is detached here.
+    Neither argument is detached here.
 
     Args:
-        student_logits: The side that is taught.
-        target_log_probs: The side that teaches, as log-probabilities that are softened already.
+        student_logits: Logits of the student.
+        target_log_probs: Log-probabilities of the target, already softened by T.
         temperature: T.
-        guard: Added to the target's probabilities, which then sum to more than 1, as ONE's and OKDDip's code does
-            (1e-7 there).
+        eps: Added to the target's probabilities, which then sum to more than 1 (`SOURCE_EPS` in two codes).
     """
     log_student = (student_logits / temperature).log_softmax(-1)
     target = target_log_probs.exp()
-    if guard:
-        target = target + guard
+    if eps:
+        target = target + eps
         target_log_probs = target.log()
     return (target * (target_log_probs - log_student)).sum(-1).mean(-1) * temperature**2
 
@@ -73,6 +76,19 @@ def kl_divergence(student_logits: Tensor, target_logits: Tensor, temperature: fl
     return kl_from_log_probs(student_logits, soften(target_logits, temperature), temperature)
 
 
+def pairwise_kl(student_PBC: Tensor, target_PBC: Tensor, kl: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """Return sum_{j != i} KL(target_j || student_i) for every peer i, `P`.
+
+    Args:
+        student_PBC: What the peers learn with, in the form that `kl` takes.
+        target_PBC: What the others learn from.
+        kl: The divergence of a student and a target, mean over the batch: `... x B x C` twice -> `...`.
+    """
+    kl_PP = kl(student_PBC.unsqueeze(1), target_PBC.unsqueeze(0))  # [i, j] = KL(target_j || student_i)
+    others_PP = 1 - torch.eye(len(kl_PP), dtype=kl_PP.dtype, device=kl_PP.device)
+    return (kl_PP * others_PP).sum(1)
+
+
 def soft_cross_entropy(student_logits: Tensor, target_log_probs: Tensor, temperature: float = 1.0) -> Tensor:
     """Return -T^2 sum_c t_c log softmax(student / T)_c, mean over the batch: its gradient is that of the KL."""
     return -(target_log_probs.exp() * soften(student_logits, temperature)).sum(-1).mean(-1) * temperature**2
@@ -89,12 +105,12 @@ def attention_log_weights(query_PBD: Tensor, key_PBD: Tensor, mask_self: bool = 
     Args:
         query_PBD: Projections q_a of every peer's features.
         key_PBD: Projections k_b.
-        mask_self: Leave b = a out.
+        mask_self: Exclude b = a.
     """
     scores_BPP = torch.einsum("abd,cbd->bac", query_PBD, key_PBD)
     if mask_self:
-        own = torch.eye(scores_BPP.shape[-1], dtype=torch.bool, device=scores_BPP.device)
-        scores_BPP = scores_BPP.masked_fill(own, -math.inf)
+        diagonal_PP = torch.eye(scores_BPP.shape[-1], dtype=torch.bool, device=scores_BPP.device)
+        scores_BPP = scores_BPP.masked_fill(diagonal_PP, -math.inf)
     return scores_BPP.log_softmax(-1)
 
 
@@ -126,7 +142,7 @@ def peer_distance(probs_PBC: Tensor, eps: float = 0.0) -> Tensor:
         eps: Added to every difference before the norm (the authors' code adds 1e-6, through `pairwise_distance`).
 
     Returns:
-        One distance a sample; zeros where there is one peer.
+        One distance per sample; zeros if there is one peer only.
     """
     num_peers = probs_PBC.shape[0]
     if num_peers < 2:
@@ -152,6 +168,7 @@ def scale_gradient(x: Tensor, factor: float) -> Tensor:
 
 
 __all__ = [
+    "SOURCE_EPS",
     "attention_log_weights",
     "cross_entropy",
     "entropy",
@@ -160,6 +177,7 @@ __all__ = [
     "leave_one_out_mean",
     "mix_log_probs",
     "mix_logits",
+    "pairwise_kl",
     "peer_distance",
     "scale_gradient",
     "sigmoid_ramp",

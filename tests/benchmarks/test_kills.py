@@ -43,7 +43,7 @@ def test_a_grid_survives_kills_in_its_own_files(tmp_path):
 
 def test_a_kill_at_any_write_leaves_a_resumable_folder(tmp_path):
     """A folder that holds next to nothing is still this run's."""
-    board, out = kills.Board(), tmp_path / "run"
+    board, out = kills.SharedCounters(), tmp_path / "run"
     config = kills.config_of("dml alternating, networks", out, epochs=1)
     for place in ("flush", "rename", "bytes", "metrics"):
         assert kills.attempt(config, board, place, 1, 0.0, 0), place

@@ -67,7 +67,7 @@ sys.meta_path.insert(0, Block())
 import torch, student
 model, about = student.load("s.safetensors")
 pixels = torch.arange(3 * 64, dtype=torch.uint8).view(3, 1, 8, 8)
-torch.save((model(student.normalise(pixels, about)), about["classes"]), "answer.pt")
+torch.save((model(student.normalize(pixels, about)), about["classes"]), "answer.pt")
 """
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", check=True)
     import torch
@@ -145,7 +145,7 @@ def test_model_may_be_repeated_for_peers_of_different_sizes(tmp_path):
         ("train okdip", 'unknown method "okdip" (did you mean "okddip"?)'),
         ("train", "train needs a METHOD"),
         ("train okddip pcl", "train takes one METHOD"),
-        ("compare", "compare needs at least one METHOD"),
+        ("compare", "compare takes at least one METHOD"),
         ("compare okdip", 'unknown method "okdip"'),
         ("compare okddip --seeds 0", "--seeds must be at least 1"),
         ("train okddip --model resnet9", 'unknown model "resnet9" (did you mean "resnet8"?)'),
@@ -176,7 +176,7 @@ def test_model_may_be_repeated_for_peers_of_different_sizes(tmp_path):
         ("evaluate", "evaluate takes one RUN"),
         ("evaluate nothing", "nothing is no run folder"),
         ("export nothing", "nothing is no run folder"),
-        ("list thing", 'unknown "thing"'),
+        ("list thing", 'unknown subject "thing"'),
         ("demo --data mnist", 'no recipe for "mnist"'),
     ],
 )

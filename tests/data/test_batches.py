@@ -6,7 +6,7 @@ import torch
 
 from codistill.data import DeviceLoader
 from codistill.data.device_loader import augment
-from codistill.data.loader import Augmentation
+from codistill.data.loader import Augmentation, LoaderOptions
 from helpers.images import pixel_loader, random_images, slow_crop, slow_square, whole_epoch
 
 # ----------------------------------------------------------------------------------------------------------------------
@@ -66,10 +66,7 @@ def test_cutout_zeroes_one_square_per_view_at_every_center(side, views):
         np.arange(400),
         (0.0,),
         (1.0,),
-        batch_size=150,
-        augmentation=Augmentation(cutout=side),
-        views=views,
-        dtype=torch.float64,
+        LoaderOptions(batch_size=150, augmentation=Augmentation(cutout=side), views=views, dtype=torch.float64),
     )
     masks = {str(slow_square(size, y, x, side)): (y, x) for y in range(size) for x in range(size)}
     assert len(masks) == size * size
@@ -86,9 +83,7 @@ def test_cutout_blanks_with_the_mean_colour_after_cropping():
         np.arange(50),
         (0.25,),
         (0.5,),
-        batch_size=50,
-        augmentation=Augmentation(pad=2, cutout=3),
-        dtype=torch.float64,
+        LoaderOptions(batch_size=50, augmentation=Augmentation(pad=2, cutout=3), dtype=torch.float64),
     )
     pixels, _ = whole_epoch(loader)
     # White is (1 - 0.25) / 0.5, black padding (0 - 0.25) / 0.5, and what is cut out is 0.
@@ -99,9 +94,7 @@ def test_cutout_blanks_with_the_mean_colour_after_cropping():
 def test_padding_is_black_before_normalising():
     images = np.full((40, 8, 8, 3), 255, dtype=np.uint8)
     mean, std = (0.25, 0.5, 0.1), (0.5, 0.2, 0.3)
-    loader = DeviceLoader(
-        images, np.arange(40), mean, std, batch_size=40, augmentation=Augmentation(pad=2), dtype=torch.float64
-    )
+    loader = DeviceLoader(images, np.arange(40), mean, std, LoaderOptions(40, Augmentation(pad=2), dtype=torch.float64))
     pixels, _ = whole_epoch(loader)
     for c in range(3):
         values = sorted({round(float(v), 10) for v in pixels[:, :, c].flatten()})
@@ -117,7 +110,7 @@ def test_padding_is_black_before_normalising():
 def test_normalization_is_scaled_pixels_minus_mean_over_std(dtype, tolerance, channels):
     images = random_images(5, channels=channels)
     mean, std = (0.5071, 0.4865, 0.4409)[:channels], (0.2673, 0.2564, 0.2762)[:channels]
-    loader = DeviceLoader(images, np.arange(5), mean, std, batch_size=2, dtype=dtype)
+    loader = DeviceLoader(images, np.arange(5), mean, std, LoaderOptions(2, dtype=dtype))
     pixels, _ = whole_epoch(loader)
     assert pixels.dtype == dtype
     for n in range(5):

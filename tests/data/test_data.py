@@ -130,13 +130,13 @@ def test_train_per_class_limits_classes_and_keeps_validation():
 
 
 def test_all_seeds_use_the_same_training_and_test_images():
-    from codistill.training.build import setup
+    from codistill.training.build import build_run
 
     def splits_of(seed):
         config = Config(
             "independent", "resnet8", "digits", peers=1, seed=seed, train_per_class=3, batch_size=8, device="cpu"
         )
-        return setup(config.resolved()).splits
+        return build_run(config.resolved()).splits
 
     first, second = splits_of(0), splits_of(1)
     assert len(first.train) == 30

@@ -11,13 +11,13 @@ from codistill.cli.main import main
 from codistill.config.config import Config
 from codistill.data import DeviceLoader, load_set
 from codistill.data.class_balance import balanced_order
-from codistill.data.loader import Augmentation
-from codistill.data.normalization import IMAGENET, normalised
+from codistill.data.loader import Augmentation, LoaderOptions
+from codistill.data.normalization import IMAGENET, with_normalization
 from codistill.deploy.predict import load_predictor
 from codistill.models.external import pretrained_statistics
 from codistill.training import loaders as feeding
+from codistill.training.build import build_run as build
 from codistill.training.build import load_run
-from codistill.training.build import setup as build
 from codistill.utils.errors import InputError
 from helpers.folders import train_on, write_images
 
@@ -43,7 +43,7 @@ def test_balanced_loaders_depend_on_seed_and_epoch():
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     labels = np.array([0] * 36 + [1] * 4)
     make = lambda: DeviceLoader(  # noqa: E731
-        images, labels, (0.0,), (1.0,), batch_size=10, augmentation=Augmentation(pad=2), balanced=True, seed=5
+        images, labels, (0.0,), (1.0,), LoaderOptions(10, Augmentation(pad=2), balanced=True, seed=5)
     )
     first, again = list(make().epoch(3)), list(make().epoch(3, start=2))
     assert torch.equal(first[2][0], again[0][0])
@@ -82,41 +82,41 @@ def test_pretrained_statistics_are_read_only_when_used(monkeypatch):
     config = Config("independent", "torchvision:resnet18", "digits", pretrained=True, train_per_class=6, batch_size=16)
     with pytest.raises(InputError, match="looked up"):
         feeding.load_images(config.resolved(), None, None)
-    data, _ = feeding.load_images(replace(config, normalise="imagenet").resolved(), None, None)
+    data, _ = feeding.load_images(replace(config, normalize="imagenet").resolved(), None, None)
     assert (data.mean, data.std) == IMAGENET
-    held = data.about() | {"mean": [0.1] * 3}
+    held = data.metadata() | {"mean": [0.1] * 3}
     assert feeding.load_images(config.resolved(), None, held)[0].mean == (0.1,) * 3
 
 
 def test_statistics_come_from_the_chosen_source():
     digits = load_set("digits")
     colour = digits.with_channels(3)
-    assert normalised(digits, None, {}) is digits
-    assert normalised(digits, "dataset", {"x": IMAGENET}).mean == digits.mean
-    given = normalised(colour, "0.1,0.2,0.3,0.4,0.5,0.6", {})
+    assert with_normalization(digits, None, {}) is digits
+    assert with_normalization(digits, "dataset", {"x": IMAGENET}).mean == digits.mean
+    given = with_normalization(colour, "0.1,0.2,0.3,0.4,0.5,0.6", {})
     assert (given.mean, given.std) == ((0.1, 0.2, 0.3), (0.4, 0.5, 0.6))
-    assert normalised(colour, "0.1,0.4", {}).mean == (0.1, 0.1, 0.1)
-    assert normalised(colour, "imagenet", {}).mean == IMAGENET[0]
-    assert normalised(digits, "imagenet", {}).mean == (round(sum(IMAGENET[0]) / 3, 4),)
+    assert with_normalization(colour, "0.1,0.4", {}).mean == (0.1, 0.1, 0.1)
+    assert with_normalization(colour, "imagenet", {}).mean == IMAGENET[0]
+    assert with_normalization(digits, "imagenet", {}).mean == (round(sum(IMAGENET[0]) / 3, 4),)
     known = pretrained_statistics(["timm:resnet10t", "torchvision:resnet18", "timm:vit_tiny_patch16_224"])
     assert known["timm:resnet10t"] == IMAGENET
     assert known["torchvision:resnet18"] == IMAGENET
     assert known["timm:vit_tiny_patch16_224"] == ((0.5,) * 3, (0.5,) * 3)
-    assert normalised(colour, None, {"a": known["timm:vit_tiny_patch16_224"], "b": None}).std == (0.5,) * 3
-    with pytest.raises(InputError, match=r"normalised in different ways.*--normalise"):
-        normalised(colour, None, known)
-    assert normalised(colour, None, known, held={"mean": [0.7] * 3, "std": [0.8] * 3}).mean == (0.7,) * 3
+    assert with_normalization(colour, None, {"a": known["timm:vit_tiny_patch16_224"], "b": None}).std == (0.5,) * 3
+    with pytest.raises(InputError, match=r"normalized in different ways.*--normalize"):
+        with_normalization(colour, None, known)
+    assert with_normalization(colour, None, known, data_info={"mean": [0.7] * 3, "std": [0.8] * 3}).mean == (0.7,) * 3
 
 
 def test_a_runs_statistics_are_kept_and_used_by_all(tmp_path, capsys):
     folder = write_images(tmp_path / "images")
     run = tmp_path / "run"
-    assert train_on(folder, run, "--normalise", "0.25,0.5,0.75,0.1,0.2,0.4") == 0
+    assert train_on(folder, run, "--normalize", "0.25,0.5,0.75,0.1,0.2,0.4") == 0
     about = json.loads((run / "data.json").read_text())
     assert (about["mean"], about["std"]) == ([0.25, 0.5, 0.75], [0.1, 0.2, 0.4])
     t = load_run(run, device="cpu")
     assert torch.allclose(t.loader.scale_C, 1 / (255 * torch.tensor([0.1, 0.2, 0.4])))
-    assert load_predictor(run, "cpu").about["mean"] == [0.25, 0.5, 0.75]
+    assert load_predictor(run, "cpu").data_info["mean"] == [0.25, 0.5, 0.75]
     assert main(["export", str(run)]) == 0
     from safetensors import safe_open
 

@@ -12,10 +12,11 @@ from codistill.config.config import Config
 from codistill.data import FileLoader, load_set, make_splits
 from codistill.data import image_files as files_module
 from codistill.data import image_folder as folder_module
+from codistill.data import lazy_images as lazy_module
 from codistill.data.decode import fit_square, read_pixels
 from codistill.data.image_files import ImageFiles
-from codistill.data.loader import Augmentation
-from codistill.training.build import setup
+from codistill.data.loader import Augmentation, LoaderOptions
+from codistill.training.build import build_run
 from codistill.utils.errors import InputError
 from helpers.folders import write_images
 
@@ -30,7 +31,9 @@ def folder(tmp_path_factory):
 def loader_of(folder, size=16, augmentation=VARIED, **options):
     data = load_set(f"folder:{folder}", image_size=size, pipeline="files")
     options = {"batch_size": 5, "dtype": torch.float64, "seed": 3} | options
-    loader = FileLoader(data.x_train, data.y_train, (0.0,) * 3, (1 / 255,) * 3, augmentation=augmentation, **options)
+    decoding = {key: options.pop(key) for key in ("workers", "skip_corrupt") if key in options}
+    options = LoaderOptions(augmentation=augmentation, **options)
+    loader = FileLoader(data.x_train, data.y_train, (0.0,) * 3, (1 / 255,) * 3, options, **decoding)
     return loader, data
 
 
@@ -74,7 +77,7 @@ def test_processes_decode_disjoint_parts_of_the_batch(folder, monkeypatch):
     parts, decoded = [], []
     for index in range(2):
         loader, _ = loader_of(folder, views=4)
-        loader.share(index, 2, range(2 * index, 2 * index + 2))
+        loader.shard(index, 2, range(2 * index, 2 * index + 2))
         opened.clear()
         parts.append(list(loader.epoch(1)))
         decoded.append(set(opened))
@@ -94,7 +97,7 @@ def test_nobodys_random_numbers_are_touched(folder):
     whole_epoch(loader_of(folder)[0])
     loader, _ = loader_of(folder, workers=1)
     whole_epoch(loader)
-    assert loader.first().shape == (1, 5, 3, 16, 16)
+    assert loader.sample_batch().shape == (1, 5, 3, 16, 16)
     assert torch.equal(torch.get_rng_state(), before)
 
 
@@ -123,18 +126,18 @@ def test_a_large_folder_starts_without_being_decoded(tmp_path, monkeypatch):
     opened = []
     original = files_module.open_upright
     monkeypatch.setattr(files_module, "open_upright", lambda file: opened.append(file) or original(file))
-    monkeypatch.setattr(files_module, "SAMPLED", 10)
+    monkeypatch.setattr(lazy_module, "NUM_STATISTICS_IMAGES", 10)
     monkeypatch.setattr(folder_module, "RESIDENT_LIMIT", 240 * 16 * 16 * 3)
     assert not load_set(f"folder:{tmp_path}", image_size=16).from_files  # just fits
     monkeypatch.setattr(folder_module, "RESIDENT_LIMIT", 240 * 16 * 16 * 3 - 1)
     data = load_set(f"folder:{tmp_path}", image_size=16)
     assert data.from_files
-    assert "240 image files" in data.notes[0]
+    assert "240 image files" in data.provenance.messages[0]
     splits = make_splits(data, 0.1)
     assert np.bincount(data.y_train[splits.val]).tolist() == [6, 6]
     assert opened == []
     config = Config("dml", "resnet8", f"folder:{tmp_path}", image_size=16, peers=2, batch_size=16, device="cpu")
-    t = setup(config.resolved())
+    t = build_run(config.resolved())
     assert len(opened) <= 10 + 8  # ten to normalise by, eight to try the networks on
     assert t.data.mean
     assert load_set(f"folder:{tmp_path}", pipeline="files").image_size == 224  # sizes differ and none is given
@@ -147,7 +150,7 @@ def test_a_folder_of_three_parts_validates_on_its_own(tmp_path):
         data = load_set(f"folder:{tmp_path}", image_size=8, pipeline=pipeline, skip_corrupt=True)
         splits = make_splits(data, 0.1)
         val = data.x_train[splits.val]
-        assert len(splits.val) == data.own_val == 8
+        assert len(splits.val) == data.num_val == 8
         assert len(splits.train) == (8 if pipeline == "files" else 7)
         assert len(make_splits(data, 0.0).val) == 0
         assert len(make_splits(data, 0.0).train) == len(splits.train)  # left aside, not trained on
@@ -167,7 +170,7 @@ def test_odd_files_are_decoded_as_everywhere(tmp_path):
     Image.fromarray(sideways).convert("P").save(place / "x3.png")
     Image.fromarray(np.full((20, 20, 4), (9, 9, 9, 0), dtype=np.uint8)).save(place / "x4.png")
     data = load_set(f"folder:{tmp_path}", image_size=20, pipeline="files")
-    loader = FileLoader(data.x_train, data.y_train, (0.0,) * 3, (1 / 255,) * 3, batch_size=99)
+    loader = FileLoader(data.x_train, data.y_train, (0.0,) * 3, (1 / 255,) * 3, LoaderOptions(99))
     pixels, _ = whole_epoch(loader)
     odd = {data.x_train.path(n).rpartition("/")[2]: pixels[0, n] for n in range(len(data.y_train))}
     assert odd["x1.jpg"][:, :, 15:].mean() > 250 > 5 > odd["x1.jpg"][:, :, :5].mean()
@@ -197,7 +200,7 @@ def test_a_run_stopped_by_a_corrupt_file_resumes_to_the_same_end(tmp_path, capsy
     assert main(words(folder, tmp_path / "whole", *given)) == 0
     data = load_set(f"folder:{folder}", image_size=16, pipeline="files")
     config = Config.from_file(tmp_path / "whole")
-    t = setup(config.resolved())
+    t = build_run(config.resolved())
     order = t.splits.train[t.loader._order(t.loader._generator(1)).numpy()]
     first = t.splits.train[t.loader._order(t.loader._generator(0)).numpy()][:8].tolist()
     place = next(n for n in range(5, 10) if order[n] not in first)  # in the second batch; not what setup tries
@@ -228,7 +231,7 @@ def test_corrupt_files_are_replaced_from_their_class_and_counted(tmp_path, capsy
     for n in (1, 2):
         (folder / "train" / "bee" / f"{n}.png").write_bytes(b"no image")
     assert main(words(folder, tmp_path / "run", "--skip-corrupt")) == 0
-    assert "the next one of its class stands in (1 so far)" in capsys.readouterr().err
+    assert "the next one of its class replaces it (1 so far)" in capsys.readouterr().err
     loader, data = loader_of(folder, augmentation=None, skip_corrupt=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -262,7 +265,7 @@ def test_resident_folders_leave_corrupt_files_out_if_asked(tmp_path):
         load_set(f"folder:{folder}", image_size=8)
     data = load_set(f"folder:{folder}", image_size=8, skip_corrupt=True)
     assert np.bincount(data.y_train).tolist() == [3, 4, 4]
-    assert "1 image files cannot be read" in data.notes[0]
+    assert "1 image files cannot be read" in data.provenance.messages[0]
     (folder / "train" / "ant" / "2.png").unlink()
     assert data.checksum() == load_set(f"folder:{folder}", image_size=8).checksum()  # the splits are the same
     (folder / "val" / "bee" / "1.png").write_bytes(b"no image")
@@ -285,8 +288,8 @@ def test_a_resident_run_does_not_go_on_with_other_readable_files(tmp_path, capsy
     [
         (["--data", "digits", "--data-pipeline", "files"], "--data-pipeline files reads the images of a folder"),
         (["--data", "digits", "--data-workers", "-1"], "--data-workers is -1"),
-        (["--data", "digits", "--normalise", "0.5,x"], "--normalise 0.5,x: give imagenet"),
-        (["--data", "digits", "--normalise", "0.5,0"], "--normalise 0.5,0: give imagenet"),
+        (["--data", "digits", "--normalise", "0.5,x"], "--normalize 0.5,x: give imagenet"),
+        (["--data", "digits", "--normalise", "0.5,0"], "--normalize 0.5,0: give imagenet"),
     ],
 )
 def test_mistakes_are_one_sentence(options, sentence, tmp_path, capsys):

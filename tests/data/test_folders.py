@@ -71,7 +71,7 @@ def test_different_classes_in_train_and_test_are_named(tmp_path):
 
 def test_train_without_test_is_not_taken_for_a_class(tmp_path):
     write_folder(tmp_path, {"a": 2, "b": 2}, parts=("train",))
-    with pytest.raises(InputError, match=r"holds a folder train, but none called test \(or val\)"):
+    with pytest.raises(InputError, match=r"has a folder train, but none called test \(or val\)"):
         load_set(f"folder:{tmp_path}")
 
 
@@ -264,7 +264,7 @@ def test_a_part_of_another_name_is_not_taken_for_a_class(names, tmp_path):
         for kind in ("cat", "dog"):
             (tmp_path / part / kind).mkdir(parents=True)
             Image.new("RGB", (8, 8)).save(tmp_path / part / kind / "1.png")
-    with pytest.raises(InputError, match=r"holds folders only, so it and .* are no classes but parts"):
+    with pytest.raises(InputError, match=r"contains only folders, so it and .* are parts and not classes"):
         load_folder(tmp_path)
     for kind in ("train", "plane"):  # a vehicle, with images of its own
         (tmp_path / "vehicles" / kind).mkdir(parents=True)

@@ -66,7 +66,7 @@ PIXELS = np.zeros((8, 8, 3), dtype=np.uint8)
         ([(PIXELS, -1)], "item 0 .*labels count from 0"),
         ([(PIXELS, 0), (PIXELS, 2)], "a label is 2, but there are 2 classes"),
         ([(PIXELS, 0), (np.zeros((8, 9, 3), dtype=np.uint8), 1)], "item 1 .* is 9 x 8, others are 8 x 8"),
-        ([(PIXELS.astype(np.float32) - 1, 0)], "leave normalising to codistill"),
+        ([(PIXELS.astype(np.float32) - 1, 0)], "give it without normalization"),
         ([(PIXELS.astype(np.int32), 0)], "its image is of int32"),
         ([(np.zeros((8, 8, 4), dtype=np.uint8), 0)], r"has the shape \(8, 8, 4\)"),
         ([], "hold no items"),

@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from codistill.cli.main import main
-from codistill.deploy.model_card import escape
 from codistill.training.build import load_run
+from codistill.utils.tables import escape_markdown
 from helpers.common import read_json
 from helpers.folders import ODD, write_folder
 
@@ -91,15 +91,15 @@ def test_the_card_describes_the_folder_and_escapes_names(run, tmp_path, capsys):
     assert f"value: {read_json(run / 'result.json')['student']['top1'] / 100:.6f}" in front
     assert 'license: "unknown"' in front
     assert "<script>" not in body
-    assert "\\<script\\>" in body
+    assert "&lt;script&gt;" in body
     assert "[link](" not in body
-    assert "## Licence\n\nNot stated." in body
+    assert "## License\n\nNot stated." in body
     for line in front.strip().splitlines():
         assert ":" in line or line.startswith("-")
 
 
 def test_escaping_leaves_no_character_that_markdown_reads():
-    assert escape("a|b\nc`<x>") == "a\\|b c\\`\\<x\\>"
+    assert escape_markdown("a|b\nc`<x>") == "a\\|b c\\`&lt;x&gt;"
 
 
 def test_the_card_shows_the_grids_baseline_where_there_is_one(run, tmp_path, capsys):

@@ -17,12 +17,13 @@ import torch
 from codistill.cli.main import main
 from codistill.config.checks import mesh_shape
 from codistill.config.config import Config
-from codistill.distributed.launch import init_mesh
-from codistill.distributed.mesh import backend_for
-from codistill.distributed.peers import imbalance
+from codistill.distributed.launch import backend_for, init_mesh
+from codistill.distributed.mesh import SingleProcess
+from codistill.distributed.peers import MeshPeers, describe_imbalance
 from codistill.peers.networks import NetworkPeers
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.training.optim import learning_rate_at
+from codistill.training.state import checkpoint_state
 from codistill.utils.errors import InputError
 from helpers.mesh_reference import largest_difference, one_process
 from helpers.mesh_worker import CASES, config, num_peers, run_steps
@@ -171,19 +172,20 @@ def test_a_missing_backend_is_named(monkeypatch):
 
 
 def test_one_process_needs_no_mesh_and_compare_takes_none(tmp_path, capsys):
-    assert init_mesh(Config(mesh="data=1,peer=1").resolved(), torch.device("cpu")) is None
+    assert isinstance(init_mesh(Config(mesh="data=1,peer=1").resolved(), torch.device("cpu")), SingleProcess)
+    assert not torch.distributed.is_initialized()
     assert main(["compare", "okddip", "--mesh", "peer=2", "--out", str(tmp_path / "grid")]) == 2
     assert "drop --mesh" in capsys.readouterr().err
 
 
 def test_parts_of_a_batch_make_up_the_batch():
-    t = setup(config("pcl", peers=2))
+    t = build_run(config("pcl", peers=2))
     whole = list(t.loader.epoch(1))
     for parts in (2, 4):
         pieces = []
         for index in range(parts):
-            loader = setup(config("pcl", peers=2)).loader
-            loader.share(index, parts, range(1, 2))
+            loader = build_run(config("pcl", peers=2)).loader
+            loader.shard(index, parts, range(1, 2))
             pieces.append(list(loader.epoch(1)))
         for number, (views, targets) in enumerate(whole):
             sizes = [math.ceil((len(targets) - index) / parts) for index in range(parts)]
@@ -195,9 +197,9 @@ def test_parts_of_a_batch_make_up_the_batch():
 def test_recomputed_activations_change_no_digit():
     states = []
     for again in (False, True):
-        t = setup(config("pcl", peers=2, checkpoint_activations=again))
+        t = build_run(config("pcl", peers=2, checkpoint_activations=again))
         run_steps(t, 4)
-        states.append(t.state())
+        states.append(checkpoint_state(t))
     assert largest_difference(*states) == 0.0
 
 
@@ -205,7 +207,7 @@ def test_recomputed_activations_change_no_digit():
 def test_recomputed_activations_need_less_memory():
     kept = []
     for again in (False, True):
-        t = setup(config("independent", peers=2, checkpoint_activations=again))
+        t = build_run(config("independent", peers=2, checkpoint_activations=again))
         sizes = {}
 
         def pack(x, sizes=sizes):
@@ -213,7 +215,7 @@ def test_recomputed_activations_need_less_memory():
             return x
 
         t.peers.train()
-        views = t.loader.first()
+        views = t.loader.sample_batch()
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda x: x):
             outputs = t.peers(views)
         kept.append(sum(sizes.values()))
@@ -236,10 +238,27 @@ def test_only_networks_recompute(words, capsys):
 
 def test_unequal_work_along_peer_is_spoken_of():
     peers = Peers2()
-    said = imbalance(peers, torch.zeros(1, 3, 8, 8))
+    said = describe_imbalance(peers, torch.zeros(1, 3, 8, 8))
     assert "the members on peer=1 cost 3.0 times those on peer=0, which will wait" in said
     peers.mesh.factor = 1
-    assert imbalance(peers, torch.zeros(1, 3, 8, 8)) is None
+    assert describe_imbalance(peers, torch.zeros(1, 3, 8, 8)) is None
+
+
+def test_a_member_on_another_rank_is_refused():
+    class SecondRank:
+        num_peer, local_members = 2, range(2, 4)
+
+        def all_gather_object(self, value):
+            return [value, value]
+
+    local = NetworkPeers("resnet8", 2, 10, image_size=8, first=2)
+    peers = MeshPeers(local, SecondRank())
+    assert peers.num_peers == 4
+    assert peers.local is local
+    assert local.local is local
+    assert peers.member(3) is local.member(1)
+    with pytest.raises(InputError, match="member 1 is on another rank; load the run folder in one process"):
+        peers.export_member(1)
 
 
 class Peers2(torch.nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from codistill.cli.main import main
-from codistill.evaluation.calibration import calibration, class_rows, confusion_matrix, fit_temperature, nll
+from codistill.evaluation.calibration import calibration, class_rows, confusion_matrix, fit_temperature
 from helpers.common import read_json
 
 
@@ -18,8 +18,8 @@ def test_the_confusion_matrix_counts_as_a_loop_does():
     counts = [[0] * 4 for _ in range(4)]
     for guess, label in zip(guesses.tolist(), labels.tolist()):
         counts[label][guess] += 1
-    ours = confusion_matrix(guesses, labels, 4)
-    assert ours.tolist() == counts
+    ours = confusion_matrix(torch.eye(4)[guesses], labels)
+    assert ours == counts
     rows = class_rows(ours, ["a", "b", "c", "d"])
     assert rows[0]["recall"] == pytest.approx(100 * counts[0][0] / sum(counts[0]))
     assert rows[1]["precision"] == pytest.approx(100 * counts[1][1] / sum(row[1] for row in counts))
@@ -28,7 +28,7 @@ def test_the_confusion_matrix_counts_as_a_loop_does():
 
 
 def test_a_class_without_images_or_guesses_has_no_rate():
-    rows = class_rows(confusion_matrix(torch.tensor([0]), torch.tensor([0]), 2), ["a", "b"])
+    rows = class_rows(confusion_matrix(torch.tensor([[1.0, 0.0]]), torch.tensor([0])), ["a", "b"])
     assert rows[1]["recall"] is None
     assert rows[1]["precision"] is None
     assert rows[0]["most often taken for"] is None
@@ -43,10 +43,28 @@ def test_the_temperature_undoes_a_known_overconfidence():
     raw, fitted = calibration(logits * 3, labels), calibration(logits * 3, labels, temperature)
     assert fitted["ece"] < 0.02 < raw["ece"]
     assert fitted["nll"] < raw["nll"]
-    step = 1e-3
-    assert nll(logits * 3, labels, temperature) <= min(
-        nll(logits * 3, labels, temperature * math.exp(s)) for s in (-step, step)
-    )
+    nll = lambda t: calibration(logits * 3, labels, t)["nll"]  # noqa: E731
+    assert nll(temperature) <= min(nll(temperature * math.exp(s)) for s in (-1e-3, 1e-3))
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.3])
+def test_calibration_is_that_of_the_definitions(temperature):
+    """Guo et al., ICML 2017: NLL, and ECE over 15 bins of equal width, sample by sample in float64."""
+    rng = torch.Generator().manual_seed(1)
+    logits, labels = torch.randn(9000, 6, generator=rng).double() * 3, torch.randint(6, (9000,), generator=rng)
+    nll, bins = 0.0, [[] for _ in range(15)]
+    for scores, label in zip((logits / temperature).tolist(), labels.tolist()):
+        total = math.fsum(math.exp(score) for score in scores)
+        nll += math.log(total) - scores[label]
+        best = max(range(6), key=scores.__getitem__)
+        confidence = math.exp(scores[best]) / total
+        bins[min(int(confidence * 15), 14)].append((confidence, best == label))
+    gaps = [abs(math.fsum(c - hit for c, hit in one)) for one in bins]
+    found = calibration(logits, labels, temperature)
+    assert found["nll"] == pytest.approx(nll / 9000, rel=1e-12)
+    assert found["ece"] == pytest.approx(sum(gaps) / 9000, abs=1e-12)
+    assert [b["images"] for b in found["bins"]] == [len(one) for one in bins if one]
+    assert [b["from"] for b in found["bins"]] == [k / 15 for k, one in enumerate(bins) if one]
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 import numpy as np
 import torch
 
-from codistill.data import DeviceLoader, ImageSet
+from codistill.data import DeviceLoader, ImageSet, LoaderOptions
 
 
 def random_images(count, size=8, channels=3, seed=0):
@@ -15,7 +15,8 @@ def pixel_loader(images, augmentation=None, **options):
     channels = images.shape[3]
     options = {"batch_size": 16, "dtype": torch.float64} | options
     labels = np.arange(len(images))
-    return DeviceLoader(images, labels, (0.0,) * channels, (1 / 255,) * channels, augmentation=augmentation, **options)
+    options = LoaderOptions(augmentation=augmentation, **options)
+    return DeviceLoader(images, labels, (0.0,) * channels, (1 / 255,) * channels, options)
 
 
 def whole_epoch(loader, epoch=0, start=0):

@@ -4,7 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from helpers.mesh_worker import STEPS, config, finish, run_steps, teacher
 
 
@@ -33,7 +33,7 @@ class ChunkNorm(nn.BatchNorm2d):
 
 def one_process(case: str, chunks: int, peers: int):
     """Train `case` in this process."""
-    t = setup(config(case, peers=peers), teacher(case))
+    t = build_run(config(case, peers=peers), teacher(case))
     for module in (t.peers, t.ema):
         for norm in module.modules() if module is not None else ():
             if isinstance(norm, nn.BatchNorm2d):

@@ -14,14 +14,17 @@ import torch
 
 from codistill.config.config import Config
 from codistill.config.methods import method_config
-from codistill.distributed.launch import init_mesh, leave
+from codistill.distributed.launch import init_mesh, shutdown
 from codistill.peers.networks import NetworkPeers
 from codistill.runs.checkpoint import rng_state
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.training.loaders import test_loader
-from codistill.training.loop import _close_epoch, measure, zero_sums
+from codistill.training.loop import end_epoch
+from codistill.training.run import zero_sums
+from codistill.training.state import checkpoint_state, restore_state
 from codistill.training.step import train_step
-from codistill.training.student import numbers_trained_and_deployed
+from codistill.training.student import count_trained_and_deployed
+from codistill.training.summary import evaluate_run
 
 STEPS = 20
 CASES = {
@@ -71,9 +74,9 @@ MORE = {
     "okddip, mixed": {"mixup": 0.3},
     "kdcl, general, mixed and cut": {"mixup": 0.3, "cutmix": 1.0},
     "one, branches, cut": {"cutmix": 1.0, "label_smoothing": 0.1},
-    "okddip, frozen parts, heads' rate": {"freeze": ("conv1", "bn1", "layer2"), "head_lr": 3.0},
-    "dml, alternating, frozen parts, heads' rate": {"freeze": ("conv1", "bn1"), "head_lr": 3.0},
-    "okddip, branches, frozen trunk, heads' rate": {"freeze": ("trunk",), "head_lr": 3.0},
+    "okddip, frozen parts, heads' rate": {"freeze": ("conv1", "bn1", "layer2"), "head_lr_scale": 3.0},
+    "dml, alternating, frozen parts, heads' rate": {"freeze": ("conv1", "bn1"), "head_lr_scale": 3.0},
+    "okddip, branches, frozen trunk, heads' rate": {"freeze": ("trunk",), "head_lr_scale": 3.0},
 }
 
 
@@ -104,26 +107,26 @@ def run_steps(t, until: int):
     t.method.train()
     for module in t.frozen:
         module.eval()
-    while t.epoch * len(t.loader) + t.step < until:
-        if t.step == 0:
-            t.sums = zero_sums(t)
-        for views, targets in t.loader.epoch(t.epoch, t.step):
+    while t.progress.epoch * len(t.loader) + t.progress.step < until:
+        if t.progress.step == 0:
+            t.progress.sums = zero_sums(t)
+        for views, targets in t.loader.epoch(t.progress.epoch, t.progress.step):
             train_step(t, views, targets, 0.7)
-            t.step += 1
-            if t.epoch * len(t.loader) + t.step == until:
+            t.progress.step += 1
+            if t.progress.epoch * len(t.loader) + t.progress.step == until:
                 break
-        if t.step == len(t.loader):
-            lines.append(_close_epoch(t, None)["train"])
-            t.epoch, t.step = t.epoch + 1, 0
-    assert t.guard.look() is None
+        if t.progress.step == len(t.loader):
+            lines.append(end_epoch(t, None)["train"])
+            t.progress.epoch, t.progress.step = t.progress.epoch + 1, 0
+    assert t.guard.check_finite() is None
     return lines
 
 
 def finish(t, lines):
     """Return all that is compared."""
-    figures = measure(t, test_loader(t))["members"]
-    numbers = numbers_trained_and_deployed(t)
-    return {"state": t.state(), "lines": lines, "figures": figures, "numbers": numbers}
+    figures = evaluate_run(t, test_loader(t))["members"]
+    numbers = count_trained_and_deployed(t)
+    return {"state": checkpoint_state(t), "lines": lines, "figures": figures, "numbers": numbers}
 
 
 def walk(number: int, case: str, sync: bool, meshes: list[str], folder: Path) -> None:
@@ -132,14 +135,14 @@ def walk(number: int, case: str, sync: bool, meshes: list[str], folder: Path) ->
     for leg, mesh_text in enumerate(meshes):
         c = config(case, mesh=mesh_text, sync_bn=sync, peers=num_peers(case, meshes))
         mesh = init_mesh(c, torch.device("cpu"))
-        assert mesh is not None
-        t = setup(c, teacher(case), mesh=mesh)
+        assert mesh.world > 1
+        t = build_run(c, teacher(case), mesh=mesh)
         if leg:
-            t.load_state(torch.load(place, weights_only=True))
+            restore_state(t, torch.load(place, weights_only=True))
         lines += run_steps(t, STEPS * (leg + 1) // len(meshes))
-        state = t.state()
+        state = checkpoint_state(t)
         mesh.run_on_main_rank(lambda state=state: torch.save({**state, "rng": rng_state()}, place))
-    sent = dict(mesh.sent)
+    sent = dict(mesh.bytes_sent)
     found = finish(t, lines) | {"sent": sent}
     if mesh.rank == 0:
         torch.save(found, folder / f"{number}.pt")
@@ -151,7 +154,7 @@ def main() -> None:
     plan, folder = sys.argv[1:]
     for number, case, sync, meshes in json.loads(plan):
         walk(number, case, sync, meshes, Path(folder))
-    leave()
+    shutdown()
 
 
 if __name__ == "__main__":

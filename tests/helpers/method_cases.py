@@ -7,8 +7,8 @@ import pytest
 from codistill.config.config import Config
 from codistill.config.methods import METHODS, method_config
 from codistill.peers.networks import NetworkPeers
-from codistill.training.build import setup
-from codistill.training.loop import zero_sums
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from helpers.runs import tiny
 
 OPTIONS = {
@@ -53,8 +53,8 @@ def teacher_for(name):
 
 
 def build(name, options, topology, **more):
-    t = setup(config(name, options, topology, **more).resolved(), teacher_for(name))
-    t.sums = zero_sums(t)
+    t = build_run(config(name, options, topology, **more).resolved(), teacher_for(name))
+    t.progress.sums = zero_sums(t)
     t.peers.train()
     t.method.train()
     return t

@@ -27,7 +27,7 @@ def fake_plan(tmp_path, protocol, scale="full", table="okddip_table2"):
                 {"epoch": e, "test": fake_result(v)["test"], "test_student": {"top1": v}}
                 for e, v in ((0, 73.0), (1, 70.0))
             ]
-            path = cell.place(tmp_path, seed) / "metrics.jsonl"
+            path = cell.run_path(tmp_path, seed) / "metrics.jsonl"
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return plan

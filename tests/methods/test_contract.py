@@ -13,6 +13,7 @@ from codistill.peers.ema import MeanTeacher
 from codistill.peers.networks import NetworkPeers
 from codistill.runs.checkpoint import restore_rng, rng_state
 from codistill.training.loop import train
+from codistill.training.state import checkpoint_state, restore_state
 from codistill.training.step import train_step
 from codistill.training.student import deployed_network
 from codistill.utils.errors import InputError
@@ -32,7 +33,7 @@ def test_steps_are_finite_and_members_stay_different(name, options, topology):
     t = build(name, options, topology)
     for terms in steps(t):
         assert terms["loss"].isfinite()
-    assert t.guard.look() is None
+    assert t.guard.check_finite() is None
     if t.peers.num_peers > 1:
         t.peers.eval()
         with torch.no_grad():
@@ -87,8 +88,8 @@ def test_bfloat16_and_a_batch_of_one(name, options, topology):
 def test_state_goes_round_and_modes_are_kept(name, options, topology):
     first, second = build(name, options, topology), build(name, options, topology, seed=1)
     steps(first)
-    state = first.state() | {"rng": rng_state()}
-    second.load_state(state)
+    state = checkpoint_state(first) | {"rng": rng_state()}
+    restore_state(second, state)
     views, _ = next(first.loader.epoch(1))
     for t in (first, second):
         t.peers.eval()
@@ -101,9 +102,9 @@ def test_state_goes_round_and_modes_are_kept(name, options, topology):
     assert not student.training
     first.peers.train()
     from codistill.training.loaders import test_loader
-    from codistill.training.loop import measure
+    from codistill.training.summary import evaluate_run
 
-    measure(first, test_loader(first))
+    evaluate_run(first, test_loader(first))
     assert all(m.training for m in first.peers.modules())
 
 
@@ -153,8 +154,8 @@ def test_a_resumed_run_ends_bit_identical_for_every_method(name, tmp_path):
         train(stopped, StopAt(1, 2))
     again = train(dataclasses.replace(stopped, resume="auto"))
     for part in ("peers", "method", "ema"):
-        theirs = again.training.state()[part]
-        for key, value in (whole.training.state()[part] or {}).items():
+        theirs = checkpoint_state(again.training)[part]
+        for key, value in (checkpoint_state(whole.training)[part] or {}).items():
             assert torch.equal(value, theirs[key]), (part, key)
     assert whole.figures["test"] == again.figures["test"]
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "stopped/metrics.jsonl").read_text()

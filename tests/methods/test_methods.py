@@ -1,14 +1,16 @@
 """Every method but OKDDip (which has its own file) against loops written from the equations, and golden numbers."""
 
+import dataclasses
+import inspect
 import itertools
 
 import pytest
 import torch
 from scipy import optimize
 
-from codistill.config.methods import METHODS, ONEConfig
+from codistill.config.methods import METHODS, ONEConfig, TeacherConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, soften
-from codistill.methods import CLILR, DML, KD, KDCL, ONE, PCL, Independent, PeerInfo
+from codistill.methods import CLASSES, CLILR, DML, KD, KDCL, ONE, PCL, Independent, Method, OKDDip, PeerInfo
 from codistill.methods.simplex import best_mixture, frank_wolfe_gap, quadratic_on_simplex
 from codistill.peers.base import PeerOutputs
 from codistill.utils.errors import InputError
@@ -62,8 +64,52 @@ def test_dml_equals_the_loop(scale, variant, target, temperature):
 
 
 def test_dml_updates_as_its_sources_do():
-    assert [DML(2, v).update for v in ("paper", "authors", "okddip_code")] == ["alternating", "alternating", "joint"]
-    assert DML(2, update="joint").update == "joint"
+    modes = [DML(2, v).update_mode for v in ("paper", "authors", "okddip_code")]
+    assert modes == ["alternating", "alternating", "joint"]
+    assert DML(2, update="joint").update_mode == "joint"
+
+
+def test_methods_of_users_may_use_the_old_name_of_update_mode():
+    class OfClass(Method):
+        update = "alternating"
+
+    class OfInstance(Method):
+        def __init__(self):
+            super().__init__(2)
+            self.update = "alternating"
+
+    for method in (OfClass(2), OfInstance()):
+        assert method.update_mode == method.update_mode == "alternating"
+    assert Independent(2).update == "joint"
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_takes_the_options_of_its_config(name):
+    """All of them, in their order and with their defaults, but those of a trained teacher."""
+    of_teacher = {field.name for field in dataclasses.fields(TeacherConfig)}
+    options = {f.name: f.default for f in dataclasses.fields(METHODS[name]) if f.name not in of_teacher}
+    of_peers = {"num_peers", "feature_dim", "feature_dims", "trunk_dim", "num_classes", "seed"}
+    arguments = inspect.signature(CLASSES[name]).parameters.values()
+    assert {a.name: a.default for a in arguments if a.name not in of_peers} == options
+    assert [a.name for a in arguments if a.name not in of_peers] == list(options)
+
+
+def test_defaults_in_python_are_those_of_a_run_of_300_epochs():
+    ramps = [OKDDip(3, 8), PCL(2, [4, 4], 5), ONE(2, 4), ONE(2, 4, "authors"), CLILR(2), CLILR(2, "okddip_code")]
+    assert [method.ramp_epochs for method in ramps] == [80.0, 80.0, 0.0, 80.0, 0.0, 80.0]
+    assert OKDDip(3, 8, ramp_epochs=None).ramp_epochs == 80.0
+    assert OKDDip(3, 8, ramp_epochs=7).ramp_epochs == 7
+    with pytest.raises(TypeError, match="ramp_epoch"):
+        OKDDip(3, 8, ramp_epoch=7)
+
+
+def test_options_may_be_given_by_their_place_too():
+    method = OKDDip(4, 64, "okddip_code", 2.0, 0.5, 10, "all", True, "no_leader", 0.3, 5)
+    assert (method.variant, method.temperature, method.weight, method.ramp_epochs) == ("okddip_code", 2.0, 0.5, 10)
+    assert (method.detach, method.mask_self, method.ablation, method.entropy_weight) == ("all", True, "no_leader", 0.3)
+    assert method.deployed == 1  # seed 5 of 4 members
+    kd = KD(2, "okddip_code", 2.0, 0.7)
+    assert (kd.temperature, kd.alpha, kd.ce_weight) == (2.0, 0.7, 1.0)
 
 
 @scales

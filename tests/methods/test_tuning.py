@@ -6,21 +6,22 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from codistill.config.config import Config
 from codistill.config.methods import METHODS, method_config
-from codistill.data.mixup import cut_square, mix_batch
+from codistill.data.mixup import Mixer, cut_square
 from codistill.models import resolve
-from codistill.training.build import setup
-from codistill.training.loop import train, zero_sums
+from codistill.training.build import build_run
+from codistill.training.loop import train
+from codistill.training.run import zero_sums
+from codistill.training.state import checkpoint_state
 from codistill.training.step import train_step
-from codistill.training.student import numbers_trained_and_deployed
+from codistill.training.student import count_trained_and_deployed
 from codistill.utils.errors import InputError
 from helpers.method_cases import config, teacher_for
 
 
 def build(c, teacher=None):
-    t = setup(c.resolved(), teacher)
-    t.sums = zero_sums(t)
+    t = build_run(c.resolved(), teacher)
+    t.progress.sums = zero_sums(t)
     t.peers.train()
     t.method.train()
     return t
@@ -51,7 +52,7 @@ def test_weights_of_another_network_or_a_broken_file_are_refused(tmp_path):
         build(config("dml", {}, "networks", weights=str(tmp_path / "broken.pt")))
     with pytest.raises(InputError, match="does not exist"):
         build(config("dml", {}, "networks", weights=str(tmp_path / "none.pt")))
-    with pytest.raises(InputError, match="built in and comes without weights"):
+    with pytest.raises(InputError, match="built in and has no pretrained weights"):
         build(config("dml", {}, "networks", pretrained=True))
 
 
@@ -95,14 +96,14 @@ def test_the_mean_teacher_of_a_frozen_part_stands_still_too(topology):
 
 
 def test_what_is_frozen_is_deployed_but_not_trained():
-    trained, deployed = numbers_trained_and_deployed(build(config("dml", {}, "networks", freeze=("trunk",))))
+    trained, deployed = count_trained_and_deployed(build(config("dml", {}, "networks", freeze=("trunk",))))
     plain = resolve("resnet8")(10, 1)
     assert deployed == sum(p.numel() for p in plain.parameters())
     assert trained == 3 * sum(p.numel() for p in plain.fc.parameters())
 
 
 def test_heads_take_their_own_rate():
-    plain, fast = (build(config("independent", {}, "networks", head_lr=f, peers=1)) for f in (1.0, 10.0))
+    plain, fast = (build(config("independent", {}, "networks", head_lr_scale=f, peers=1)) for f in (1.0, 10.0))
     moves = []
     for t in (plain, fast):
         before = [t.peers.member(0).head.weight.clone(), t.peers.member(0).body.conv1.weight.clone()]
@@ -137,10 +138,10 @@ def test_every_method_takes_soft_labels_or_says_why_not(name, topology):
 def test_smoothed_labels_are_torchs_own_smoothing():
     from codistill.losses import cross_entropy
 
-    c = Config("independent", label_smoothing=0.2)
+    mixer = Mixer(5, label_smoothing=0.2)
     logits, labels = torch.randn(3, 6, 5, dtype=torch.float64), torch.randint(5, (6,))
     views = torch.zeros(1, 6, 1, 8, 8, dtype=torch.float64)
-    _, soft = mix_batch(c, 5, views, labels, 0, 0)
+    _, soft = mixer(views, labels, 0, 0)
     for p in range(3):
         theirs = F.cross_entropy(logits[p], labels, label_smoothing=0.2)
         assert torch.allclose(cross_entropy(logits, soft)[p], theirs, atol=1e-12)
@@ -148,17 +149,17 @@ def test_smoothed_labels_are_torchs_own_smoothing():
 
 @pytest.mark.parametrize("kind", ["mixup", "cutmix"])
 def test_labels_are_mixed_as_the_pixels_are(kind):
-    c = Config("independent", seed=3, **{kind: 1.0})
+    mixer = Mixer(8, seed=3, **{kind: 1.0})
     labels = torch.arange(8)
     views = labels.double().view(1, 8, 1, 1, 1).expand(2, 8, 1, 16, 16).contiguous()  # every pixel is its image's label
-    mixed, soft = mix_batch(c, 8, views, labels, 2, 5)
+    mixed, soft = mixer(views, labels, 2, 5)
     assert torch.allclose(soft.sum(1), torch.ones(8, dtype=soft.dtype))
     expected = (soft * torch.arange(8)).sum(1)  # a mean of labels by their shares is the mean pixel
     for view in mixed:
         assert torch.allclose(view.mean((1, 2, 3)), expected, atol=1e-12)
-    again, _ = mix_batch(c, 8, views, labels, 2, 5)
+    again, _ = mixer(views, labels, 2, 5)
     assert torch.equal(mixed, again)
-    other, _ = mix_batch(c, 8, views, labels, 2, 6)
+    other, _ = mixer(views, labels, 2, 6)
     assert not torch.equal(mixed, other)
 
 
@@ -179,12 +180,13 @@ def test_a_run_with_all_of_it_resumes_bit_identically(tmp_path):
     from helpers.runs import StopAt
 
     base = config("okddip", {}, "branches", epochs=2, mixup=0.2, cutmix=1.0, label_smoothing=0.1, optimizer="adamw",
-                  lr=0.001, head_lr=3.0, freeze=("conv1",), checkpoint_every_steps=1, log_every_steps=1)  # fmt: skip
+                  lr=0.001, head_lr_scale=3.0, freeze=("conv1",), checkpoint_every_steps=1,
+                  log_every_steps=1)  # fmt: skip
     whole = train(dataclasses.replace(base, out=str(tmp_path / "whole")))
     stopped = dataclasses.replace(base, out=str(tmp_path / "stopped"))
     with pytest.raises(KeyboardInterrupt):
         train(stopped, StopAt(1, 2))
     again = train(dataclasses.replace(stopped, resume="auto"))
-    for key, value in whole.training.state()["peers"].items():
-        assert torch.equal(value, again.training.state()["peers"][key]), key
+    for key, value in checkpoint_state(whole.training)["peers"].items():
+        assert torch.equal(value, checkpoint_state(again.training)["peers"][key]), key
     assert method_config("okddip").name == "okddip"

@@ -56,8 +56,8 @@ def test_default_forks_at_last_stage_or_three_quarters(name, size, place):
     assert default_branch_point(points) == place
     paths = [point.path for point in points]
     assert len(paths) == len(set(paths))
-    after = [point.after for point in points]
-    assert after == sorted(after, reverse=True)
+    sizes = [point.branch_parameters for point in points]
+    assert sizes == sorted(sizes, reverse=True)
 
 
 def test_the_default_fork_does_not_depend_on_the_image_size():

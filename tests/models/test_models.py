@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from codistill.models import MODELS, source_of
 from codistill.peers.branches import BranchPeers
-from codistill.peers.shared_trunk import Shared
+from codistill.peers.shared_trunk import SharedModule
 
 # Parameters at 100 and at 10 classes, and million multiply-adds for an image of 3 x 32 x 32 at 100 classes.
 SIZES = {
@@ -232,14 +232,14 @@ def test_branches_are_distinct_and_the_trunk_is_one(name):
         assert not all(torch.equal(x, y) for x, y in zip(branch_a.parameters(), branch_b.parameters()))
     top = [child for child, _ in bodies[0].named_children()]
     for child in top[: top.index(fork)]:
-        assert all(isinstance(body.get_submodule(child), Shared) for body in bodies)
+        assert all(isinstance(body.get_submodule(child), SharedModule) for body in bodies)
         assert all(body.get_submodule(child) is bodies[0].get_submodule(child) for body in bodies)
 
 
 @pytest.mark.parametrize("name", KINDS)
 def test_trunk_runs_once_for_all_branches(name):
     peers = branches(name, 3, num_classes=5)
-    shared = next(m for m in peers.modules() if isinstance(m, Shared))
+    shared = next(m for m in peers.modules() if isinstance(m, SharedModule))
     calls = []
     shared.inner.register_forward_hook(lambda *_: calls.append(1))
     peers(images())

@@ -11,7 +11,7 @@ from codistill.models import resolve
 from codistill.models.external import parse_source, pretrained_statistics
 from codistill.peers.branches import BranchPeers
 from codistill.peers.networks import NetworkPeers
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.utils.errors import InputError
 
 OWN = """
@@ -71,7 +71,7 @@ def test_ones_own_code_is_imported_from_the_working_folder(own):
         ("timm:resnet19", 'timm has no "resnet19"'),
         ("torchvision:resnet19", 'torchvision has no "resnet19" (did you mean "resnet1'),
         ("timm:", "lacks a name"),
-        ("timm:resnet10t,nonsense", '"nonsense" is no option'),
+        ("timm:resnet10t,nonsense", '"nonsense" is not an option'),
         ("timm:resnet10t,nonsense=3", "cannot be built"),
         ("torchvision:resnet18,nonsense=3", "cannot be built"),
         ("hf:nowhere/at/all", "cannot be built"),
@@ -134,15 +134,15 @@ def test_transformers_get_the_statistics_of_their_processor(tmp_path):
     transformers.ViTImageProcessor(image_mean=mean, image_std=std).save_pretrained(tmp_path)
     assert pretrained_statistics([name]) == {name: (tuple(mean), tuple(std))}
     small = {"data": "digits", "train_per_class": 4, "epochs": 1, "batch_size": 8, "peers": 1, "device": "cpu"}
-    t = setup(Config("independent", name, pretrained=True, **small).resolved())
+    t = build_run(Config("independent", name, pretrained=True, **small).resolved())
     assert (t.data.mean, t.data.std) == (tuple(mean), tuple(std))
 
 
 def test_gray_images_are_repeated_for_rgb_networks():
     small = {"data": "digits", "train_per_class": 4, "epochs": 1, "batch_size": 8, "peers": 1, "device": "cpu"}
-    t = setup(Config("independent", "torchvision:mobilenet_v2,width_mult=0.1", **small).resolved())
+    t = build_run(Config("independent", "torchvision:mobilenet_v2,width_mult=0.1", **small).resolved())
     assert next(t.loader.epoch(0))[0].shape[2] == 3
-    t = setup(Config("independent", "resnet8", channels=3, **small).resolved())
+    t = build_run(Config("independent", "resnet8", channels=3, **small).resolved())
     assert t.peers.member(0).body.conv1.in_channels == 3
 
 

@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from codistill.peers.shared_trunk import Entry, Shared
+from codistill.models import resolve
+from codistill.peers.shared_trunk import BranchEntry, SharedModule
 from codistill.utils.errors import InputError
 from helpers.peer_networks import (
     CLASSES,
@@ -200,7 +201,7 @@ def test_with_one_view_the_trunk_runs_once():
     peers = branches(4, **TREE)
     for p, layer in ((0, "conv1"), (0, "layer2.0.conv1"), (2, "layer2.0.conv1"), (3, "layer3.0.conv1")):
         module = peers.members[p].body.get_submodule(layer)
-        module = module.inner if isinstance(module, Shared) else module
+        module = module.inner if isinstance(module, SharedModule) else module
         module.register_forward_hook(lambda *_, p=p, layer=layer: runs.append((p, layer)))
     peers(some_images())
     assert sorted(runs) == [(0, "conv1"), (0, "layer2.0.conv1"), (2, "layer2.0.conv1"), (3, "layer3.0.conv1")]
@@ -219,10 +220,24 @@ def test_nothing_is_kept_between_two_batches():
     assert torch.equal(outputs.logits_PBC, expected.logits_PBC)
     assert torch.equal(outputs.trunk_BD, expected.trunk_BD)
     for module in peers.modules():
-        if isinstance(module, Shared):
+        if isinstance(module, SharedModule):
             assert module._outputs == []
-        if isinstance(module, Entry):
-            assert module.seen is None
+        if isinstance(module, BranchEntry):
+            assert module.last_input is None
+
+
+@pytest.mark.parametrize("options", [{}, TREE])
+def test_modules_of_members_keep_their_mode_while_building(options):
+    def with_fixed_statistics(num_classes=CLASSES):
+        network = resolve("resnet8")(num_classes)
+        for module in network.modules():
+            module.training = not isinstance(module, nn.BatchNorm2d)
+        return network
+
+    peers = branches(4, spec=with_fixed_statistics, **{"branch_at": "layer3"} | options)
+    for member in peers.members:
+        for module in member.to_plain_module().modules():
+            assert module.training == (not isinstance(module, nn.BatchNorm2d))
 
 
 # ----------------------------------------------------------------------------------------------------------------------

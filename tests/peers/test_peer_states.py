@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codistill.peers.branches import BranchPeers
-from codistill.peers.shared_trunk import Entry, Shared
+from codistill.peers.shared_trunk import BranchEntry, SharedModule
 from helpers.peer_networks import (
     CLASSES,
     SIZE,
@@ -23,7 +23,7 @@ from helpers.peer_networks import (
 
 
 def assert_plain(network):
-    assert not [name for name, module in network.named_modules() if isinstance(module, Shared | Entry)]
+    assert not [name for name, module in network.named_modules() if isinstance(module, SharedModule | BranchEntry)]
 
 
 @pytest.mark.parametrize(("build", "options"), [(networks, {}), (branches, {}), (branches, TREE)])

@@ -276,6 +276,23 @@ def test_a_head_before_the_last_linear_layer_is_found(build):
     assert peers(some_images()).logits_PBC.shape == (2, 6, CLASSES)
 
 
+@pytest.mark.parametrize("in_training_only", [False, True])
+@pytest.mark.parametrize("error", [RuntimeError(), AssertionError(), KeyError()])
+def test_an_error_without_a_message_is_named_by_its_class(error, in_training_only):
+    class Silent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.fc = nn.Linear(3, 5)
+
+        def forward(self, x):
+            if self.training or not in_training_only:
+                raise error
+            return self.fc(x.mean((2, 3)))
+
+    with pytest.raises(InputError, match=rf"--model Silent cannot .* \({type(error).__name__}\); give "):
+        NetworkPeers(Silent, 2)
+
+
 # ----------------------------------------------------------------------------------------------------------------------
 # Networks
 

@@ -10,8 +10,8 @@ import pytest
 
 from codistill.cli.main import main
 from codistill.config.config import Config
-from codistill.reproduce.report.collect import collect
-from codistill.reproduce.report.page import tone_of
+from codistill.reproduce.report.collect import collect_sections
+from codistill.reproduce.report.page import difference_class
 from codistill.training.loop import train
 from codistill.utils.files import write_json
 from helpers.tables import fake_plan
@@ -26,7 +26,7 @@ def test_seeds_are_one_group_however_many_processes_decoded(tmp_path):
     for seed in range(2):
         config = Config("dml", data="digits", seed=seed, data_workers=seed)
         write_json(tmp_path / f"run-seed{seed}" / "config.json", config.resolved().to_dict())
-    (section,) = collect([tmp_path])
+    (section,) = collect_sections([tmp_path])
     assert [len(group.runs) for group in section.groups] == [2]
 
 
@@ -75,13 +75,13 @@ def test_the_page_holds_every_chart_and_the_commands(page):
         "Diversity and ensemble",
         "Accuracy against cost",
         "Every member",
-        "Who is listened to",
+        "Weights of the members",
         "Reliability",
         "Confusion",
     ]
     curve = charts["Learning curves"]["views"][0]["traces"]
     assert [bool(t.get("band")) for t in curve] == [True, False, False]  # a band for two seeds, none for one
-    attention = charts["Who is listened to"]["views"][0]["traces"][0]
+    attention = charts["Weights of the members"]["views"][0]["traces"][0]
     assert attention["y"] == ["peer 0 to 0", "peer 0 to 1", "peer 1 to 0", "peer 1 to 1"]
     assert sum(column[-1] for column in attention["z"]) == pytest.approx(2, abs=1e-3)
     confusion = charts["Confusion"]["views"][0]["traces"][0]["z"]
@@ -128,7 +128,7 @@ def test_a_table_colors_its_differences_to_the_paper(tmp_path):
     plan = fake_plan(folder, "paper")
     for cell in plan.cells:
         for seed, result in cell.results.items():
-            run = cell.place(folder, seed)
+            run = cell.run_path(folder, seed)
             write_json(run / "result.json", result)
             write_json(run / "config.json", cell.run_config(folder, seed).to_dict())
             lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
@@ -160,13 +160,13 @@ def test_a_table_colors_its_differences_to_the_paper(tmp_path):
     ],
 )
 def test_only_significant_differences_are_colored(column, text, lower, tone):
-    assert tone_of(column, text, lower) == tone
+    assert difference_class(column, text, lower) == tone
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        ("report", "report needs at least one RUN"),
+        ("report", "report takes at least one RUN"),
         ("report {tmp}/nowhere", "nowhere is no folder"),
         ("report {tmp}", "holds no runs of codistill"),
         ("report {page} -o {tmp}", "is a folder; name a file"),

@@ -21,9 +21,9 @@ from codistill.reproduce.grid import Cell, run_grid
 from codistill.reproduce.plan import make_plan
 from codistill.reproduce.published_tables import published_tables
 from codistill.reproduce.recipes import TABLES
-from codistill.reproduce.recipes.table_recipe import scaled
-from codistill.reproduce.table_entries import entries_of
-from codistill.reproduce.table_rows import rows_of
+from codistill.reproduce.recipes.table_recipe import scale_config
+from codistill.reproduce.table_figures import table_figures
+from codistill.reproduce.table_rows import table_rows
 from codistill.utils.errors import InputError
 from codistill.utils.tables import comma_separated, latex, markdown
 from helpers.common import read_json
@@ -34,7 +34,7 @@ TINY = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size"
 
 def every_cell():
     for name, recipe in TABLES.items():
-        for network, method in recipe.pick((), (), name):
+        for network, method in recipe.select_cells((), (), name):
             yield name, network, method
 
 
@@ -53,7 +53,7 @@ def test_every_published_table_has_a_recipe_and_numbers():
     for name, table in published_tables().items():
         held = {(row, column) for row, columns in table["rows"].items() for column in columns}
         recipe = TABLES[name]
-        places = {(p.row, p.column) for n, m in recipe.pick((), (), name) for p in recipe.places(n, m)}
+        places = {(p.row, p.column) for n, m in recipe.select_cells((), (), name) for p in recipe.cell_refs(n, m)}
         left_out = {column for _, column in held - places}
         if name != "okddip_figure3":
             assert left_out <= {"FFL-S", "gain", "wrn16_2", "resnet32", "resnet50"}, (name, held - places)
@@ -64,14 +64,14 @@ def test_every_recipe_resolves_at_every_scale(scale):
     for name, network, method in every_cell():
         recipe = TABLES[name]
         full = recipe.config(network, method).resolved()
-        small = scaled(recipe.config(network, method), scale).resolved()
+        small = scale_config(recipe.config(network, method), scale).resolved()
         assert small.peers == full.peers, (name, method)
         assert small.topology == full.topology
         assert small.epochs == {"smoke": 4, "short": full.epochs // 10, "full": full.epochs}[scale]
         assert all(m < small.epochs for m in small.milestones)
         for partner in (recipe.equal_cost.get(method), recipe.teachers.get(method)):
             if partner is not None:
-                scaled(recipe.config(network, partner), scale).resolved()
+                scale_config(recipe.config(network, partner), scale).resolved()
         if recipe.equal_cost.get(method) and "distill" not in method and method != "KD":
             baseline = recipe.config(network, recipe.equal_cost[method]).resolved()
             assert baseline.method.name == "independent"
@@ -80,7 +80,7 @@ def test_every_recipe_resolves_at_every_scale(scale):
 
 @pytest.mark.slow
 def test_imagenet_cells_can_be_built_at_smoke_scale():
-    from codistill.training.build import setup
+    from codistill.training.build import build_run
 
     seen = set()
     for name, network, method in every_cell():
@@ -88,11 +88,11 @@ def test_imagenet_cells_can_be_built_at_smoke_scale():
             continue
         recipe = TABLES[name]
         for one in filter(None, (method, recipe.equal_cost.get(method), recipe.teachers.get(method))):
-            config = scaled(recipe.config(network, one), "smoke").resolved()
+            config = scale_config(recipe.config(network, one), "smoke").resolved()
             key = json.dumps(config.to_dict() | {"out": None})
             if key not in seen and config.method.name != "kd":
                 seen.add(key)
-                setup(config)
+                build_run(config)
     assert len(seen) > 20
 
 
@@ -149,23 +149,23 @@ def test_a_smoke_table_prints_no_published_number(tmp_path, capsys):
 
 def test_last_and_best_epoch_stand_in_their_own_columns(tmp_path):
     plan = fake_plan(tmp_path, "paper")
-    row = next(r for r in rows_of(plan, entries_of(plan)) if r["method"] == "OKDDip-branch")
+    row = next(r for r in table_rows(plan, table_figures(plan)) if r["method"] == "OKDDip-branch")
     assert row["paper, error %"] == "25.63 ± 0.14"
     assert row["test, last epoch, error %"] == "28.50 ± 1.00"
     assert row["best test epoch (chosen on the test set), error %"] == "27.00 ± 0.00"
     assert row["ours (best) - paper"] == "+1.37"
     assert row["n"] == "3"
-    mean = next(r for r in rows_of(plan, entries_of(plan)) if r["method"] == "ONE")
-    assert mean["judged"] == "mean of all members"
+    mean = next(r for r in table_rows(plan, table_figures(plan)) if r["method"] == "ONE")
+    assert mean["evaluated"] == "mean of all members"
     assert mean["test, last epoch, error %"] == "30.00 ± 1.00"
 
 
 def test_honest_tables_evaluate_the_declared_member(tmp_path):
     plan = fake_plan(tmp_path, "honest")
-    rows = rows_of(plan, entries_of(plan))
+    rows = table_rows(plan, table_figures(plan))
     assert not any("best" in column for column in rows[0])
     one = next(r for r in rows if r["method"] == "ONE")
-    assert one["judged"] == "deployed member"
+    assert one["evaluated"] == "deployed member"
     assert one["last vs equal cost"] == "+0.00 ± 0.00 (n.s.)"
     ours = next(r for r in rows if r["method"] == "OKDDip-branch")
     assert ours["last vs equal cost"] == "-0.50 ± 0.00"
@@ -174,23 +174,23 @@ def test_honest_tables_evaluate_the_declared_member(tmp_path):
 
 def test_short_results_stand_beside_the_papers_only_with_a_mark(tmp_path):
     plan = fake_plan(tmp_path, "honest", "short")
-    row = rows_of(plan, entries_of(plan))[0]
+    row = table_rows(plan, table_figures(plan))[0]
     assert "paper at full scale, not comparable, error %" in row
     assert not any("ours" in column for column in row)
 
 
 def test_numbers_that_are_only_published_are_shown_as_such(tmp_path):
     plan = fake_plan(tmp_path, "honest", table="pcl_cifar100")
-    row = next(r for r in rows_of(plan, entries_of(plan)) if r["method"] == "FFL-S")
+    row = next(r for r in table_rows(plan, table_figures(plan)) if r["method"] == "FFL-S")
     assert row["paper, accuracy %"] == "72.18 ± 0.11"
-    assert row["judged"] == "published only"
+    assert row["evaluated"] == "published only"
 
 
 def test_one_run_is_marked_and_gains_add_up(tmp_path):
     plan = make_plan("kdcl_table7", ReproduceConfig(scale="full", out=str(tmp_path), seeds=1))
     for cell in plan.cells:
         cell.results[0] = fake_result(72.0 if cell.method == "DML" else 70.0, peers=2)
-    rows = {r["method"]: r for r in rows_of(plan, entries_of(plan))}
+    rows = {r["method"]: r for r in table_rows(plan, table_figures(plan))}
     assert rows["DML, resnet32"]["test, last epoch, accuracy %"] == "72.00 (n=1)"
     assert rows["DML, gain"]["test, last epoch, accuracy %"] == "4.00 (n=1)"
     assert rows["DML, gain"]["paper, accuracy %"] == "6.00"
@@ -297,7 +297,7 @@ def test_every_gpu_gets_one_worker(monkeypatch):
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "2,5,7")
     monkeypatch.setattr(workers, "_Worker", Recorder)
     pool = workers.Processes(None, 9)
-    while pool.room():
+    while pool.has_capacity():
         pool.start(Config())
     assert seen == ["2", "5", "7"]
 
@@ -317,7 +317,7 @@ def test_a_process_that_has_lost_its_gpu_is_replaced(tmp_path, monkeypatch):
         for config in configs:
             handle = pool.start(config.resolved())
             served.append(handle.process.pid)
-            while (answer := pool.answer(handle)) is None:
+            while (answer := pool.poll(handle)) is None:
                 time.sleep(0.05)
             assert (answer[1] is None) == (config is not configs[0]), answer[1]
     finally:

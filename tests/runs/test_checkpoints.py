@@ -12,7 +12,13 @@ import pytest
 import torch
 
 from codistill.cli.main import main
-from codistill.runs.checkpoint import SCHEMA, CorruptCheckpointError, checkpoints, load_checkpoint, write_checkpoint
+from codistill.runs.checkpoint import (
+    SCHEMA,
+    CorruptCheckpointError,
+    list_checkpoints,
+    load_checkpoint,
+    write_checkpoint,
+)
 from codistill.training.build import load_run
 from codistill.training.loop import train
 from codistill.training.reporter import Reporter
@@ -88,16 +94,16 @@ def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(whole, copy, damag
         resumed = train(small(copy, keep_checkpoints=3, resume="auto"), notes)
     assert notes.last == f"resumed at epoch 2, step 0, from {copy / 'last-1.pt'}"
     assert (copy / "damaged-last.pt").exists()
-    assert [p.name for p in checkpoints(copy)] == ["last.pt", "last-1.pt", "last-2.pt"]
+    assert [p.name for p in list_checkpoints(copy)] == ["last.pt", "last-1.pt", "last-2.pt"]
     assert resumed.figures["test"] == read_json(whole / "result.json")["test"]
     assert (copy / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
 def test_only_damaged_checkpoints_are_refused_unchanged(copy, capsys):
-    for path in checkpoints(copy):
+    for path in list_checkpoints(copy):
         path.write_bytes(b"PK")
     held = {p.name for p in copy.iterdir()} | {"run.lock"}
-    with pytest.raises(InputError, match="and the run holds no other; train it anew"):
+    with pytest.raises(InputError, match="and the run has no other; train it again"):
         train(small(copy, resume="auto", keep_checkpoints=3))
     assert {p.name for p in copy.iterdir()} == held
     assert main(["evaluate", str(copy), "--allow-import"]) == 2
@@ -107,7 +113,7 @@ def test_only_damaged_checkpoints_are_refused_unchanged(copy, capsys):
 @pytest.mark.parametrize("keep", [1, 2, 4])
 def test_the_newest_are_kept(tmp_path, keep):
     train(small(tmp_path / "run", keep_checkpoints=keep, epochs=5))
-    found = checkpoints(tmp_path / "run")
+    found = list_checkpoints(tmp_path / "run")
     assert [load_checkpoint(path)["epoch"] for path in found] == [5, 4, 3, 2][:keep]
     with pytest.raises(InputError, match="--keep-checkpoints is 0; give at least 1"):
         small(tmp_path, keep_checkpoints=0).resolved()
@@ -174,7 +180,7 @@ def test_a_stored_checkpoint_of_schema_1_is_read_and_continued(tmp_path):
     assert load_checkpoint(out / "last.pt")["schema"] == SCHEMA
     path = stored(tmp_path / "other") / "last.pt"
     flip(path, path.read_bytes().index(b"archive/data/33") + 1000)
-    with pytest.raises(CorruptCheckpointError, match="archive/data/33 in it does not fit its checksum"):
+    with pytest.raises(CorruptCheckpointError, match="archive/data/33 in it does not match its checksum"):
         load_checkpoint(path)
 
 

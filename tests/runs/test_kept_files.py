@@ -7,7 +7,7 @@ import pytest
 from codistill.cli.main import main
 from codistill.config.config import Config, ReproduceConfig
 from codistill.reproduce.plan import make_plan
-from codistill.reproduce.table_folder import _check_folder, plan_of_folder
+from codistill.reproduce.table_folder import prepare_table_folder, read_plan
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
 from codistill.utils.files import read_lines
@@ -67,7 +67,7 @@ def test_another_comparison_in_the_same_folder_is_refused(tmp_path, capsys):
     assert held == {path: path.read_bytes() for path in (tmp_path / "grid").glob("*.*")}
     for flag, value in (("--seed", "7"), ("--resume", "auto")):
         said = ended(capsys, [*compare, "--epochs", "1", flag, value])
-        assert f"{flag}: compare trains seeds 0 .. --seeds - 1" in said
+        assert f"{flag}: compare trains seeds 0 to --seeds - 1" in said
     result = next((tmp_path / "grid").rglob("result.json"))
     good = result.read_text()
     result.write_text("{")
@@ -79,9 +79,9 @@ def test_another_comparison_in_the_same_folder_is_refused(tmp_path, capsys):
 
 
 def test_a_run_named_twice_counts_once(run, tmp_path, capsys):
-    from codistill.reproduce.report.collect import collect
+    from codistill.reproduce.report.collect import collect_sections
 
-    (section,) = collect([run, run.parent / "." / "run", run])
+    (section,) = collect_sections([run, run.parent / "." / "run", run])
     assert [len(group.runs) for group in section.groups] == [1]
 
 
@@ -101,6 +101,6 @@ def test_sizes_too_small_to_list_branch_points_are_refused(capsys):
 def test_a_smoke_table_remembers_the_network_that_it_picked(tmp_path):
     for network in ([], ["vgg16"]):
         options = ReproduceConfig(scale="smoke", out=str(tmp_path / "grid"), network=network)
-        _check_folder(make_plan("okddip_table2", options))
+        prepare_table_folder(make_plan("okddip_table2", options))
     held = read_json(tmp_path / "grid" / "grid.json")
-    assert {cell.network for cell in plan_of_folder(tmp_path / "grid", held).cells} == {"densenet40_12", "vgg16"}
+    assert {cell.network for cell in read_plan(tmp_path / "grid", held).cells} == {"densenet40_12", "vgg16"}

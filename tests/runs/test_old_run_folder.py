@@ -7,6 +7,7 @@ the checkpoints of both epochs; best.pt (of the second epoch) and run.lock are l
         --train-per-class 40 --batch-size 20 --lr 0.05 --device cpu --out run_844e2fa
 """
 
+import dataclasses
 import json
 import shutil
 from pathlib import Path
@@ -18,6 +19,9 @@ from safetensors.torch import load_file
 
 from codistill import Config, load_run
 from codistill.cli import main
+from codistill.cli.options import parse
+from codistill.models import resolve
+from codistill.utils.allow_import import check_imports
 from helpers.common import read_json
 
 STORED = Path(__file__).parent.parent / "golden" / "run_844e2fa"
@@ -93,24 +97,39 @@ def test_a_complete_run_is_not_trained_again(run, capsys):
     assert {path.name: path.read_bytes() for path in run.glob("*.pt")} == files
 
 
+OLD_MODULES = ["codistill.recipes.networks", "codistill.reproduce.recipes.networks"]
+
+
+@pytest.mark.parametrize("module", OLD_MODULES)
 @pytest.mark.parametrize(("name", "width"), [("mobilenet_v2_x0_5", 0.5), ("mobilenet_v2_x1_2", 1.2)])
-def test_a_run_that_names_the_recipes_own_networks_still_loads(name, width, tmp_path):
-    config = {
-        "method": {"name": "independent"},
-        "model": [f"codistill.recipes.networks:{name}"],
-        "topology": "networks",
-        "peers": 1,
-        "data": "digits",
-        "channels": 3,
-        "train_per_class": 2,
-        "batch_size": 20,
-        "epochs": 1,
-        "device": "cpu",
-    }
-    (tmp_path / "config.json").write_text(json.dumps(config))
-    assert Config.from_file(tmp_path / "config.json").model == (f"codistill.recipes.networks:{name}",)
-    words = ["--config", str(tmp_path / "config.json"), "--out", str(tmp_path / "run"), "--allow-import"]
-    assert main(["train", *words]) == 0
-    loaded = load_run(tmp_path / "run", allow_import=True).peers
+def test_old_network_names_load_torchvision_networks(module, name, width):
+    config = Config("independent", f"{module}:{name}")
+    assert config.model == (f"torchvision:mobilenet_v2,width_mult={width}",)
+    check_imports([f"{module}:{name}"], "a file")
+    network = resolve(f"{module}:{name}")(num_classes=10, in_channels=3)
     theirs = torchvision.models.mobilenet_v2(num_classes=10, width_mult=width)
-    assert sum(p.numel() for p in loaded.parameters()) == sum(p.numel() for p in theirs.parameters())
+    assert {k: v.shape for k, v in network.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+
+
+def test_a_run_that_names_the_recipes_own_networks_still_works(tmp_path):
+    """Such a run loads and continues without --allow-import; both names are the same run."""
+    folder, old = tmp_path / "run", f"{OLD_MODULES[0]}:mobilenet_v2_x0_5"
+    words = ["train", "independent", "--model", old, "--topology", "networks", "--peers", "1", "--channels", "3"]
+    words += ["--train-per-class", "2", "--batch-size", "20", "--epochs", "1", "--device", "cpu", "--out", str(folder)]
+    assert main(words) == 0
+    config = read_json(folder / "config.json")
+    (folder / "config.json").write_text(json.dumps(config | {"model": [old]}))
+    assert load_run(folder).config.model == ("torchvision:mobilenet_v2,width_mult=0.5",)
+    assert main(["train", "--config", str(folder), "--out", str(folder), "--resume", "auto"]) == 0
+    assert main(["evaluate", str(folder)]) == 0
+
+
+def test_old_names_of_options_still_work(tmp_path, capsys):
+    path = tmp_path / "config.json"
+    path.write_text(json.dumps({"method": "dml", "head_lr": 3.0, "normalise": "imagenet"}))
+    config = Config.from_file(path)
+    assert (config.head_lr_scale, config.normalize) == (3.0, "imagenet") == (config.head_lr, config.normalise)
+    assert config == Config("dml", head_lr=3.0, normalise="imagenet")
+    assert parse("train", ["dml", "--head-lr", "3", "--normalise=imagenet"]).options == config
+    assert dataclasses.replace(config, head_lr=1.0).head_lr_scale == 1.0
+    assert {"head_lr_scale", "normalize"} < config.to_dict().keys()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from codistill.config.config import Config
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.utils.errors import InputError
 from helpers.accelerator_cases import CASES
 
@@ -58,10 +58,10 @@ def test_a_run_on_a_device_is_the_cpus_and_waits_for_nothing(found, name):
 
 
 def test_float64_is_refused_on_a_device_without_it(monkeypatch):
-    monkeypatch.setattr("codistill.utils.device.pick_device", lambda _name: torch.device("mps"))
+    monkeypatch.setattr("codistill.training.build.pick_device", lambda _name: torch.device("mps"))
     config = Config("okddip", "resnet8", "digits", dtype="float64").resolved()
     with pytest.raises(InputError, match="--dtype float64: mps has none; give --device cpu"):
-        setup(config)
+        build_run(config)
 
 
 @pytest.mark.slow

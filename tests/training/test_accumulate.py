@@ -4,8 +4,8 @@ import pytest
 from torch import nn
 
 from codistill.config.methods import method_config
-from codistill.training.build import setup
-from codistill.training.loop import zero_sums
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError
 from helpers.common import close
@@ -20,8 +20,8 @@ def build(name, topology, accumulate=1, **options):
     for key in [k for k in options if hasattr(method, k)]:
         setattr(method, key, options.pop(key))
     values = {"batch_size": 20, "epochs": 2, "topology": topology, "accumulate": accumulate, "dtype": "float64"}
-    t = setup(tiny(method=method, **values | options).resolved())
-    t.sums = zero_sums(t)
+    t = build_run(tiny(method=method, **values | options).resolved())
+    t.progress.sums = zero_sums(t)
     t.peers.train()
     return t
 
@@ -37,11 +37,11 @@ def test_parts_add_up_to_the_batch(name, topology):
         terms = [train_step(t, *batch, 0.7) for t in (ours, whole)]
         close(terms[0]["loss"], terms[1]["loss"].detach(), 1e-11)
         for t in (ours, whole):
-            t.step += 1
-    close(ours.sums["hits_P"], whole.sums["hits_P"])
+            t.progress.step += 1
+    close(ours.progress.sums["hits_P"], whole.progress.sums["hits_P"])
     for name in ("loss", "distill_P"):
-        close(ours.sums[name], whole.sums[name], 1e-11)
-    assert ours.sums.keys() == whole.sums.keys()
+        close(ours.progress.sums[name], whole.progress.sums[name], 1e-11)
+    assert ours.progress.sums.keys() == whole.progress.sums.keys()
     for part in ("peers", "method"):
         theirs = dict(getattr(whole, part).named_parameters())
         for key, value in getattr(ours, part).named_parameters():
@@ -49,7 +49,7 @@ def test_parts_add_up_to_the_batch(name, topology):
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    ({"name": "one", "topology": "branches"}, "hears the whole batch at once"),
+    ({"name": "one", "topology": "branches"}, "needs the full batch"),
     ({"name": "dml", "topology": "networks"}, "one member after the other"),
     ({"name": "okddip", "topology": "networks", "accumulate": 21}, "--accumulate 21: --batch-size 20"),
     ({"name": "okddip", "topology": "networks", "accumulate": 0}, "--accumulate is 0; give at least 1"),

@@ -11,16 +11,16 @@ from codistill.cli.main import main
 CODE = """
 import torch, hashlib, json
 from codistill.config.config import Config
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.training.step import train_step
-from codistill.training.loop import _zero_sums
+from codistill.training.run import zero_sums
 
 for threads in (1, 2, 2):
     torch.set_num_threads(threads)
     config = Config("okddip", "resnet8", "digits", peers=3, train_per_class=6, batch_size=16, deterministic=True)
     config.device = "cpu"
-    t = setup(config.resolved())
-    t.sums = _zero_sums(t)
+    t = build_run(config.resolved())
+    t.progress.sums = zero_sums(t)
     order = hashlib.sha256()
     for views, targets in t.loader.epoch(0):
         order.update(views.numpy().tobytes())
@@ -28,7 +28,7 @@ for threads in (1, 2, 2):
     weights = hashlib.sha256()
     for value in t.peers.state_dict().values():
         weights.update(value.numpy().tobytes())
-    print(json.dumps([weights.hexdigest(), t.sums["loss"].item(), order.hexdigest(), torch.get_num_threads()]))
+    print(json.dumps([weights.hexdigest(), t.progress.sums["loss"].item(), order.hexdigest(), torch.get_num_threads()]))
 """
 
 

@@ -15,14 +15,14 @@ from tiny_network import Tiny
 
 from codistill.cli.main import main
 from codistill.data import DeviceLoader
-from codistill.runs.checkpoint import checkpoints, load_checkpoint
+from codistill.runs.checkpoint import list_checkpoints, load_checkpoint
 from codistill.runs.run_folder import RunFolder
-from codistill.training.build import setup
-from codistill.training.loop import train, zero_sums
+from codistill.training.build import build_run
+from codistill.training.loop import train
 from codistill.training.reporter import Reporter
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
-from codistill.utils.errors import InputError
-from codistill.utils.failures import explain
+from codistill.utils.errors import InputError, explain_failure
 from codistill.utils.files import read_lines
 from helpers.common import read_json
 from helpers.runs import small
@@ -81,7 +81,7 @@ def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path, capsys, who
     out = tmp_path / "run"
 
     def hold():
-        with RunFolder(small(out)).held():
+        with RunFolder(small(out)).lock():
             time.sleep(60)
 
     child = in_child(hold)
@@ -104,13 +104,13 @@ def test_what_a_run_forks_does_not_hold_its_folder(tmp_path):
         os.write(begun, b"x")
         time.sleep(60)
 
-    with folder.held():
+    with folder.lock():
         child = in_child(outlive)
         os.read(ready, 1)
-        with pytest.raises(InputError, match="is in use"), folder.held():  # the child's copy is closed, no lock undone
+        with pytest.raises(InputError, match="is in use"), folder.lock():  # the child's copy is closed, no lock undone
             pass
     try:
-        with folder.held():
+        with folder.lock():
             pass
     finally:
         os.kill(child, signal.SIGKILL)
@@ -164,9 +164,9 @@ def with_little_room(words: list[str], size: int) -> str:
 def test_a_full_disk_while_a_checkpoint_is_written(tmp_path, whole, size):
     out = tmp_path / "run"
     said = with_little_room([*WORDS, "--out", str(out)], size)
-    assert "best.pt: File too large; what was there is kept" in said
+    assert "best.pt: File too large; no existing file was changed" in said
     assert not list(out.glob(".*"))
-    assert not checkpoints(out)
+    assert not list_checkpoints(out)
     assert main([*WORDS, "--out", str(out), "--resume", "auto"]) == 0
     same_end(out, whole)
 
@@ -195,7 +195,7 @@ def test_a_full_disk_in_a_grids_bookkeeping(tmp_path):
     grid = [*grid, str(tmp_path / "grid"), "--peers", "2"]
     assert main(grid) == 0
     held = {p: p.read_bytes() for p in (tmp_path / "grid").glob("*.*")}
-    assert "grid.json: File too large; what was there is kept" in with_little_room(grid, 100)
+    assert "grid.json: File too large; no existing file was changed" in with_little_room(grid, 100)
     assert held == {p: p.read_bytes() for p in (tmp_path / "grid").glob("*.*")}
     assert main(grid) == 0
     # A run whose place cannot be made fails with a sentence and takes no other run with it.
@@ -276,11 +276,11 @@ def test_a_nan_batch_ends_the_run_with_its_weights_kept(tmp_path, capsys, whole,
     ],
 )
 def test_every_allocators_failure_is_a_sentence(error, sentence):
-    said, code = explain(error)
+    said, code = explain_failure(error)
     assert said is not None
     assert said.startswith(sentence)
     assert code == 1
-    assert explain(torch.AcceleratorError("CUDA error: an illegal memory access")) == (None, 1)
+    assert explain_failure(torch.AcceleratorError("CUDA error: an illegal memory access")) == (None, 1)
 
 
 def test_running_statistics_survive_a_bad_first_step_of_a_resume(tmp_path, capsys, whole, poisoned):
@@ -367,15 +367,15 @@ def test_mean_teachers_stand_still_from_the_first_bad_step_on():
     config = small(Path("unused"), model="resnet8")
     config.method, config.peers = "pcl", 2
     config.__post_init__()
-    t = setup(config.resolved())
-    t.sums = zero_sums(t)
+    t = build_run(config.resolved())
+    t.progress.sums = zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     train_step(t, *batches[0], 1.0)
-    t.step += 1
+    t.progress.step += 1
     train_step(t, *batches[1], 1.0)
-    t.step += 1
+    t.progress.step += 1
     kept = {k: v.detach().clone() for k, v in t.ema.named_parameters()}
     for _ in range(3):
         train_step(t, torch.full_like(batches[2][0], float("nan")), batches[2][1], 1.0)
-        t.step += 1
+        t.progress.step += 1
     assert all(torch.equal(v, kept[k]) for k, v in t.ema.named_parameters())

@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from codistill.config.config import Config
-from codistill.training.build import load_run, setup
-from codistill.training.execution import choose_execution
-from codistill.training.loop import train, zero_sums
+from codistill.training.build import build_run, load_run
+from codistill.training.loop import train
+from codistill.training.run import zero_sums
+from codistill.training.state import checkpoint_state
 from codistill.training.step import train_step
 from codistill.training.student import deployed_network
 from codistill.utils.errors import InputError
@@ -30,8 +31,8 @@ def config(name="okddip", topology="networks", **options) -> Config:
 
 
 def build(*args, **options):
-    t = setup(config(*args, **options).resolved())
-    t.sums = zero_sums(t)
+    t = build_run(config(*args, **options).resolved())
+    t.progress.sums = zero_sums(t)
     t.peers.train()
     return t
 
@@ -43,13 +44,13 @@ def test_stacked_trains_as_the_loop_does(name, topology):
     for step in range(4):
         for t in (loop, stacked):
             batch = list(t.loader.epoch(0))[step]
-            t.step = step
+            t.progress.step = step
             train_step(t, *batch, 1.0)
     for part in ("peers", "method", "ema"):
-        theirs = stacked.state()[part]
-        for key, value in (loop.state()[part] or {}).items():
+        theirs = checkpoint_state(stacked)[part]
+        for key, value in (checkpoint_state(loop)[part] or {}).items():
             close(theirs[key].double(), value.double(), 1e-10)
-    close(stacked.sums["loss"], loop.sums["loss"], 1e-10)
+    close(stacked.progress.sums["loss"], loop.progress.sums["loss"], 1e-10)
     x = next(loop.loader.epoch(1))[0][0]
     close(deployed_network(stacked)(x), deployed_network(loop)(x), 1e-10)
 
@@ -69,12 +70,12 @@ def test_members_are_views_and_go_round_without_loss():
 
 
 @pytest.mark.parametrize(("options", "sentence"), [
-    ({"model": ("resnet8", "wrn16_2", "resnet8"), "name": "independent"}, "peers of one kind"),
+    ({"model": ("resnet8", "wrn16_2", "resnet8"), "name": "independent"}, "peers of the same architecture"),
     ({"model": "densenet40_12"}, "mixes channels"),
     ({"model": "vgg16"}, "heads of one Linear"),
     ({"name": "dml"}, "alternating updates"),
     ({"name": "pcl", "topology": "branches"}, "branches with a view each"),
-    ({"name": "independent", "peers": 1}, "nobody to be stacked with"),
+    ({"name": "independent", "peers": 1}, "one peer cannot be stacked"),
     ({"name": "cl_ilr", "topology": "branches", "branch_at": ("layer2", "layer3"), "fan_out": (2, 2), "peers": 4},
      "fork once"),
 ])  # fmt: skip
@@ -84,27 +85,14 @@ def test_what_cannot_be_stacked_is_refused(options, sentence):
     assert build(execution="measure", **options).execution == "loop"
 
 
-def test_measuring_touches_nothing():
-    t = build()
-    state, rng = {k: v.clone() for k, v in t.peers.state_dict().items()}, torch.get_rng_state()
-    chosen = choose_execution(dataclasses.replace(t.config, execution="measure"), t.peers, t.method, t.loader.first())
-    assert chosen in ("loop", "stacked")
-    assert torch.equal(rng, torch.get_rng_state())
-    assert all(torch.equal(v, state[k]) for k, v in t.peers.state_dict().items())
-    assert t.peers.runner is None
-
-
-def test_the_choice_is_kept_and_used_again(tmp_path, monkeypatch):
-    first = train(config(execution="stacked", out=str(tmp_path / "run"), epochs=1))
-    assert first.figures["execution"] == "stacked"
-    measured = config(execution="measure", out=str(tmp_path / "measured"), epochs=2)
-    monkeypatch.setattr("codistill.training.build.choose_execution", lambda *_: "stacked")
+def test_the_old_name_measure_means_auto(tmp_path):
+    stacked = config(execution="stacked", out=str(tmp_path / "run"), epochs=2, log_every_steps=1)
     with pytest.raises(KeyboardInterrupt):
-        train(dataclasses.replace(measured, log_every_steps=1), StopAt(1, 2))
-    monkeypatch.setattr("codistill.training.build.choose_execution", lambda *_: pytest.fail("it was chosen already"))
-    again = train(dataclasses.replace(measured, log_every_steps=1, resume="auto"))
+        train(stacked, StopAt(1, 2))
+    again = train(dataclasses.replace(stacked, execution="measure", resume="auto"))
     assert again.figures["execution"] == "stacked"
-    assert load_run(tmp_path / "measured").execution == "stacked"
+    assert load_run(tmp_path / "run").execution == "stacked"
+    assert build(execution="measure").execution == build(execution="auto").execution == "loop"
 
 
 def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):

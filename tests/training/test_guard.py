@@ -6,9 +6,10 @@ import pytest
 import torch
 
 from codistill.config.methods import KDCLConfig
-from codistill.training.build import setup
-from codistill.training.loop import _close_epoch, zero_sums
+from codistill.training.build import build_run
+from codistill.training.loop import end_epoch
 from codistill.training.nonfinite_guard import _ignores_flag
+from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from helpers.host_reads import CountHostReads
 from helpers.runs import small
@@ -20,8 +21,8 @@ def test_a_bad_first_step_leaves_no_trace(optimizer, monkeypatch):
     config = small(Path("unused"), model="resnet8", skip_nonfinite=1, deterministic=True, optimizer=optimizer, lr=0.01)
     weights = []
     for bad in (True, False):
-        t = setup(config.resolved())
-        t.sums = zero_sums(t)
+        t = build_run(config.resolved())
+        t.progress.sums = zero_sums(t)
         views, targets = next(t.loader.epoch(0))
         if bad:
             train_step(t, torch.full_like(views, float("nan")), targets, 1.0)
@@ -38,8 +39,8 @@ def test_members_who_stepped_before_another_failed_are_put_back(optimizer):
     config = small(Path("unused"), model="resnet8", optimizer=optimizer, lr=0.01, skip_nonfinite=1)
     config.method, config.peers = "dml", 3
     config.__post_init__()
-    t = setup(config.resolved())
-    t.sums = zero_sums(t)
+    t = build_run(config.resolved())
+    t.progress.sums = zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     for number in (1, 0):  # the first step, and one with momenta
         before = {name: value.clone() for name, value in t.peers.state_dict().items()}
@@ -48,7 +49,7 @@ def test_members_who_stepped_before_another_failed_are_put_back(optimizer):
         hook = head.register_hook(lambda gradient: torch.full_like(gradient, float("nan")))
         train_step(t, *batches[number], 1.0)
         hook.remove()
-        assert t.guard.passed_over()
+        assert t.guard.skipped_mask()
         for name, value in t.peers.state_dict().items():
             if "running" not in name and "tracked" not in name:  # those go back when the next step is counted
                 assert torch.equal(before[name], value), name
@@ -56,7 +57,7 @@ def test_members_who_stepped_before_another_failed_are_put_back(optimizer):
         assert all(torch.equal(one[k], other[k]) for one, other in zip(states, after, strict=True) for k in one)
         t.guard.limit += 1
         train_step(t, *batches[2], 1.0)
-        assert not t.guard.passed_over()
+        assert not t.guard.skipped_mask()
         assert any(not torch.equal(before[name], value) for name, value in t.peers.state_dict().items())
 
 
@@ -64,8 +65,8 @@ def test_a_diverged_member_is_restored_when_another_fails():
     config = small(Path("unused"), model="resnet8")
     config.method, config.peers = "dml", 2
     config.__post_init__()
-    t = setup(config.resolved())
-    t.sums = zero_sums(t)
+    t = build_run(config.resolved())
+    t.progress.sums = zero_sums(t)
     before = {name: value.clone() for name, value in t.peers.named_parameters()}
     t.optimizers[0].param_groups[0]["lr"] = 1e38
     head, seen = t.peers.member(0).head.weight, []
@@ -73,7 +74,7 @@ def test_a_diverged_member_is_restored_when_another_fails():
     t.optimizers[0].register_step_post_hook(lambda *_: seen.append(bool(head.isinf().any())))
     train_step(t, *next(t.loader.epoch(0)), 1.0)
     assert seen == [True]
-    assert t.guard.look() is not None
+    assert t.guard.check_finite() is not None
     for name, value in t.peers.named_parameters():
         assert torch.equal(before[name], value), name
 
@@ -82,12 +83,12 @@ def test_a_methods_epoch_weights_survive_a_bad_step(tmp_path):
     config = small(Path("unused"), model="resnet8", skip_nonfinite=1)
     config.method, config.peers = KDCLConfig(target="general", holdout_fraction=0.2), 2
     config.__post_init__()
-    t = setup(config.resolved())
-    t.sums, t.step = zero_sums(t), len(t.loader)
+    t = build_run(config.resolved())
+    t.progress.sums, t.progress.step = zero_sums(t), len(t.loader)
     for batch in t.loader.epoch(0):
         train_step(t, *batch, 1.0)
-    assert t.guard.look() is None
-    _close_epoch(t, None)
+    assert t.guard.check_finite() is None
+    end_epoch(t, None)
     solved = t.method.weights_P.clone()
     assert not torch.allclose(solved, torch.tensor(0.5, dtype=solved.dtype))
     views, targets = next(t.loader.epoch(1))
@@ -103,17 +104,17 @@ def test_optimizers_that_ignore_the_flag_keep_good_weights(monkeypatch):
         return step(self, *words)
 
     monkeypatch.setattr(torch.optim.SGD, "step", heedless)
-    t = setup(small(Path("unused"), model="resnet8").resolved())
+    t = build_run(small(Path("unused"), model="resnet8").resolved())
     assert not t.guard.ignored  # this device heeds it, and the host is spared the look
     assert _ignores_flag(t.optimizers[0], t.device)
     t.guard.ignored = True
-    t.sums = zero_sums(t)
+    t.progress.sums = zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     train_step(t, *batches[0], 1.0)
     before = {name: value.clone() for name, value in t.peers.named_parameters()}
     train_step(t, torch.full_like(batches[1][0], float("nan")), batches[1][1], 1.0)
     train_step(t, *batches[2], 1.0)
-    assert t.guard.look() is not None
+    assert t.guard.check_finite() is not None
     for name, value in t.peers.named_parameters():
         assert torch.equal(before[name], value), name
     monkeypatch.undo()
@@ -125,14 +126,14 @@ def test_a_skipped_step_leaves_everything_as_it_was(method):
     config = small(Path("unused"), model="resnet8", skip_nonfinite=1, optimizer="adamw", lr=0.001)
     config.method, config.peers = method, 3
     config.__post_init__()
-    t = setup(config.resolved())
-    t.sums = zero_sums(t)
+    t = build_run(config.resolved())
+    t.progress.sums = zero_sums(t)
     batches = [batch for _, batch in zip(range(3), t.loader.epoch(0))]
     train_step(t, *batches[0], 1.0)
     modules = [m for m in (t.peers, t.method, t.ema) if m is not None]
     assert len(modules) == 2 + (method == "pcl")
     kept = [{k: v.clone() for k, v in m.state_dict().items()} for m in modules]
-    sums = {name: value.clone() for name, value in t.sums.items()}
+    sums = {name: value.clone() for name, value in t.progress.sums.items()}
     with CountHostReads() as counter:
         train_step(t, torch.full_like(batches[1][0], float("nan")), batches[1][1], 1.0)
     assert not counter.reads
@@ -140,9 +141,9 @@ def test_a_skipped_step_leaves_everything_as_it_was(method):
         for name, value in before.items():
             assert torch.equal(value, module.state_dict()[name]), name
     for name, value in sums.items():
-        assert name == "skipped" or torch.equal(value, t.sums[name]), name
-    assert t.sums["skipped"] == len(batches[1][1])
+        assert name == "skipped" or torch.equal(value, t.progress.sums[name]), name
+    assert t.progress.sums["skipped"] == len(batches[1][1])
     train_step(t, *batches[2], 1.0)
     assert not all(torch.equal(value, t.peers.state_dict()[name]) for name, value in kept[0].items())
     with pytest.warns(UserWarning, match="1 of at most 1 steps skipped"):
-        assert t.guard.look() is None
+        assert t.guard.check_finite() is None

@@ -9,7 +9,7 @@ from codistill.cli.main import main
 from codistill.config.config import Config
 from codistill.config.methods import KDConfig
 from codistill.models import resolve
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.training.loaders import test_loader as whole_test_set
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
@@ -41,7 +41,7 @@ def setup_plain(path):
 
 def test_all_teacher_sources_give_the_same_teacher(run):
     ways = [(run / "run", None), (run / "student.safetensors", None), (run / "plain.pt", "resnet8")]
-    teachers = [setup(student(path, model).resolved()).teacher for path, model in ways]
+    teachers = [build_run(student(path, model).resolved()).teacher for path, model in ways]
     x = torch.randn(4, 1, 8, 8)
     expected = setup_plain(run / "run")(x)
     for teacher in teachers:
@@ -79,7 +79,7 @@ def test_a_teacher_that_cannot_be_had_is_named(run, tmp_path):
         (run / "plain.pt", "resnet9", 'unknown model "resnet9"'),
     ):
         with pytest.raises(InputError) as caught:
-            setup(student(path, model).resolved())
+            build_run(student(path, model).resolved())
         assert sentence in str(caught.value)
         assert "\n" not in str(caught.value)
 
@@ -92,7 +92,7 @@ def test_a_teacher_for_other_classes_is_refused(run, tmp_path):
     np.savez(tmp_path / "three.npz", **arrays, y_train=np.arange(30) % 3, y_test=np.arange(30) % 3)
     config = Config(KDConfig(teacher=str(run / "run")), "resnet8", f"npz:{tmp_path / 'three.npz'}", batch_size=8)
     with pytest.raises(InputError, match=r"does not fit this data \(3 classes"):
-        setup(config.resolved())
+        build_run(config.resolved())
 
 
 def test_a_tree_of_forks_trains_from_the_command_line(tmp_path):
@@ -108,18 +108,18 @@ def right(t) -> float:
 
 
 def test_a_teacher_sees_images_normalised_as_it_was_trained_with(tmp_path):
-    own = Config("independent", "resnet8", "digits", peers=1, epochs=6, normalise="0.9,0.1", out=str(tmp_path / "run"))
+    own = Config("independent", "resnet8", "digits", peers=1, epochs=6, normalize="0.9,0.1", out=str(tmp_path / "run"))
     top1 = train(own).figures["student"]["top1"]
     assert top1 > 50
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "student.safetensors")]) == 0
     for path in (tmp_path / "run", tmp_path / "student.safetensors"):
-        assert right(setup(student(path).resolved())) == pytest.approx(top1, abs=0.2)
+        assert right(build_run(student(path).resolved())) == pytest.approx(top1, abs=0.2)
 
 
 def test_a_mean_teacher_that_was_deployed_is_what_teaches(tmp_path):
     own = Config("pcl", "resnet8", "digits", peers=2, epochs=2, deploy="ema", out=str(tmp_path / "run"))
     train(own)
-    teacher, expected = setup(student(tmp_path / "run").resolved()).teacher, setup_plain(tmp_path / "run")
+    teacher, expected = build_run(student(tmp_path / "run").resolved()).teacher, setup_plain(tmp_path / "run")
     for name, value in expected.state_dict().items():
         assert torch.equal(value, teacher.state_dict()[name]), name
     norm = expected.bn1
@@ -137,4 +137,4 @@ def test_a_teacher_of_other_classes_by_name_is_refused(run, tmp_path):
     about["classes"][2:4] = about["classes"][3:1:-1]
     (tmp_path / "run" / "data.json").write_text(json.dumps(about))
     with pytest.raises(InputError, match=r'knows other classes, or another order .*"3" in place of "2"'):
-        setup(student(tmp_path / "run").resolved())
+        build_run(student(tmp_path / "run").resolved())

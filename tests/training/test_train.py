@@ -10,17 +10,16 @@ import torch
 from codistill.config.config import Config
 from codistill.config.methods import OKDDipConfig
 from codistill.data import DeviceLoader, load_set, make_splits
-from codistill.data.loader import Augmentation
+from codistill.data.loader import Augmentation, LoaderOptions
 from codistill.models import resolve
 from codistill.peers.members import member_seed
 from codistill.runs.run_folder import RunFolder
-from codistill.training.build import setup
+from codistill.training.build import build_run
 from codistill.training.loop import train
 from codistill.training.optim import learning_rate_at
 from codistill.training.reporter import Reporter
 from codistill.training.step import train_step
-from codistill.utils.errors import InputError, MachineError
-from codistill.utils.signals import Stopped
+from codistill.utils.errors import InputError, MachineError, Stopped
 from helpers.common import read_json
 from helpers.host_reads import CountHostReads
 from helpers.runs import StopAt, tiny
@@ -61,9 +60,7 @@ def test_one_independent_peer_is_a_plain_network_bit_for_bit(tmp_path):
         data.y_train[splits.train],
         data.mean,
         data.std,
-        batch_size=16,
-        augmentation=Augmentation(1),
-        channels_last=False,
+        LoaderOptions(16, Augmentation(1), channels_last=False),
     )
     torch.manual_seed(member_seed(0, 0))
     network = resolve("resnet8")(num_classes=10, in_channels=1)
@@ -137,7 +134,7 @@ def test_the_papers_protocol_keeps_last_and_best_apart(tmp_path):
     result = train(tiny(out=str(tmp_path / "run"), protocol="paper", method="independent", peers=1))
     lines = RunFolder(
         tiny(out=str(tmp_path / "run"), protocol="paper", method="independent", peers=1, resume="auto").resolved()
-    ).lines()
+    ).read_metrics()
     curve = [line["test"]["top1"][0] for line in lines]
     assert result.figures["test"]["top1"][0] == curve[-1]
     assert result.figures["best_test"]["top1"] == max(curve)
@@ -162,16 +159,16 @@ def test_a_non_finite_loss_stops_the_run_and_keeps_weights(tmp_path):
 
 
 def test_the_update_is_masked_from_the_first_bad_step_on():
-    t = setup(tiny().resolved())
-    t.sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("hits_P", "distill_P")}
-    t.sums["loss"] = torch.zeros((), dtype=torch.float64)
+    t = build_run(tiny().resolved())
+    t.progress.sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("hits_P", "distill_P")}
+    t.progress.sums["loss"] = torch.zeros((), dtype=torch.float64)
     views, targets = next(t.loader.epoch(0))
     train_step(t, views, targets, 1.0)
-    assert t.guard.look() is None
+    assert t.guard.check_finite() is None
     before = {name: value.clone() for name, value in t.peers.state_dict().items() if "num_batches" not in name}
     train_step(t, torch.full_like(views, float("nan")), targets, 1.0)
     train_step(t, views, targets, 1.0)
-    good, terms = t.guard.look()
+    good, terms = t.guard.check_finite()
     assert good == 1
     assert terms["loss"] != terms["loss"]
     for name, value in before.items():
@@ -180,9 +177,9 @@ def test_the_update_is_masked_from_the_first_bad_step_on():
 
 @pytest.mark.parametrize("topology", ["networks", "branches"])
 def test_a_step_reads_nothing_from_the_device(topology):
-    t = setup(tiny(topology=topology).resolved())
-    t.sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("hits_P", "distill_P")}
-    t.sums["loss"] = torch.zeros((), dtype=torch.float64)
+    t = build_run(tiny(topology=topology).resolved())
+    t.progress.sums = {name: torch.zeros(3, dtype=torch.float64) for name in ("hits_P", "distill_P")}
+    t.progress.sums["loss"] = torch.zeros((), dtype=torch.float64)
     batches = t.loader.epoch(0)
     next(batches)
     with CountHostReads() as counter:
@@ -190,7 +187,7 @@ def test_a_step_reads_nothing_from_the_device(topology):
         train_step(t, views, targets, 0.5)
     assert counter.reads == []
     with CountHostReads() as counter:
-        t.guard.look()
+        t.guard.check_finite()
     assert counter.reads  # the counter does see a read
 
 
@@ -213,7 +210,7 @@ def test_a_signal_ends_the_run_after_a_checkpoint(tmp_path):
 
 
 def test_bfloat16_keeps_weights_and_losses_in_float32(tmp_path):
-    t = setup(tiny(dtype="bfloat16").resolved())
+    t = build_run(tiny(dtype="bfloat16").resolved())
     views, targets = next(t.loader.epoch(0))
     outputs = t.peers(views)
     assert outputs.logits_PBC.dtype == outputs.features[0].dtype == torch.float32

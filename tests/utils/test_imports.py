@@ -103,7 +103,7 @@ def test_workers_use_the_import_policy_of_their_command(kind, run, spy, tmp_path
     def answer_of(argv):
         with command_line(argv):
             handle = pool.start(config)
-        while (answer := pool.answer(handle)) is None:
+        while (answer := pool.poll(handle)) is None:
             time.sleep(0.05)
         return answer
 

@@ -19,11 +19,11 @@ from PIL import Image
 from codistill.cli.main import main
 from codistill.config.config import Config
 from codistill.data import load_set
-from codistill.deploy.model_card import escape
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
 from codistill.utils.files import write_json
 from codistill.utils.safe_load import load_tensors
+from codistill.utils.tables import escape_markdown
 from helpers.command_line import one_sentence
 from helpers.common import read_json
 from helpers.images import Malicious, arrays, write_npz
@@ -201,7 +201,7 @@ def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path,
     capsys.readouterr()
     said = one_sentence(capsys, ["train", "okddip", "--data", f"folder:{folder}", *words, "--out", str(tmp_path / "o")])
     assert f"{link} is a link out of {folder}" in said
-    assert f"{link} is a link out of the folder" in one_sentence(capsys, ["predict", str(run), str(folder)])
+    assert f"{link} is a link to outside the folder" in one_sentence(capsys, ["predict", str(run), str(folder)])
 
     def walked(_root):
         raise AssertionError("the link was followed")
@@ -283,5 +283,5 @@ def test_names_are_escaped_in_the_model_card_and_the_terminal(tmp_path, capsys):
     outside = re.sub(r"`[^`\n]+`", "", card)  # what stands in code is shown as it is
     for part in ("<b>", "<u>", "[link](", "\x1b"):
         assert part not in outside
-    assert "\\<b\\>bold" in card
-    assert escape("[x](y)\n# z") == "\\[x\\]\\(y\\) \\# z"
+    assert "&lt;b&gt;bold" in card
+    assert escape_markdown("[x](y)\n# z") == "\\[x\\](y) \\# z"

@@ -1,6 +1,7 @@
-"""The command line: parse first, import torch afterwards.
+"""The entry point: parse first, import torch afterwards.
 
-Exit codes: 0 done; 2 the user's input; 1 the machine's or ours; 75 stopped by a signal with a checkpoint written.
+Exit codes: 0 done; 1 the machine failed, or a bug; 2 the user's input; 75 stopped by a signal, with a checkpoint
+written; 130 interrupted.
 """
 
 from __future__ import annotations
@@ -11,9 +12,16 @@ import warnings
 
 from codistill.cli.options import COMMANDS, parse
 from codistill.utils.allow_import import command_line
-from codistill.utils.errors import InputError, MachineError, on_one_line, suggest
+from codistill.utils.errors import (
+    InputError,
+    MachineError,
+    OtherRankFailedError,
+    explain_failure,
+    on_one_line,
+    suggest,
+)
 
-USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help says more)
+USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help lists its options)
 
 Train a better small network without a teacher: peers teach each other, one plain network is deployed.
 
@@ -29,8 +37,7 @@ def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
-        width = max(len(c.usage) for c in COMMANDS.values())
-        print(USAGE.format(commands="\n".join(f"  {c.usage:{width}}  {c.summary}" for c in COMMANDS.values())))
+        _print_usage()
         return 0
     if argv[0] in ("--version", "-V"):
         from codistill import __version__
@@ -41,43 +48,45 @@ def main(argv: list[str] | None = None) -> int:
         if argv[0] not in COMMANDS:
             raise InputError(f'unknown command "{argv[0]}"{suggest(argv[0], COMMANDS)}')
         with command_line(argv[1:]) as words:
-            return run(argv[0], words)
+            return parse_and_run(argv[0], words)
     except InputError as error:
-        return _say(error, 2)
+        return _print_error(error, 2)
     except MachineError as error:
-        return _say(error, 1)
+        return _print_error(error, 1)
     except KeyboardInterrupt:
-        return _say("interrupted", 130)
+        return _print_error("interrupted", 130)
+    except OtherRankFailedError as error:
+        return error.code
     except Exception as error:
-        from codistill.utils.errors import OtherRankFailedError
-        from codistill.utils.failures import explain
-
-        if isinstance(error, OtherRankFailedError):
-            return error.code
-        sentence, code = explain(error)
+        sentence, code = explain_failure(error)
         if sentence is None:
             raise
-        return _say(sentence, code)
+        return _print_error(sentence, code)
 
 
-def run(command: str, argv: list[str]) -> int:
-    """Parse the options of a command, then import what it needs and run it."""
-    options = parse(command, argv)
-    warnings.showwarning = _warn
-    from codistill.cli import commands
+def parse_and_run(command: str, argv: list[str]) -> int:
+    """Parse a command's options, then import what it needs and run it."""
+    parsed = parse(command, argv)
+    warnings.showwarning = _print_warning
+    from codistill.cli.commands import run_command
 
-    return getattr(commands, command)(options)
+    return run_command(command, parsed)
 
 
-def _warn(message: object, *_: object, **__: object) -> None:
+def _print_usage() -> None:
+    usages = {f"{name} {command.arguments}": command.summary for name, command in COMMANDS.items()}
+    width = max(map(len, usages))
+    print(USAGE.format(commands="\n".join(f"  {usage:{width}}  {summary}" for usage, summary in usages.items())))
+
+
+def _print_warning(message: object, *_: object, **__: object) -> None:
     print(f"codistill: warning: {on_one_line(message)}", file=sys.stderr)
 
 
-def _say(message: object, code: int) -> int:
-    """Print a sentence; in a job of several processes, a failure that not all have comes with its rank."""
+def _print_error(message: object, code: int) -> int:
+    """Print a sentence and return the code; in a job of several processes, a failure of one rank names the rank."""
     rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
-    if rank == "0" or code not in (2, 75):  # input and signals are the same for all: the first says it
-        print(
-            f"codistill: {f'rank {rank}: ' if rank != '0' else ''}{on_one_line(message)}", file=sys.stderr, flush=True
-        )
+    if rank == "0" or code not in (2, 75):  # input and signals are the same on all ranks: the first prints it
+        prefix = f"rank {rank}: " if rank != "0" else ""
+        print(f"codistill: {prefix}{on_one_line(message)}", file=sys.stderr, flush=True)
     return code

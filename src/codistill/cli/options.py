@@ -5,74 +5,53 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from codistill.config.config import Checkpoint, CompareConfig, Config, Device, ReproduceConfig, names_of
-from codistill.config.methods import METHODS, MethodConfig, method_config
+from codistill.config.config import Checkpoint, CompareConfig, Config, Device, ReproduceConfig
+from codistill.config.methods import METHODS, method_config
+from codistill.config.old_names import rename_old_flags
 from codistill.utils.allow_import import check_imports
 from codistill.utils.errors import InputError, suggest
 
 
 @dataclass
-class Command:
-    """A command's name with its arguments, and what it does."""
-
-    usage: str
-    summary: str
-
-
-COMMANDS = {
-    "train": Command("train METHOD", "train peers with a method, in a run folder"),
-    "evaluate": Command("evaluate RUN", "measure every member of a trained run"),
-    "predict": Command("predict RUN IMAGES ...", "say what the deployed student sees in image files, as CSV or JSON"),
-    "compare": Command("compare METHOD ...", "train methods and baselines of equal cost over seeds, print the table"),
-    "export": Command("export RUN", "write the one deployed student as a file that needs no codistill"),
-    "reproduce": Command(
-        "reproduce TABLE", "train a published table anew, with deviations and baselines of equal cost"
-    ),
-    "report": Command("report RUN ...", "write one self-contained page about runs, grids and tables"),
-    "list": Command("list methods|models|data|tables|branch-points", "show what there is"),
-    "demo": Command("demo", "the comparison that make demo runs"),
-}
-
-
-@dataclass
 class EvaluateOptions:
-    """Measure every member and the ensemble of a trained run."""
+    """Evaluate every member and the ensemble of a trained run."""
 
     split: Literal["test", "val"] = "test"
-    """Which part of the run's data to measure on."""
+    """Which part of the run's data to evaluate on."""
     data: str | None = None
-    """Another data set with the same classes and image size; its test part is measured."""
+    """Evaluate on the test part of another data set, with the same classes and image size."""
     data_dir: str | None = None
-    """Where the data lies, if not where the run found it."""
+    """Folder of the data, if it has moved since training."""
     device: Device = "auto"
-    """Where to run."""
+    """Device to run on."""
     checkpoint: Checkpoint = "last"
     """last: the newest good one; best: the best epoch on validation (runs with a validation part)."""
     per_class: bool = False
-    """Also say, class by class, what the deployed student gets right and what it takes each class for."""
+    """Also print recall, precision and the most frequent wrong guess of the deployed student for every class."""
     confusion: str | None = None
     """Also write the deployed student's confusion matrix to this CSV file."""
     calibrate: bool = False
-    """Fit a temperature on the run's validation part, keep it for `predict`, and show calibration with and without."""
+    """Fit a temperature on the run's validation part, keep it for `predict`, and print calibration with and without."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 @dataclass
 class PredictOptions:
-    """Say what the deployed student sees in image files; a folder stands for all images in it."""
+    """Classify image files with the deployed student; a folder means all images in it."""
 
     top: int = 5
-    """Guesses an image, the most probable first."""
+    """Guesses per image, the most probable first."""
     json: bool = False
     """Print JSON instead of CSV."""
     batch_size: int = 64
-    """Images at once."""
+    """Images per batch."""
     device: Device = "auto"
-    """Where to run."""
+    """Device to run on."""
     checkpoint: Checkpoint = "last"
     """last: the newest good one; best: the best epoch on validation (runs with a validation part)."""
 
@@ -82,15 +61,15 @@ class ExportOptions:
     """Write the deployed student."""
 
     out: str | None = None
-    """File to write; default student.safetensors, pt2 or onnx in the run folder; a model card (.md) goes beside it."""
+    """File to write, default student.safetensors, .pt2 or .onnx in the run folder; the model card is put beside it."""
     format: Literal["safetensors", "torch-export", "onnx"] = "safetensors"
     """safetensors: weights; torch-export: a program for torch.export.load; onnx: with a free batch size."""
     license: str = "unknown"
-    """Licence of the weights, as the Hub spells it (apache-2.0, mit, ...), for the model card."""
+    """License of the weights, as the Hub spells it (apache-2.0, mit, ...), for the model card."""
     checkpoint: Checkpoint = "last"
     """last: the newest good one; best: the best epoch on validation (runs with a validation part)."""
     data_dir: str | None = None
-    """Where the data lies, if not where the run found it."""
+    """Folder of the data, if it has moved since training."""
 
 
 @dataclass
@@ -100,120 +79,197 @@ class ReportOptions:
     out: str = "report.html"
     """File to write (also -o)."""
     title: str | None = None
-    """Heading of the page; default what it is about."""
+    """Heading of the page; default the name of what it shows."""
 
 
 @dataclass
 class ListOptions:
-    """Show what there is."""
+    """List methods, models, data sets, published tables or branch points."""
 
     model: str = "resnet32"
-    """Network whose places to fork are listed (branch-points)."""
+    """Network whose branch points are listed."""
     image_size: int | None = None
-    """Height and width of its images (branch-points); default what the network was made for."""
+    """Height and width of its images (branch-points); default the network's native size."""
 
 
 @dataclass
 class DemoOptions:
-    """Train peers on real images, and print what it buys against baselines of equal cost."""
+    """Train peers on real images, and compare them with baselines of equal cost."""
 
     data: str = "digits"
     """digits (needs no download), fashion-mnist or cifar100."""
     data_dir: str | None = None
-    """Where the data set lies or is downloaded to; default ./data."""
+    """Folder of the data set, which is downloaded there if it is missing; default ./data."""
     out: str | None = None
     """Folder of the runs; default demo/DATA."""
     seeds: int = 3
     """Number of seeds."""
     workers: int = 2
-    """Runs side by side."""
+    """Runs trained at the same time."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """A command: its positional arguments, what it does, and its options."""
+
+    arguments: str
+    """The positional arguments, as the usage line names them."""
+    summary: str
+    options: Callable[[], Any]
+    """Builds the options with their defaults."""
+    takes: str
+    """The positional arguments in words, for the message about a wrong number of them."""
+    min_arguments: int
+    max_arguments: int | None
+    example: str
+    aliases: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    """Short spellings of options."""
+
+
+COMMANDS = {
+    "train": Command(
+        "METHOD",
+        "train peers with a method, in a run folder",
+        Config,
+        "one METHOD (compare takes several)",
+        *(0, 1),
+        "train okddip --data digits",
+    ),
+    "evaluate": Command(
+        "RUN",
+        "evaluate every member of a trained run",
+        EvaluateOptions,
+        "one RUN",
+        *(1, 1),
+        "evaluate runs/first",
+    ),
+    "predict": Command(
+        "RUN IMAGES ...",
+        "classify image files with the deployed student, as CSV or JSON",
+        PredictOptions,
+        "a RUN and image files or folders",
+        *(2, None),
+        "predict runs/first cat.jpg",
+    ),
+    "compare": Command(
+        "METHOD ...",
+        "train methods and baselines of equal cost over seeds, print the table",
+        lambda: CompareConfig(method="independent"),
+        "at least one METHOD",
+        *(1, None),
+        "compare okddip --data digits",
+    ),
+    "export": Command(
+        "RUN",
+        "write the one deployed student as a file that needs no codistill",
+        ExportOptions,
+        "one RUN",
+        *(1, 1),
+        "export runs/first",
+    ),
+    "reproduce": Command(
+        "TABLE",
+        "train a published table again, with deviations and baselines of equal cost",
+        ReproduceConfig,
+        "one TABLE (`codistill list tables` names them)",
+        *(1, 1),
+        "reproduce okddip_table2 --scale smoke",
+    ),
+    "report": Command(
+        "RUN ...",
+        "write one self-contained page about runs, grids and tables",
+        ReportOptions,
+        "at least one RUN (a run folder, or the folder of a grid or of a table)",
+        *(1, None),
+        "report runs/first",
+        {"-o": "--out"},
+    ),
+    "list": Command(
+        "methods|models|data|tables|branch-points",
+        "list what is available",
+        ListOptions,
+        "one of methods, models, data, tables and branch-points",
+        *(1, 1),
+        "list methods",
+    ),
+    "demo": Command(
+        "",
+        "run the comparison of make demo",
+        DemoOptions,
+        "options only",
+        *(0, 0),
+        "demo --data digits",
+    ),
+}
+_REPEATABLE: dict[type, tuple[str, ...]] = {
+    Config: ("--model",),
+    ReproduceConfig: ("--network", "--method", "--submit-option"),
+}
+"""Options that may be given several times, each with one value or more."""
 
 
 @dataclass
 class Parsed:
-    """A command line, understood."""
+    """A parsed command line."""
 
-    words: list[str]
+    positionals: list[str]
     """The arguments before the options."""
     options: Any
     seeds: int | None = None
 
 
-def parse(command: str, argv: list[str]) -> Parsed:
-    """Split off the words, read --config, and let tyro read the options.
+def parse(command: str, argv: Sequence[str]) -> Parsed:
+    """Read a command's positional arguments, which come first, and its options.
 
     Raises:
-        InputError: a word or an option is missing or unknown.
-        SystemExit: help was asked for (0), or tyro printed what it did not understand (2).
+        InputError: an argument or an option is missing, unknown or has a wrong type.
+        SystemExit: help was asked for and is printed (0).
     """
-    words, rest = _split(argv)
+    spec = COMMANDS[command]
+    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
+    positionals, rest = list(argv[:first]), [spec.aliases.get(word, word) for word in argv[first:]]
     asks_help = "--help" in rest or "-h" in rest
+    if not asks_help:
+        _check_positionals(command, positionals)
+    name = " ".join(["codistill", command, *(positionals or [spec.arguments])]).strip()
     if command == "train":
-        return _parse_train(words, rest, asks_help)
-    if command == "compare":
-        if not words and not asks_help:
-            raise InputError("compare needs at least one METHOD, as in: codistill compare okddip --data digits")
-        return Parsed(
-            words,
-            _tyro(CompareConfig(method="independent"), rest, f"codistill compare {' '.join(words) or 'METHOD ...'}"),
+        return _parse_train(positionals, rest, name, asks_help)
+    return Parsed(positionals, _parse_options(spec.options(), rest, name))
+
+
+def _check_positionals(command: str, positionals: list[str]) -> None:
+    """Raise InputError for too few or too many positional arguments."""
+    spec, count = COMMANDS[command], len(positionals)
+    if count < spec.min_arguments or (spec.max_arguments is not None and count > spec.max_arguments):
+        given = f"{count} argument{'s' if count != 1 else ''}{f' ({chr(32).join(positionals)})' if positionals else ''}"
+        raise InputError(f"{command} takes {spec.takes}, not {given}; for example: codistill {spec.example}")
+
+
+def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: bool) -> Parsed:
+    """Read --config first, then the method's name, whose options are --method.NAME, then the other options."""
+    path, argv = _pop_option(argv, "--config")
+    seeds, argv = _pop_option(argv, "--seeds")
+    config = Config.from_file(path) if path is not None else Config()
+    if not positionals and path is None and not asks_help:
+        raise InputError(
+            f"train needs a METHOD{suggest('', METHODS)}; for example: codistill train okddip --data digits"
         )
-    if command == "reproduce":
-        if len(words) != 1 and not asks_help:
-            raise InputError(f"reproduce takes one TABLE, not {len(words)} words; `codistill list tables` names them")
-        return Parsed(words, _tyro(ReproduceConfig(), rest, f"codistill reproduce {words[0] if words else 'TABLE'}"))
-    if command == "report":
-        if not words and not asks_help:
-            raise InputError("report needs at least one RUN: a run folder, or the folder of a grid or of a table")
-        rest = ["--out" if word == "-o" else word for word in rest]
-        return Parsed(words, _tyro(ReportOptions(), rest, "codistill report RUN ..."))
-    if command == "predict":
-        if len(words) < 2 and not asks_help:
-            raise InputError(
-                "predict takes a RUN and image files or folders, as in: codistill predict runs/first cat.jpg"
-            )
-        return Parsed(words, _tyro(PredictOptions(), rest, "codistill predict RUN IMAGES ..."))
-    plain = {"evaluate": EvaluateOptions, "export": ExportOptions, "list": ListOptions, "demo": DemoOptions}
-    expected = {"evaluate": "RUN", "export": "RUN", "list": "methods|models|data|tables|branch-points"}.get(command)
-    if expected and len(words) != 1 and not asks_help:
-        raise InputError(f"{command} takes one {expected}, not {len(words)} words")
-    prog = f"codistill {command}" + (f" {words[0] if words else expected}" if expected else "")
-    return Parsed(words, _tyro(plain[command](), rest, prog))
-
-
-def _parse_train(words: list[str], rest: list[str], asks_help: bool) -> Parsed:
-    path, rest = _take(rest, "--config")
-    config = Config.from_file(path) if path is not None else None
-    if len(words) > 1:
-        raise InputError(f"train takes one METHOD, not {len(words)} ({' '.join(words)}); compare takes several")
-    if words:
-        method = method_config(words[0])
-        held = config.method if config is not None else None
-        method = held if isinstance(held, MethodConfig) and held.name == words[0] else method
-    elif config is not None:
-        method = config.method
-    elif asks_help:
-        method = method_config("okddip")
-    else:
-        raise InputError(f"train needs a METHOD{suggest('', METHODS)}, as in: codistill train okddip")
-    assert isinstance(method, MethodConfig)
-    config = dataclasses.replace(config or Config(), method=method)
-    seeds, rest = _take(rest, "--seeds")
+    if positionals:
+        method = method_config(positionals[0])
+        if path is None or config.method.name != method.name:
+            config = dataclasses.replace(config, method=method)
+    elif path is None:
+        config = dataclasses.replace(config, method=method_config("okddip"))
     if seeds is not None and (not seeds.isdigit() or int(seeds) < 1):
         raise InputError(f"--seeds {seeds} must be a number of seeds, 1 or more")
-    options = _tyro(config, rest, f"codistill train {words[0] if words else 'METHOD'}")
+    options = _parse_options(config, argv, name)
     if path is not None:
-        check_imports(names_of(options), f"--config {path}")
-    return Parsed(words, options, int(seeds) if seeds else None)
+        check_imports(options.network_names(), f"--config {path}")
+    return Parsed(positionals, options, int(seeds) if seeds else None)
 
 
-def _split(argv: list[str]) -> tuple[list[str], list[str]]:
-    """Separate the leading words from the options."""
-    first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    return argv[:first], argv[first:]
-
-
-def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
-    """Take one flag and its value out of a command line."""
+def _pop_option(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
+    """Return the value of an option, None where it is not given, and the command line without it."""
     for index, word in enumerate(argv):
         if word == flag:
             if index + 1 == len(argv):
@@ -224,84 +280,92 @@ def _take(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
     return None, argv
 
 
-def _gather(argv: list[str], flag: str) -> list[str]:
-    """Turn `--model a --model b` into `--model a b`, which is how tyro reads a tuple."""
-    values, rest = [], []
-    words = iter(argv)
-    for word in words:
-        if word == flag:
-            values.append(next(words, ""))
-        elif word.startswith(flag + "="):
-            values.append(word[len(flag) + 1 :])
-        elif values and rest and rest[-1] is _HERE:
-            values.append(word) if not word.startswith("-") else rest.append(word)
-            continue
+def _merge_repeated(argv: list[str], flag: str) -> list[str]:
+    """Turn `--model a --model b` into `--model a b`, which is how tyro reads a tuple.
+
+    tyro's own UseAppendAction would append to the default instead of replacing it, and refuse `--model a b`.
+    """
+    values: list[str] = []
+    rest: list[str] = []
+    position, collecting = None, False
+    for index, word in enumerate(argv):
+        if word == flag and (index + 1 == len(argv) or argv[index + 1].startswith("-")):
+            raise InputError(f"{flag} needs at least one value")
+        if word == flag or word.startswith(flag + "="):
+            position = len(rest) if position is None else position
+            collecting = True
+            values += [word[len(flag) + 1 :]] if word != flag else []
+        elif collecting and not word.startswith("-"):
+            values.append(word)
         else:
+            collecting = False
             rest.append(word)
-            continue
-        if _HERE not in rest:
-            rest.append(_HERE)
-    if not values:
-        return argv
-    place = rest.index(_HERE)
-    return rest[:place] + [flag, *values] + rest[place + 1 :]
+    return rest if position is None else [*rest[:position], flag, *values, *rest[position:]]
 
 
-_HERE = "\0"
-
-
-def _tyro(default: Any, argv: list[str], prog: str) -> Any:
-    """Read options into a copy of `default`; the method's options stand under --method."""
+def _parse_options(default: Any, argv: list[str], name: str) -> Any:
+    """Read options into a copy of `default`; the method's own options are --method.NAME."""
     import tyro
 
-    kind = type(default)
-    description = kind.__doc__ or ""
-    shown, start = kind, default
-    if isinstance(default, Config):
-        argv = _gather(argv, "--model")
-        hidden = kind is CompareConfig  # several methods: each keeps its own defaults
-        method_type = type(default.method)
-        annotation = tyro.conf.Suppress[method_type] if hidden else method_type  # type: ignore[valid-type]
-        description = description if hidden else method_type.__doc__ or ""
-        field = ("method", annotation, dataclasses.field(default_factory=lambda: default.method))
-        shown = dataclasses.make_dataclass("Options", [field], bases=(kind,))  # type: ignore[arg-type]
-        start = shown(**{f.name: getattr(default, f.name) for f in dataclasses.fields(default)})
-    if isinstance(default, ReproduceConfig):
-        for flag in ("--network", "--method", "--submit-option"):
-            argv = _gather(argv, flag)
-    said = io.StringIO()
+    for kind, flags in _REPEATABLE.items():
+        for flag in flags if isinstance(default, kind) else ():
+            argv = _merge_repeated(argv, flag)
+    start, description = _with_method_options(default) if isinstance(default, Config) else (default, default.__doc__)
+    stderr_text = io.StringIO()
+    argv = rename_old_flags(argv)
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(stderr_text):
             parsed, unknown = tyro.cli(
-                shown,
-                prog=prog,
+                type(start),
+                prog=name,
                 default=start,
                 args=argv,
                 return_unknown_args=True,
-                description=" ".join(description.split()),
+                description=" ".join((description or "").split()),
             )
     except SystemExit as end:
         if end.code:
-            raise InputError(_one_sentence(said.getvalue())) from None
+            raise InputError(f"{_read_error_box(stderr_text.getvalue())}; `{name} --help` explains it") from None
         raise
     if unknown:
-        _refuse(unknown, default)
-    return kind(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(kind)})
+        _reject_unknown(unknown[0], default)
+    return type(default)(**{f.name: getattr(parsed, f.name) for f in dataclasses.fields(default)})
 
 
-def _one_sentence(box: str) -> str:
-    """Take the sentence out of the frame that tyro draws around an error."""
-    lines = [line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]]
-    return " ".join(lines[: lines.index("")] if "" in lines else lines).rstrip(".")
+def _with_method_options(config: Config) -> tuple[Any, str | None]:
+    """Return a copy whose `method` field has the type of its value, so that tyro sees its options; and the help text.
+
+    compare trains several methods with their own defaults, so it hides these options.
+    """
+    import tyro
+
+    kind, method_type = type(config), type(config.method)
+    hidden = kind is CompareConfig
+    annotation = tyro.conf.Suppress[method_type] if hidden else method_type
+    field = ("method", annotation, dataclasses.field(default_factory=lambda: config.method))
+    shown = dataclasses.make_dataclass("Options", [field], bases=(kind,))
+    values = {f.name: getattr(config, f.name) for f in dataclasses.fields(config)}
+    return shown(**values), (kind if hidden else method_type).__doc__
 
 
-def _refuse(unknown: list[str], default: Any) -> None:
-    """Raise for an option that does not exist, with the near name."""
-    word = unknown[0]
+def _read_error_box(box: str) -> str:
+    """Return the sentence that tyro prints in a box, drawn with lines or, where the terminal has only ASCII, dashes."""
+    sentence: list[str] = []
+    for line in (line.strip("│╭╮╰╯─ ") for line in box.splitlines()[1:]):
+        if line.strip("-"):
+            sentence.append(line)
+        elif sentence:  # a rule ends the sentence
+            break
+    return " ".join(sentence).removeprefix("Error parsing ").rstrip(".")
+
+
+def _reject_unknown(word: str, default: Any) -> None:
+    """Raise InputError for an option that does not exist, with the most similar name."""
+    if not word.startswith("--"):
+        raise InputError(f'"{word}" belongs to no option; options begin with --')
     names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(default)} - {"--method"}
     if isinstance(default, Config):
         names |= {"--config", "--seeds"}
-        names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(default.method)}  # type: ignore[arg-type]
-    if word.startswith("--"):
-        raise InputError(f'unknown option "{word}"{suggest(word.split("=")[0], names)}')
-    raise InputError(f'"{word}" follows no option; options start with --')
+        method = method_config(default.method) if isinstance(default.method, str) else default.method
+        names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(method)}
+    raise InputError(f'unknown option "{word}"{suggest(word.split("=")[0], names)}')

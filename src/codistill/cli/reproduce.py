@@ -1,4 +1,4 @@
-"""`codistill reproduce TABLE`: train a published table's cells, and print and keep the table."""
+"""`codistill reproduce TABLE`: train a published table's cells, print the table and write it to files."""
 
 from __future__ import annotations
 
@@ -9,16 +9,13 @@ from codistill.config.config import ReproduceConfig
 from codistill.reproduce.command_line import command_line
 from codistill.reproduce.grid import run_grid
 from codistill.reproduce.plan import Plan, make_plan
-from codistill.reproduce.recipes.table_recipe import SCALES
-from codistill.reproduce.table_entries import entries_of
-from codistill.reproduce.table_folder import _check_folder, _executor, _raise_failures, keep
-from codistill.reproduce.table_rows import notes_of, rows_of
-
-_FIRST = ("network", "method", "n")  # columns that the terminal shows beside the figures
+from codistill.reproduce.table_figures import table_figures
+from codistill.reproduce.table_folder import make_executor, prepare_table_folder, raise_failures, write_table
+from codistill.reproduce.table_rows import table_notes, table_rows
 
 
 def reproduce(table: str, options: ReproduceConfig) -> int:
-    """Train what the table lacks, print it, and keep it as Markdown, CSV, LaTeX and JSON in the grid's folder.
+    """Train the runs that the table still needs, print it, and write it as Markdown, CSV, LaTeX and JSON.
 
     Raises:
         InputError: the options cannot be used; nothing has been trained then.
@@ -26,49 +23,37 @@ def reproduce(table: str, options: ReproduceConfig) -> int:
     """
     plan = make_plan(table, options)
     if options.print_commands:
-        print_commands(plan)
+        _print_commands(plan)
         return 0
-    _check_folder(plan)
-    began = time.perf_counter()
-    _describe(plan)
-    executor = _executor(plan)
+    prepare_table_folder(plan)
+    start = time.perf_counter()
+    for line in plan.describe():
+        err.print(line, style="dim")
+    executor = make_executor(plan)
     with progress_bar(err) as bar:
         task = bar.add_task(f"{len(plan.cells)} cells x {options.seeds} seeds, epochs", total=None, note="")
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         run_grid([*plan.cells], options.seeds, plan.folder, options.workers, show, executor)
-    rows = rows_of(plan, entries_of(plan))
-    print_rows([_short(row) for row in rows], plan.title())
-    for note in notes_of(plan):
+    rows = table_rows(plan, table_figures(plan))
+    print_rows([_terminal_columns(row) for row in rows], plan.title())
+    for note in table_notes(plan):
         out.print(note)
-    keep(plan, rows)
-    out.print(f"{time.perf_counter() - began:.0f} s in all; runs and table in {plan.folder}")
-    _raise_failures(plan.cells)
+    write_table(plan, rows)
+    out.print(f"{time.perf_counter() - start:.0f} s in total; runs and table in {plan.folder}")
+    raise_failures(plan)
     return 0
 
 
-def print_commands(plan: Plan) -> None:
-    """Print one shell line a run; a run's teacher stands above it."""
+def _print_commands(plan: Plan) -> None:
+    """Print one shell command per run; a run's teacher comes before it."""
     for seed in range(plan.options.seeds):
         for cell in sorted(plan.cells, key=lambda c: c.teacher is not None):
             print(command_line(cell.run_options(plan.folder, seed, [*plan.cells])))
 
 
-def _describe(plan: Plan) -> None:
-    """Say what is going to be trained, before the first run is."""
-    cells, o = plan.cells, plan.options
-    err.print(f"{plan.title()}", style="dim")
-    extra = [c.label for c in cells if c.method not in plan.recipe.methods]
-    if extra:
-        err.print(f"beside the paper's rows: {', '.join(extra)}", style="dim")
-    if o.scale == "smoke" and not o.network and len(plan.recipe.networks) > 1:
-        note = f"one network only ({cells[0].network}): at {SCALES['smoke'].split(':')[0]} scale all are resnet8"
-        err.print(note, style="dim")
-
-
-def _short(row: dict[str, str]) -> dict[str, str]:
-    """Return the columns for the terminal; all of them are in the files."""
-    figures = {k: v for k, v in row.items() if k not in _FIRST and k != "judged"}
-    left = {"peers": f"{row['network']} {row['method']}", "n": row["n"]}
-    return left | {
-        k: v for k, v in figures.items() if not k.startswith(("training, peak", "deployed, peak", "deployed, ms"))
-    }
+def _terminal_columns(row: dict[str, str]) -> dict[str, str]:
+    """Return the columns that the terminal shows; the files have all of them."""
+    hidden = ("training, peak", "deployed, peak", "deployed, ms")
+    first = {"peers": f"{row['network']} {row['method']}", "n": row["n"]}
+    skipped = ("network", "method", "n", "evaluated")
+    return first | {k: v for k, v in row.items() if k not in skipped and not k.startswith(hidden)}

@@ -1,33 +1,72 @@
-"""The options of every method, one dataclass a method; their attribute docstrings are the command line's help.
+"""The options of every method, one dataclass each; their attribute docstrings are the help of the command line.
 
-`None` means "as the variant says", or "scaled with the run".
+A default of None depends on the variant or on the length of the run; the docstring says how.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
+from codistill.config.ranges import ABOVE_0, AT_LEAST_0, BETWEEN_0_AND_1, FINITE, FROM_0_BELOW_1, FROM_0_TO_1
 from codistill.utils.errors import InputError, suggest
+
+if TYPE_CHECKING:
+    from codistill.config.options import Options
+
+
+Topology = Literal["networks", "branches"]
 
 
 @dataclass(kw_only=True)
 class MethodConfig:
-    """What all methods share."""
+    """What all methods have in common."""
 
     name: ClassVar[str]
     default_peers: ClassVar[int]
     min_peers: ClassVar[int]
-    topologies: ClassVar[tuple[str, ...]] = ("networks", "branches")
-    """What the method admits; the first is its default."""
+    min_peers_note: ClassVar[str] = ""
+    """Follows the minimum in an error message, where the number needs an explanation."""
+    topologies: ClassVar[tuple[Topology, ...]] = ("networks", "branches")
+    """The topologies that the method supports; the first is its default."""
+    keeps_ema: ClassVar[bool] = False
+    """Whether there are mean teachers (moving averages of the peers), which can be deployed."""
 
-    def default_ramp(self) -> bool:
-        """Say whether the variant ramps its distillation weight up."""
-        return True
+    def default_ramp(self, epochs: int) -> float:
+        """Return the default length of the weight's ramp, in epochs: 80 of 300, scaled to the length of the run."""
+        return epochs * 80 / 300
 
     def needs_holdout(self) -> bool:
-        """Say whether a part of the training set is to be held out for the method."""
+        """Tell whether a part of the training set, `holdout_fraction`, is held out for the method."""
         return False
+
+    def ramp_length(self, epochs: int = 300) -> float:
+        """Return the length of the weight's ramp in a run of so many epochs; 0 means no ramp."""
+        length = getattr(self, "ramp_epochs", 0.0)  # most methods have this field, but not all
+        return self.default_ramp(epochs) if length is None else length
+
+    def resolved(self, epochs: int) -> Self:
+        """Return a copy with the length of the ramp filled in, for a method that has one."""
+        ramp = {"ramp_epochs": self.ramp_length(epochs)} if hasattr(self, "ramp_epochs") else {}
+        return dataclasses.replace(self, **ramp)
+
+    def check(self, options: Options) -> None:
+        """Check the method's options against all options of a run, topology included; ranges are checked elsewhere.
+
+        Raises:
+            InputError: two options contradict each other.
+        """
+
+
+@dataclass(kw_only=True)
+class TeacherConfig(MethodConfig):
+    """What methods have in common that learn from a network trained before."""
+
+    teacher: str | None = None
+    """The teacher: a run folder, an exported .safetensors, or a state dict (.pt, .pth) of --method.teacher-model."""
+    teacher_model: str | None = None
+    """Network of a teacher that is given as a bare state dict."""
 
 
 @dataclass(kw_only=True)
@@ -43,22 +82,18 @@ class IndependentConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
-class KDConfig(MethodConfig):
+class KDConfig(TeacherConfig):
     """Classic distillation from a trained teacher (Hinton et al., 2015), as a comparison."""
 
     name: ClassVar[str] = "kd"
     default_peers: ClassVar[int] = 1
     min_peers: ClassVar[int] = 1
 
-    teacher: str | None = None
-    """The teacher: a run folder, an exported .safetensors, or a state dict (.pt, .pth) of --method.teacher-model."""
-    teacher_model: str | None = None
-    """Network of a teacher that is given as a bare state dict."""
     variant: Literal["paper", "okddip_code"] = "paper"
     """paper: (1 - a) CE + a T^2 KL with a = 0.9, T = 4; okddip_code: CE + a T^2 KL with a = 1, T = 3."""
-    temperature: float | None = None
+    temperature: Annotated[float | None, ABOVE_0] = None
     """T; default the variant's."""
-    alpha: float | None = None
+    alpha: Annotated[float | None, FROM_0_TO_1] = None
     """a; default the variant's."""
 
 
@@ -74,14 +109,19 @@ class DMLConfig(MethodConfig):
     """paper: mean over the others, T = 1; authors: sum over them; okddip_code: T = 3, joint, targets not detached."""
     target: Literal["pairwise", "mean"] = "pairwise"
     """Learn from each other peer's prediction, or from the mean of their logits."""
-    temperature: float | None = None
+    temperature: Annotated[float | None, ABOVE_0] = None
     """T, with the gradient scaled by T^2; default the variant's."""
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the distillation terms."""
     update: Literal["joint", "alternating"] | None = None
-    """joint: one step for all; alternating: one network after the other, each on what the others say after their steps,
-    as in the paper's algorithm (one more forward for all but the last). Default: the variant's on networks, joint on
-    branches."""
+    """joint: one step for all networks; alternating: one network after the other, each on the predictions of the others
+    after their steps, as in the paper's algorithm (one more forward for all but the last). Default: the variant's on
+    networks, joint on branches."""
+
+    def check(self, options: Options) -> None:
+        """Refuse alternating updates of branches."""
+        if options.topology == "branches" and self.update == "alternating":
+            raise InputError("--method.update alternating steps one network at a time; branches share a trunk, drop it")
 
 
 @dataclass(kw_only=True)
@@ -91,24 +131,24 @@ class CLILRConfig(MethodConfig):
     name: ClassVar[str] = "cl_ilr"
     default_peers: ClassVar[int] = 4
     min_peers: ClassVar[int] = 2
-    topologies: ClassVar[tuple[str, ...]] = ("branches", "networks")
+    topologies: ClassVar[tuple[Topology, ...]] = ("branches", "networks")
 
     variant: Literal["paper", "okddip_code"] = "paper"
     """paper: b CE + (1 - b) T^2 soft CE, T = 2, targets detached; okddip_code: CE + KL, T = 3, a ramp, not detached."""
-    temperature: float | None = None
+    temperature: Annotated[float | None, ABOVE_0] = None
     """T; default the variant's."""
-    beta: float = 0.5
+    beta: Annotated[float, FROM_0_TO_1] = 0.5
     """b, the weight of the labels (variant paper)."""
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the distillation term (variant okddip_code)."""
-    ramp_epochs: float | None = None
+    ramp_epochs: Annotated[float | None, AT_LEAST_0] = None
     """Length of the ramp; default 80/300 of the epochs under okddip_code, none in the paper."""
     rescale: bool = True
     """Back-propagation rescaling: each fork divides the gradient that enters the trunk by its number of children."""
 
-    def default_ramp(self) -> bool:
-        """Ramp in OKDDip's code alone."""
-        return self.variant == "okddip_code"
+    def default_ramp(self, epochs: int) -> float:
+        """Return the length for `okddip_code`; the paper has no ramp."""
+        return super().default_ramp(epochs) if self.variant == "okddip_code" else 0.0
 
 
 @dataclass(kw_only=True)
@@ -118,20 +158,20 @@ class ONEConfig(MethodConfig):
     name: ClassVar[str] = "one"
     default_peers: ClassVar[int] = 3
     min_peers: ClassVar[int] = 2
-    topologies: ClassVar[tuple[str, ...]] = ("branches",)
+    topologies: ClassVar[tuple[Topology, ...]] = ("branches",)
 
     variant: Literal["paper", "authors", "okddip_code"] = "paper"
     """paper: no ramp; authors: a ramp and 1e-7 on the target; okddip_code: those, and the teacher is not detached."""
-    temperature: float = 3.0
+    temperature: Annotated[float, ABOVE_0] = 3.0
     """T."""
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the distillation terms once the ramp is over."""
-    ramp_epochs: float | None = None
+    ramp_epochs: Annotated[float | None, AT_LEAST_0] = None
     """Length of the ramp; default 80/300 of the epochs, none in the paper."""
 
-    def default_ramp(self) -> bool:
-        """Ramp in both codes, not in the paper's formula."""
-        return self.variant != "paper"
+    def default_ramp(self, epochs: int) -> float:
+        """Return the length for both codes; the paper's formula has no ramp."""
+        return 0.0 if self.variant == "paper" else super().default_ramp(epochs)
 
 
 @dataclass(kw_only=True)
@@ -141,22 +181,24 @@ class OKDDipConfig(MethodConfig):
     name: ClassVar[str] = "okddip"
     default_peers: ClassVar[int] = 4
     min_peers: ClassVar[int] = 3
+    min_peers_note: ClassVar[str] = " (auxiliary peers and the leader)"
 
     variant: Literal["paper", "okddip_code"] = "paper"
-    """`paper` mixes softened probabilities, as the equation has it; `okddip_code` mixes logits, as the code does."""
-    temperature: float = 3.0
+    """paper: mix softened probabilities, as in the equation; okddip_code: mix logits, as in the code."""
+    temperature: Annotated[float, ABOVE_0] = 3.0
     """Softening temperature T of both levels of distillation."""
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the distillation terms once the ramp is over."""
-    ramp_epochs: float | None = None
+    ramp_epochs: Annotated[float | None, AT_LEAST_0] = None
     """Length of the ramp of that weight; default 80/300 of the epochs."""
     detach: Literal["none", "peers", "all"] = "none"
-    """Which targets are constants: none (both sources), the peers' predictions (the attention still learns), or all."""
+    """Which targets are detached: none (as in both sources), peers (their predictions; the attention still learns), or
+    all."""
     mask_self: bool = False
-    """Leave a peer's own prediction out of its target (removes the optimum in which every peer attends to itself)."""
+    """Exclude a peer's own prediction from its target (removes the optimum in which every peer attends to itself)."""
     ablation: Literal["none", "random", "entropy", "mean", "symmetric", "no_leader"] = "none"
     """The ablations of the paper's Table 5. `no_leader` is also the ensemble form of its Table 4."""
-    entropy_weight: float = 0.1
+    entropy_weight: Annotated[float, FINITE] = 0.1
     """Weight of the entropy term of `--method.ablation entropy` (a guess: the paper gives no value)."""
 
 
@@ -165,20 +207,21 @@ class PCLConfig(MethodConfig):
     """Peer collaborative learning (Wu & Gong, AAAI 2021): an ensemble teacher and the peers' mean teachers."""
 
     name: ClassVar[str] = "pcl"
+    keeps_ema: ClassVar[bool] = True
     default_peers: ClassVar[int] = 3
     min_peers: ClassVar[int] = 2
-    topologies: ClassVar[tuple[str, ...]] = ("branches", "networks")
+    topologies: ClassVar[tuple[Topology, ...]] = ("branches", "networks")
 
-    temperature: float = 3.0
+    temperature: Annotated[float, ABOVE_0] = 3.0
     """T."""
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the distillation terms once the ramp is over."""
-    ramp_epochs: float | None = None
+    ramp_epochs: Annotated[float | None, AT_LEAST_0] = None
     """Length of the ramp; default 80/300 of the epochs."""
-    ema_decay: float = 0.999
-    """Most that a mean teacher keeps of itself at a step."""
+    ema_decay: Annotated[float, FROM_0_BELOW_1] = 0.999
+    """Largest decay of the moving average: the part of a mean teacher that stays per step."""
     own_views: bool = True
-    """Augment every image anew for each peer (the paper's multiple views)."""
+    """Augment every image separately for each peer (the paper's multiple views)."""
 
 
 @dataclass(kw_only=True)
@@ -190,30 +233,49 @@ class KDCLConfig(MethodConfig):
     min_peers: ClassVar[int] = 2
 
     target: Literal["naive", "linear", "minlogit", "general"] = "minlogit"
-    """How the teacher is made: the best network, the best mixture, the least logits, or weights from a holdout."""
-    temperature: float = 2.0
+    """How the teacher is made: naive, the best network; linear, the best mixture; minlogit, the least logits; general,
+    a mixture with weights from a holdout."""
+    temperature: Annotated[float, ABOVE_0] = 2.0
     """T."""
-    weight: float = 1.0
+    weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the distillation terms."""
     own_views: bool = True
-    """Augment every image anew for each network (the paper's invariant collaborative learning)."""
+    """Augment every image separately for each network (the paper's invariant collaborative learning)."""
     granularity: Literal["sample", "batch"] = "sample"
-    """Mixture of `linear`: one for each sample, or one for the batch."""
+    """Whether `linear` solves for one mixture per sample, or one per batch."""
     mix: Literal["probs", "logits"] = "probs"
     """What the weights of `general` mix."""
-    holdout_fraction: float = 0.05
-    """Part of the training set kept for the weights of `general` (the paper keeps a number a class; a guess)."""
+    holdout_fraction: Annotated[float, BETWEEN_0_AND_1] = 0.05
+    """Fraction of the training set held out for the weights of `general` (a guess: the paper holds out a number
+    per class)."""
 
     def needs_holdout(self) -> bool:
-        """Hold out where the weights are solved for."""
+        """Tell whether the weights of `general` are solved for."""
         return self.target == "general"
 
+    def check(self, options: Options) -> None:
+        """Refuse soft labels for the targets that read one hard label per image."""
+        soft = next((name for name in ("label_smoothing", "mixup", "cutmix") if getattr(options, name)), None)
+        if soft is not None and self.target != "general":
+            raise InputError(
+                f"--{soft.replace('_', '-')} makes labels soft, and kdcl's {self.target} target reads one hard label "
+                "each; drop it, or give --method.target general"
+            )
 
-METHODS: dict[str, type[MethodConfig]] = {c.name: c for c in MethodConfig.__subclasses__()}
+
+METHODS: dict[str, type[MethodConfig]] = {
+    method.name: method
+    for method in (IndependentConfig, KDConfig, DMLConfig, CLILRConfig, ONEConfig, OKDDipConfig, PCLConfig, KDCLConfig)
+}
+"""Every method's config, by its name."""
 
 
 def method_config(name: str) -> MethodConfig:
-    """Return the default config of the method called `name`."""
+    """Return the default config of the method called `name`.
+
+    Raises:
+        InputError: there is no such method.
+    """
     if name not in METHODS:
         raise InputError(f'unknown method "{name}"{suggest(name, METHODS)}')
     return METHODS[name]()

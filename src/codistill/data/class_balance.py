@@ -1,4 +1,4 @@
-"""Draws that are balanced over classes: a part of every class, and epochs in which classes are equally frequent."""
+"""Random draws balanced over classes: a fraction of every class, and epochs with equally frequent classes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 
 def balanced_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
-    """Return a mask of about `fraction` of every class; each class keeps at least one sample on either side."""
+    """Return a mask of about `fraction` of every class; each class has at least one sample inside and one outside."""
     rng = np.random.default_rng(seed)
     mask = np.zeros(len(labels), dtype=bool)
     for label in np.unique(labels):
@@ -19,20 +19,20 @@ def balanced_part(labels: np.ndarray, fraction: float, seed: int) -> np.ndarray:
 
 
 def balanced_order(labels: np.ndarray, rng: torch.Generator) -> Tensor:
-    """Draw an epoch of as many places as there are labels, in which classes are equally frequent (to one place).
+    """Draw an epoch of N indices in which classes are equally frequent (their counts differ by 1 at most).
 
-    Within a class no image comes a second time before all of them have come once.
+    No image is drawn again before all images of its class have been drawn.
 
     Args:
         labels: int64 array `N`.
-        rng: What the draw depends on.
+        rng: Random state of the draw.
     """
     members = [np.flatnonzero(labels == label) for label in np.unique(labels)]
-    places = np.full(len(members), len(labels) // len(members))
-    places[torch.randperm(len(members), generator=rng)[: len(labels) % len(members)].numpy()] += 1
+    counts = np.full(len(members), len(labels) // len(members))
+    counts[torch.randperm(len(members), generator=rng)[: len(labels) % len(members)].numpy()] += 1
     chosen = []
-    for own, count in zip(members, places):
-        rounds = [torch.randperm(len(own), generator=rng) for _ in range(-(-int(count) // len(own)))]
-        chosen.append(torch.from_numpy(own)[torch.cat(rounds)[: int(count)]])
-    everything = torch.cat(chosen)
-    return everything[torch.randperm(len(everything), generator=rng)]
+    for images, count in zip(members, counts):
+        rounds = [torch.randperm(len(images), generator=rng) for _ in range(-(-int(count) // len(images)))]
+        chosen.append(torch.from_numpy(images)[torch.cat(rounds)[: int(count)]])
+    order = torch.cat(chosen)
+    return order[torch.randperm(len(order), generator=rng)]

@@ -1,6 +1,6 @@
-"""Image sets in memory: uint8, `N x H x W x C`, with labels and what a sensible augmentation is.
+"""Loading a set of images by its name: public sets, arrays and folders.
 
-torchvision reads the public sets and decodes the files; scikit-learn carries the digits.
+torchvision reads the public sets; the digits are scikit-learn's.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 
 from codistill.data.image_folder import load_folder
 from codistill.data.image_set import GIVEN, ImageSet
-from codistill.utils.errors import InputError, suggest
-from codistill.utils.safe_load import check_arrays
+from codistill.utils.errors import InputError, first_line, suggest
+from codistill.utils.safe_load import check_npz_sizes
 
 SETS = {
     "digits": "1,797 handwritten digits, 8 x 8 gray, 10 classes; embedded, no download",
@@ -22,10 +22,10 @@ SETS = {
     "cifar10": "50,000 + 10,000 photographs, 32 x 32 RGB, 10 classes; downloaded on first use",
     "cifar100": "50,000 + 10,000 photographs, 32 x 32 RGB, 100 classes; downloaded on first use",
     "npz:PATH": "your arrays: x_train, y_train, x_test, y_test; uint8 images N x H x W (x C)",
-    "folder:PATH": "your images: one folder a class, in PATH/train, val and test, or in PATH (then split 80/20)",
+    "folder:PATH": "your images: one folder per class, in PATH/train, val and test, or in PATH (then split 80/20)",
 }
 
-MOST_CLASSES = 1_000_000
+MAX_CLASSES = 1_000_000
 
 
 def load_set(
@@ -33,26 +33,27 @@ def load_set(
     data_dir: str | None = None,
     image_size: int | None = None,
     pipeline: str = "auto",
+    *,
     skip_corrupt: bool = False,
 ) -> ImageSet:
     """Load a set by name.
 
     Args:
         name: digits, fashion-mnist, cifar10, cifar100, npz:PATH or folder:PATH.
-        data_dir: Where torchvision keeps or downloads it, or a folder that holds `cifar100.npz` (default ./data).
+        data_dir: Where torchvision finds or downloads it, or a folder with `cifar100.npz` (default ./data).
         image_size: Height and width for the images of a folder.
         pipeline: How a folder is read (see `load_folder`).
         skip_corrupt: Whether a folder's files that cannot be read are left out.
 
     Raises:
-        InputError: the set is unknown, missing, unreadable, or not fit to train on.
+        InputError: the set is unknown, missing, unreadable, or cannot be trained on.
     """
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
-        return check_set(load_folder(Path(path), image_size, pipeline, skip_corrupt))
+        return load_folder(Path(path), image_size, pipeline, skip_corrupt=skip_corrupt).check()
     if kind == GIVEN:
         raise InputError(
-            f"--data {name}: these images were given from Python and lie nowhere; give them there again, as in "
+            f"--data {name}: these images were given from Python and are not stored; give them again, as in "
             "codistill.train(config, data=...) or codistill.load_run(run, data=...)"
         )
     if image_size is not None:
@@ -60,18 +61,23 @@ def load_set(
     if pipeline == "files":
         raise InputError(f"--data-pipeline files reads the images of a folder; --data {name} is in memory, so drop it")
     if kind == "npz" and path:
-        return check_set(_load_npz(name, Path(path)))
+        return _load_npz(name, Path(path)).check()
     if name not in SETS or kind != name:
         raise InputError(f'--data: unknown set "{name}"{suggest(name, SETS)}')
-    loader = {"digits": _digits, "fashion-mnist": _fashion_mnist, "cifar10": _cifar, "cifar100": _cifar}[name]
-    return check_set(loader(name, Path(data_dir or "data")))
+    loader = {
+        "digits": _load_digits,
+        "fashion-mnist": _load_fashion_mnist,
+        "cifar10": _load_cifar,
+        "cifar100": _load_cifar,
+    }[name]
+    return loader(name, Path(data_dir or "data")).check()
 
 
-def _digits(name: str, _data_dir: Path) -> ImageSet:
+def _load_digits(name: str, _data_dir: Path) -> ImageSet:
     """Load the 1,797 digits of scikit-learn; the last 797 of a fixed shuffle are the test part."""
     from sklearn.datasets import load_digits
 
-    pixels, target = load_digits(return_X_y=True)  # 64 values from 0 to 16 an image
+    pixels, target = load_digits(return_X_y=True)  # 64 values per image, from 0 to 16
     images = np.minimum(np.asarray(pixels).reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)
     labels = np.asarray(target, dtype=np.int64)
     order = np.random.default_rng(1797).permutation(len(labels))
@@ -80,10 +86,10 @@ def _digits(name: str, _data_dir: Path) -> ImageSet:
     return ImageSet(name, images[train], labels[train], images[test], labels[test], classes, pad=1, flip=False)
 
 
-def _fashion_mnist(name: str, data_dir: Path) -> ImageSet:
+def _load_fashion_mnist(name: str, data_dir: Path) -> ImageSet:
     from torchvision.datasets import FashionMNIST
 
-    train, test = _torchvision(FashionMNIST, name, data_dir)
+    train, test = _load_torchvision(FashionMNIST, name, data_dir)
     return ImageSet(
         name,
         train.data.numpy()[..., None],
@@ -96,8 +102,8 @@ def _fashion_mnist(name: str, data_dir: Path) -> ImageSet:
     )
 
 
-def _cifar(name: str, data_dir: Path) -> ImageSet:
-    """Load CIFAR-10 or CIFAR-100, with the statistics that the papers' code normalises by."""
+def _load_cifar(name: str, data_dir: Path) -> ImageSet:
+    """Load CIFAR-10 or CIFAR-100, with the statistics by which the papers' code normalizes."""
     statistics = {
         "cifar10": ((0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)),
         "cifar100": ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
@@ -111,30 +117,25 @@ def _cifar(name: str, data_dir: Path) -> ImageSet:
         return replace(data, name=name, mean=mean, std=std, pad=4, flip=True)
     from torchvision.datasets import CIFAR10, CIFAR100
 
-    train, test = _torchvision({"cifar10": CIFAR10, "cifar100": CIFAR100}[name], name, data_dir)
+    train, test = _load_torchvision({"cifar10": CIFAR10, "cifar100": CIFAR100}[name], name, data_dir)
     labels = [np.asarray(part.targets, dtype=np.int64) for part in (train, test)]
     return ImageSet(name, train.data, labels[0], test.data, labels[1], tuple(train.classes), 4, True, mean, std)
 
 
-def _torchvision(cls: Any, name: str, data_dir: Path) -> tuple[Any, ...]:
+def _load_torchvision(cls: Any, name: str, data_dir: Path) -> tuple[Any, ...]:
     """Read both parts through torchvision, downloading them on first use."""
     try:
         return tuple(cls(str(data_dir), train=part, download=False) for part in (True, False))
-    except Exception:  # not there, or damaged, which torchvision may meet with an assertion
+    except Exception:  # not there, or damaged, where torchvision may raise an AssertionError
         pass
     try:
         data_dir.mkdir(parents=True, exist_ok=True)
         return tuple(cls(str(data_dir), train=part, download=True) for part in (True, False))
-    except Exception as error:  # torchvision raises whatever its download meets
+    except Exception as error:  # a download may raise anything
         raise InputError(
-            f"--data {name} can neither be read from {data_dir} nor downloaded ({_reason(error)}); "
+            f"--data {name} can neither be read from {data_dir} nor downloaded ({first_line(error)}); "
             "name its folder with --data-dir"
         ) from None
-
-
-def _reason(error: Exception) -> str:
-    """Return the first line of an error, or its kind where it has no words."""
-    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _load_npz(name: str, path: Path) -> ImageSet:
@@ -148,19 +149,19 @@ def _load_npz(name: str, path: Path) -> ImageSet:
                 raise InputError(
                     f"--data {name}: {path} lacks {', '.join(missing)}; it needs x_ and y_, train and test"
                 )
-            check_arrays(path, ("x_train", "y_train", "x_test", "y_test"))  # before anything is given room
+            check_npz_sizes(path, ("x_train", "y_train", "x_test", "y_test"))  # before memory is allocated
             x_train, y_train, x_test, y_test = (archive[k] for k in ("x_train", "y_train", "x_test", "y_test"))
     except InputError:
         raise
-    except Exception as error:  # a damaged archive fails in many ways
-        raise InputError(f"--data {name}: {path} cannot be read ({_reason(error)})") from None
-    parts = [_pixels(x, key, path) for x, key in ((x_train, "x_train"), (x_test, "x_test"))]
-    labels = [_labels(y, key, path) for y, key in ((y_train, "y_train"), (y_test, "y_test"))]
+    except Exception as error:  # a damaged archive may raise anything
+        raise InputError(f"--data {name}: {path} cannot be read ({first_line(error)})") from None
+    parts = [_check_pixels(x, key, path) for x, key in ((x_train, "x_train"), (x_test, "x_test"))]
+    labels = [_check_labels(y, key, path) for y, key in ((y_train, "y_train"), (y_test, "y_test"))]
     num_classes = int(max((y.max() for y in labels if len(y)), default=-1)) + 1
     return ImageSet(name, parts[0], labels[0], parts[1], labels[1], tuple(str(c) for c in range(num_classes)), 2, False)
 
 
-def _pixels(x: np.ndarray, key: str, path: Path) -> np.ndarray:
+def _check_pixels(x: np.ndarray, key: str, path: Path) -> np.ndarray:
     x = x[..., None] if x.ndim == 3 else x
     if x.ndim != 4 or x.dtype != np.uint8:
         raise InputError(
@@ -169,33 +170,8 @@ def _pixels(x: np.ndarray, key: str, path: Path) -> np.ndarray:
     return x
 
 
-def _labels(y: np.ndarray, key: str, path: Path) -> np.ndarray:
+def _check_labels(y: np.ndarray, key: str, path: Path) -> np.ndarray:
     y = y.reshape(-1)
-    if not np.issubdtype(y.dtype, np.integer) or (len(y) and not 0 <= y.min() <= y.max() < MOST_CLASSES):
-        raise InputError(f"{path}: {key} must be whole numbers from 0 up, and below {MOST_CLASSES:,}")
+    if not np.issubdtype(y.dtype, np.integer) or (len(y) and not 0 <= y.min() <= y.max() < MAX_CLASSES):
+        raise InputError(f"{path}: {key} must be whole numbers from 0 up, and below {MAX_CLASSES:,}")
     return y.astype(np.int64)
-
-
-def check_set(data: ImageSet) -> ImageSet:
-    """Return the set, or raise where it cannot be trained on."""
-    flag = f"--data {data.name}"
-    mend = "; give --image-size" if data.name.startswith("folder:") else ""
-    for part, x, y in (("training", data.x_train, data.y_train), ("test", data.x_test, data.y_test)):
-        if not len(x):
-            raise InputError(f"{flag} has no {part} images")
-        if len(x) != len(y):
-            raise InputError(f"{flag} has {len(x)} {part} images but {len(y)} labels")
-    if data.x_train.shape[1:] != data.x_test.shape[1:]:
-        raise InputError(
-            f"{flag}: training images are {data.x_train.shape[1:]}, test images {data.x_test.shape[1:]}{mend}"
-        )
-    if data.x_train.shape[1] != data.x_train.shape[2]:
-        raise InputError(
-            f"{flag}: images are {data.x_train.shape[1]} x {data.x_train.shape[2]}; they must be square{mend}"
-        )
-    if data.image_size < 8:
-        raise InputError(f"{flag}: images of {data.image_size} x {data.image_size} are too small; 8 x 8 is the least")
-    found = len(np.unique(data.y_train))
-    if found < 2:
-        raise InputError(f"{flag} has one class only in its training part; a classifier needs two or more")
-    return data

@@ -1,4 +1,4 @@
-"""Another set's test images for a run that was trained on its own: put before it as its own were, classes matched."""
+"""Another set's test images for the evaluation of a run: resized like the run's own, with matched classes."""
 
 from __future__ import annotations
 
@@ -14,44 +14,46 @@ from codistill.data.image_set import Pixels
 from codistill.utils.errors import InputError
 
 
-def load_other(name: str, data_dir: str | None, about: dict[str, Any]) -> tuple[Pixels, np.ndarray, str]:
-    """Return another set's test images (all of a folder without parts), their labels as the run counts, and a note.
+def load_external_test_set(
+    name: str, data_dir: str | None, data_info: dict[str, Any]
+) -> tuple[Pixels, np.ndarray, str]:
+    """Return another set's test images (all of a folder without parts), their labels in the run's numbers, and a note.
 
     Args:
         name: The other set, as `--data` takes it.
-        data_dir: Where it lies.
-        about: What the run's data.json holds.
+        data_dir: Its folder (see `load_set`).
+        data_info: The run's data.json.
 
     Raises:
-        InputError: the set cannot be read, or has classes or a size that the run does not know.
+        InputError: the set cannot be read, or has other classes or another size than the run.
     """
-    size, channels = about["image_size"], about["channels"]
+    size, channels = data_info["image_size"], data_info["channels"]
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
         files, labels, classes = read_whole(Path(path))
-        images: Pixels = replace(files, size=size, channels=channels, crop=about.get("fit") == "crop")
+        images: Pixels = replace(files, size=size, channels=channels, crop=data_info.get("fit") == "crop")
     else:
         other = load_set(name, data_dir).with_channels(channels)
         images, labels, classes = other.x_test, other.y_test, other.classes
     if images.shape[1:] != (size, size, channels):
         shape = " x ".join(map(str, images.shape[1:]))
         raise InputError(f"--data {name}: its images are {shape}, and the run takes {size} x {size} x {channels}")
-    numbers, note = matched(name, classes, tuple(about["classes"]))
+    numbers, note = match_classes(name, classes, tuple(data_info["classes"]))
     return images, numbers[labels], note
 
 
-def matched(name: str, classes: tuple[str, ...], known: tuple[str, ...]) -> tuple[np.ndarray, str]:
-    """Return the run's number of each class, and what is worth telling.
+def match_classes(name: str, classes: tuple[str, ...], known: tuple[str, ...]) -> tuple[np.ndarray, str]:
+    """Return the run's number of each class, and a note.
 
     Raises:
-        InputError: the run does not know a class.
+        InputError: a class is not among the run's.
     """
     note = "" if len(classes) == len(known) else f"{len(classes)} of the run's {len(known)} classes occur"
     unknown = [c for c in classes if c not in known]
     if not unknown:
         return np.array([known.index(c) for c in classes], dtype=np.int64), note
     numbered = all(c == str(n) for n, c in enumerate(classes)) or all(c == str(n) for n, c in enumerate(known))
-    if numbered and len(classes) <= len(known) and not name.startswith("folder:"):  # arrays know numbers only
+    if numbered and len(classes) <= len(known) and not name.startswith("folder:"):  # arrays have numbers only
         return np.arange(len(classes), dtype=np.int64), f"{note}{'; ' * bool(note)}classes are matched by their numbers"
     more = f" and {len(unknown) - 3} more" if len(unknown) > 3 else ""
     raise InputError(

@@ -1,4 +1,4 @@
-"""Pairs of image and label given from Python -> arrays: a torch Dataset, or anything that yields such pairs.
+"""Reading pairs of image and label from Python into arrays: of a torch Dataset, or of any iterable.
 
 Shapes: N images, H height, W width, C channels.
 """
@@ -23,18 +23,18 @@ def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None
 
     Args:
         pairs: A map-style data set, or any iterable, of (image, label).
-        part: What to call it in errors.
-        image_size: Side to stretch the images to; default as they are.
+        part: Its name in messages: training or test.
+        image_size: Side to stretch the images to; default their own size.
 
     Raises:
-        InputError: an item is no such pair, or images differ in size; it is named by its number.
+        InputError: an item is no such pair, or images differ in size; the message has its number.
     """
     images: list[np.ndarray] = []
     labels: list[int] = []
-    for number, item in enumerate(_items(pairs, part)):
+    for number, item in enumerate(_iterate(pairs, part)):
         where = f"item {number} of the {part} data"
         image, label = check_pair(item, where)
-        pixels = _resized(to_uint8_hwc(image, where), image_size)
+        pixels = _resize(to_uint8_hwc(image, where), image_size)
         if images and pixels.shape[:2] != images[0].shape[:2]:
             raise InputError(
                 f"{where} is {pixels.shape[1]} x {pixels.shape[0]}, others are {images[0].shape[1]} x "
@@ -44,13 +44,13 @@ def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None
         labels.append(class_index(label, where))
     if not images:
         raise InputError(f"the {part} data hold no items")
-    if len({image.shape[2] for image in images}) > 1:  # gray ones among colour
+    if len({image.shape[2] for image in images}) > 1:  # gray and color images
         images = [np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image for image in images]
     return np.stack(images), np.asarray(labels, dtype=np.int64)
 
 
-def _items(pairs: Any, part: str) -> Iterator[Any]:
-    """Iterate over a data set by its length, which not all end by themselves, and over anything else as it is."""
+def _iterate(pairs: Any, part: str) -> Iterator[Any]:
+    """Iterate over a data set by its length (not every one raises IndexError at its end), or over an iterable."""
     if hasattr(pairs, "__getitem__") and hasattr(pairs, "__len__") and not isinstance(pairs, IterableDataset):
         return (pairs[index] for index in range(len(pairs)))
     if isinstance(pairs, Iterable):
@@ -59,7 +59,7 @@ def _items(pairs: Any, part: str) -> Iterator[Any]:
 
 
 def check_pair(item: Any, where: str) -> Sequence[Any]:
-    """Return an item, or raise InputError where it is no pair."""
+    """Return an item, or raise InputError where it is not one."""
     if not isinstance(item, Sequence) or isinstance(item, str) or len(item) != 2:
         raise InputError(f"{where} is a {type(item).__name__}, not a pair (image, label)")
     return item
@@ -85,14 +85,16 @@ def to_uint8_hwc(image: Any, where: str) -> np.ndarray:
         )
     if np.issubdtype(array.dtype, np.floating):
         if not (array.size and array.min() >= 0 and array.max() <= 1):
-            raise InputError(f"{where}: its image holds numbers beyond 0 to 1; leave normalising to codistill")
+            raise InputError(
+                f"{where}: its image has numbers outside of 0 to 1; give it without normalization, which codistill does"
+            )
         return (array * 255).round().astype(np.uint8)
     if array.dtype != np.uint8:
         raise InputError(f"{where}: its image is of {array.dtype}; give uint8, or floating-point numbers from 0 to 1")
     return array
 
 
-def _resized(pixels: np.ndarray, size: int | None) -> np.ndarray:
+def _resize(pixels: np.ndarray, size: int | None) -> np.ndarray:
     if size is None or pixels.shape[:2] == (size, size):
         return pixels
     image = Image.fromarray(pixels[..., 0] if pixels.shape[2] == 1 else pixels)
@@ -106,9 +108,7 @@ def class_index(label: Any, where: str) -> int:
     if isinstance(label, Tensor | np.ndarray | np.generic) and math.prod(label.shape) == 1:
         value = label.item()
     if isinstance(value, bool) or not isinstance(value, int):
-        raise InputError(
-            f"{where}: its label is {label!r}; give a whole number, a class's place in the list of classes"
-        )
+        raise InputError(f"{where}: its label is {label!r}; give a whole number, the index of a class")
     if value < 0:
         raise InputError(f"{where}: its label is {value}; labels count from 0")
     return value
@@ -118,12 +118,12 @@ def class_names(given: Sequence[str] | None, pairs: Any, labels: Sequence[np.nda
     """Return the classes' names: as given, as the data set has them, or their numbers.
 
     Raises:
-        InputError: a label has no class.
+        InputError: a label is larger than the last class.
     """
     highest = max(int(part.max(initial=0)) for part in labels)
-    own = getattr(pairs, "classes", None)
-    if given is None and isinstance(own, Sequence) and not isinstance(own, str):
-        given = own
+    listed = getattr(pairs, "classes", None)
+    if given is None and isinstance(listed, Sequence) and not isinstance(listed, str):
+        given = listed
     if given is None:
         return tuple(str(number) for number in range(highest + 1))
     if highest >= len(given):

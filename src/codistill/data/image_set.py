@@ -1,4 +1,4 @@
-"""A set of images, in memory or in files: training and test part, classes, and how training images are varied.
+"""A set of images, in memory or in files: training and test part, classes, augmentation, and where it comes from.
 
 Shapes: N images, H height, W width, C channels.
 """
@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -15,22 +15,34 @@ from torch.utils.data import Dataset
 
 from codistill.data.class_balance import balanced_part
 from codistill.data.from_python import class_names, read_pairs
-from codistill.data.image_files import ImageFiles
-from codistill.data.lazy_dataset import fields_of, read_lazily
+from codistill.data.lazy_dataset import as_common_squares, checksum, read_lazily
+from codistill.data.lazy_images import LazyImages
 from codistill.utils.errors import InputError
 
-Pixels = np.ndarray | ImageFiles
+Pixels = np.ndarray | LazyImages
 GIVEN = "python"
 """The kind of a set that was given from Python."""
 
 
 @dataclass(frozen=True)
+class Provenance:
+    """Where the images of a set come from."""
+
+    files_checksum: str = ""
+    """A checksum of the files' names and labels, where the set was read from files."""
+    messages: tuple[str, ...] = ()
+    """Messages to the user on how it was read."""
+    placeholder_reason: str = ""
+    """Why the run's own images are missing, where noise of their shape replaces them."""
+
+
+@dataclass(frozen=True)
 class ImageSet:
-    """A training and a test part, their classes, and how training images are varied."""
+    """A training and a test part, their classes, the augmentation that suits them, and where they come from."""
 
     name: str
     x_train: Pixels
-    """uint8, `N x H x W x C`, or the files that are decoded to such."""
+    """uint8, `N x H x W x C`, or images that are decoded to such when they are needed."""
     y_train: np.ndarray
     """int64, `N`."""
     x_test: Pixels
@@ -41,22 +53,19 @@ class ImageSet:
     flip: bool = True
     """Whether left and right may be swapped."""
     mean: tuple[float, ...] = ()
-    """Per-channel mean of pixels / 255, for normalising; computed from images in memory if empty."""
+    """Per-channel mean of pixels / 255, for normalization; computed from images in memory if empty."""
     std: tuple[float, ...] = ()
-    fit: str = "stretch"
+    resize_mode: str = "stretch"
     """How images of another shape become squares: stretch, or crop (see `fit_square`)."""
-    own_val: int = 0
-    """So many images at the end of the training part are the set's own validation part."""
-    listing: str = ""
-    """A checksum of the files' names and labels, where the set was read from files."""
-    notes: tuple[str, ...] = ()
-    """What a user should be told of how it was read."""
-    stand_in: str = ""
-    """Why the run's own images are not to be had; those here are noise of their shape."""
+    num_val: int = 0
+    """Number of images at the end of the training part that are the set's own validation part."""
+    provenance: Provenance = field(default_factory=Provenance)
 
     def __post_init__(self) -> None:
         if not self.mean and len(self.x_train) and isinstance(self.x_train, np.ndarray):
-            self._set(*statistics(self.x_train))
+            mean, std = statistics(self.x_train)
+            object.__setattr__(self, "mean", mean)
+            object.__setattr__(self, "std", std)
 
     @classmethod
     def from_dataset(
@@ -70,21 +79,21 @@ class ImageSet:
         name: str = "given",
         lazy: bool = False,
     ) -> ImageSet:
-        """Take (image, label) pairs for `train(config, data=...)`: read into memory, each once, or `lazy`.
+        """Make a set of pairs (image, label) for `train(config, data=...)`: read into memory, each once, or `lazy`.
 
         Images are PIL images, uint8 arrays `H x W (x C)` or tensors `C x H x W`, or floating-point ones from 0 to 1:
-        not yet normalised, and not yet varied at random, for what is read stays.
+        neither normalized nor augmented, because each is read once.
 
         Args:
             train: A map-style data set, or any iterable, of pairs.
             test: The test part; default a fifth of `train`, balanced over classes.
             classes: Their names, in the order of the labels; default the data set's `classes`, or numbers.
-            image_size: Side to stretch images to; default as they are.
+            image_size: Side to stretch images to; default their own size.
             flip: Whether left and right may be swapped in training.
-            name: What the run calls the set.
-            lazy: Read images anew in every epoch, in worker processes (`data_workers`), as image files are: cropped
+            name: Name of the set in the run.
+            lazy: Read images again in every epoch, in worker processes (`data_workers`), like image files: cropped
                 to squares of `image_size` (default their own, or 224 where sizes differ). For map-style data sets
-                that memory cannot hold; labels are their `targets`, or else all items are read once for them.
+                that memory cannot hold; labels are its `targets`, or else all items are read once.
 
         Raises:
             InputError: an item is no such pair, a label has no class, or images differ in size (and are not `lazy`).
@@ -96,26 +105,23 @@ class ImageSet:
         read: Callable[..., tuple[Any, np.ndarray]] = read_lazily if lazy else read_pairs
         x, y = read(train, "training", image_size)
         if test is None:
-            held = balanced_part(y, 0.2, seed=0)
-            x, y, x_test, y_test = x[~held], y[~held], x[held], y[held]
+            mask = balanced_part(y, 0.2, seed=0)
+            x, y, x_test, y_test = x[~mask], y[~mask], x[mask], y[mask]
         else:
             x_test, y_test = read(test, "test", image_size)
         names = class_names(classes, train, (y, y_test))
-        more = (
-            fields_of(x, x_test, (y, y_test))
-            if lazy
-            else {"x_train": x, "x_test": x_test, "pad": max(1, x.shape[1] // 8)}
-        )
-        return cls(f"{GIVEN}:{name}", y_train=y, y_test=y_test, classes=names, flip=flip, **more)
-
-    def _set(self, mean: tuple[float, ...], std: tuple[float, ...]) -> None:
-        object.__setattr__(self, "mean", mean)
-        object.__setattr__(self, "std", std)
+        name = f"{GIVEN}:{name}"
+        if not lazy:
+            return cls(name, x, y, x_test, y_test, names, pad=max(1, x.shape[1] // 8), flip=flip)
+        x, x_test = as_common_squares(x, x_test)
+        message = f"{len(x) + len(x_test):,} images are read from the data set again in every epoch"
+        provenance = Provenance(checksum(x, x_test, (y, y_test)), (message,))
+        return cls(name, x, y, x_test, y_test, names, pad=0, flip=flip, resize_mode="crop", provenance=provenance)
 
     @property
     def from_files(self) -> bool:
-        """Whether images are read from their files in every epoch, and not kept in memory."""
-        return isinstance(self.x_train, ImageFiles)
+        """Whether images are read again in every epoch, and not kept in memory."""
+        return isinstance(self.x_train, LazyImages)
 
     @property
     def channels(self) -> int:
@@ -128,12 +134,12 @@ class ImageSet:
         return self.x_train.shape[1]
 
     def with_channels(self, channels: int) -> ImageSet:
-        """Return the set with gray images repeated to 3 channels, or colour made gray (ITU-R 601) for 1."""
+        """Return the set with gray images repeated to 3 channels, or color images made gray (ITU-R 601) for 1."""
         if channels == self.channels:
             return self
-        if isinstance(self.x_train, ImageFiles) and isinstance(self.x_test, ImageFiles):
-            files = [replace(x, channels=channels) for x in (self.x_train, self.x_test)]
-            return replace(self, x_train=files[0], x_test=files[1], mean=(), std=())
+        if isinstance(self.x_train, LazyImages) and isinstance(self.x_test, LazyImages):
+            images = [replace(x, channels=channels) for x in (self.x_train, self.x_test)]
+            return replace(self, x_train=images[0], x_test=images[1], mean=(), std=())
         if self.channels == 1:
             parts = [np.repeat(np.asarray(x), channels, axis=-1) for x in (self.x_train, self.x_test)]
             mean, std = self.mean * channels, self.std * channels
@@ -144,22 +150,50 @@ class ImageSet:
             ]
             mean, std = (), ()
         else:
-            raise InputError(f"--channels {channels}: images of {self.channels} channels cannot be made into that")
+            raise InputError(
+                f"--channels {channels}: images of {self.channels} channels cannot be converted; give 1 or 3, "
+                "for images "
+                "of 3 or 1"
+            )
         return replace(self, x_train=parts[0], x_test=parts[1], mean=mean, std=std)
 
     def imbalance(self, part: np.ndarray) -> str | None:
-        """Say how unequal the classes of a training part are, None where the largest is under twice the smallest."""
+        """Return a message on how unequal the classes of a training part are; None up to a factor of two."""
         counts = np.bincount(self.y_train[part], minlength=len(self.classes))
         if counts.max() < 2 * max(int(counts.min()), 1):
             return None
-        most, least = int(counts.argmax()), int(counts.argmin())
+        largest, smallest = int(counts.argmax()), int(counts.argmin())
         return (
-            f"classes are unequal: {counts[most]:,} training images of {self.classes[most]}, "
-            f"{counts[least]:,} of {self.classes[least]}"
+            f"classes are unequal: {counts[largest]:,} training images of {self.classes[largest]}, "
+            f"{counts[smallest]:,} of {self.classes[smallest]}"
         )
 
-    def about(self) -> dict[str, Any]:
-        """Return what a user of a trained network must know of its images."""
+    def check(self) -> ImageSet:
+        """Return the set.
+
+        Raises:
+            InputError: it cannot be trained on.
+        """
+        flag = f"--data {self.name}"
+        hint = "; give --image-size" if self.name.startswith("folder:") else ""
+        for part, x, y in (("training", self.x_train, self.y_train), ("test", self.x_test, self.y_test)):
+            if not len(x):
+                raise InputError(f"{flag} has no {part} images")
+            if len(x) != len(y):
+                raise InputError(f"{flag} has {len(x)} {part} images but {len(y)} labels")
+        shape, test_shape = self.x_train.shape[1:], self.x_test.shape[1:]
+        if shape != test_shape:
+            raise InputError(f"{flag}: training images are {shape}, test images {test_shape}{hint}")
+        if shape[0] != shape[1]:
+            raise InputError(f"{flag}: images are {shape[0]} x {shape[1]}; they must be square{hint}")
+        if shape[0] < 8:
+            raise InputError(f"{flag}: images of {shape[0]} x {shape[0]} are too small; 8 x 8 is the minimum")
+        if len(np.unique(self.y_train)) < 2:
+            raise InputError(f"{flag} has one class only in its training part; a classifier needs two or more")
+        return self
+
+    def metadata(self) -> dict[str, Any]:
+        """Return the entries on the images in a run's data.json."""
         return {
             "name": self.name,
             "classes": list(self.classes),
@@ -167,22 +201,22 @@ class ImageSet:
             "image_size": self.image_size,
             "mean": list(self.mean),
             "std": list(self.std),
-            "fit": self.fit,
+            "fit": self.resize_mode,
             "checksum": self.checksum(),
         }
 
     def checksum(self) -> str:
-        """Return what tells this set from another: of files their names and labels, of arrays every number."""
-        if self.listing:
-            return self.listing
+        """Return a checksum that identifies the set: of files their names and labels, of arrays every number."""
+        if self.provenance.files_checksum:
+            return self.provenance.files_checksum
         check = 0
         for numbers in (self.x_train, self.y_train, self.x_test, self.y_test):
             assert isinstance(numbers, np.ndarray)
             check = zlib.crc32(np.ascontiguousarray(numbers).data, check)
         return f"{check:08x}"
 
-    def describe_augmentation(self, augment: bool, cutout: int) -> str:
-        """Say in words what happens to training images."""
+    def describe_augmentation(self, *, augment: bool, cutout: int) -> str:
+        """Describe the augmentation of training images in words."""
         parts = ["random resized crop" if self.from_files else f"pad {self.pad} and crop"] * bool(
             augment and (self.pad or self.from_files)
         )
@@ -191,7 +225,7 @@ class ImageSet:
 
 
 def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
-    """Return mean and deviation of pixels / 255, a channel each, of uint8 images `N x H x W x C`."""
+    """Return per-channel mean and deviation of pixels / 255, of uint8 images `N x H x W x C`."""
     pixels = images.reshape(-1, images.shape[-1])
     mean = [float(pixels[:, c].mean(dtype=np.float64) / 255) for c in range(pixels.shape[1])]
     std = [float(pixels[:, c].std(dtype=np.float64) / 255) or 1.0 for c in range(pixels.shape[1])]

@@ -1,4 +1,4 @@
-"""Deterministic splits, balanced over classes: train, validation and, where a method asks, a holdout; test apart."""
+"""Deterministic splits of the training part, balanced over classes: training, validation and a method's holdout."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from codistill.data.class_balance import balanced_part
 from codistill.data.image_set import ImageSet
 from codistill.utils.errors import InputError
 
-SPLIT_SEED = 20_200  # one for all runs, so that every seed and method trains and is judged on the same images
+SPLIT_SEED = 20_200  # one for all runs, so that every seed and method trains and is evaluated on the same images
 
 
 @dataclass(frozen=True)
@@ -22,7 +22,7 @@ class Splits:
     holdout: np.ndarray
 
     def describe(self, data: ImageSet) -> str:
-        """Say the sizes in words."""
+        """Describe the sizes in words."""
         parts = [f"{len(self.train):,} train"]
         parts += [f"{len(self.val):,} validation"] if len(self.val) else []
         parts += [f"{len(self.holdout):,} holdout"] if len(self.holdout) else []
@@ -34,26 +34,29 @@ def make_splits(
 ) -> Splits:
     """Split the training part; see `Config.val_fraction` and `Config.train_per_class`.
 
-    A set's own validation part is taken as it is, or, where `val_fraction` is 0, left aside.
+    A set's own validation part is used as it is, or not at all where `val_fraction` is 0.
 
     Raises:
-        InputError: a class has too few images for what is asked.
+        InputError: a class has fewer images than `train_per_class`.
     """
     labels = data.y_train
-    everything = np.arange(len(labels))
-    own = everything >= len(labels) - data.own_val
-    val = own if data.own_val or not val_fraction else balanced_part(labels, val_fraction, SPLIT_SEED)
-    train, val = everything[~val], everything[val & (val_fraction > 0)]  # its own, where the set has one
+    indices = np.arange(len(labels))
+    is_own_val = indices >= len(labels) - data.num_val
+    is_val = is_own_val if data.num_val or not val_fraction else balanced_part(labels, val_fraction, SPLIT_SEED)
+    train, val = indices[~is_val], indices[is_val & (val_fraction > 0)]
     if train_per_class is not None:
         rng = np.random.default_rng(SPLIT_SEED + 2)
         counts = np.bincount(labels[train], minlength=len(data.classes))
-        least = int(counts[counts > 0].min())
-        if train_per_class > least:
-            raise InputError(f"--train-per-class {train_per_class}: a class has {least} training images only")
+        smallest = int(counts[counts > 0].min())
+        if train_per_class > smallest:
+            raise InputError(
+                f"--train-per-class {train_per_class}: a class has only {smallest} training images; "
+                f"give {smallest} or less"
+            )
         chosen = [rng.permutation(train[labels[train] == label])[:train_per_class] for label in np.unique(labels)]
         train = np.sort(np.concatenate(chosen))
-    # Last, out of what the other methods train on: a method that holds images out gets no labels that others lack.
-    held = np.zeros(len(train), dtype=bool)
+    # Last, from the images that the other methods train on: a method with a holdout sees no labels that others lack.
+    is_holdout = np.zeros(len(train), dtype=bool)
     if holdout_fraction > 0:
-        held = balanced_part(labels[train], holdout_fraction, SPLIT_SEED + 1)
-    return Splits(train[~held], val, train[held])
+        is_holdout = balanced_part(labels[train], holdout_fraction, SPLIT_SEED + 1)
+    return Splits(train[~is_holdout], val, train[is_holdout])

@@ -1,1 +1,1 @@
-"""The one student: files that need no codistill, predictions, its model card."""
+"""The deployed student: exported files that need no codistill, predictions, calibration, model card."""

@@ -1,7 +1,9 @@
 """The one deployed student as files that need no codistill: safetensors (with `student.py`), torch.export, ONNX.
 
-Every file carries the classes' names, the normalising and the image size in its metadata, and is read back in its own
-runtime and compared with the trained peers before anybody is told that it is done.
+Every file has the class names, the normalization and the image size in its metadata. It is read back in its own runtime
+and compared with the trained peers before the export is reported as done.
+
+Shapes: B batch, C channels or classes, H height, W width.
 """
 
 from __future__ import annotations
@@ -23,28 +25,27 @@ from codistill.models.external import LogitsOnly
 from codistill.training.loaders import test_loader
 from codistill.training.run import Run
 from codistill.training.student import deployed_index, deployed_network
-from codistill.utils.errors import InputError, MachineError
+from codistill.utils.errors import InputError, MachineError, first_line
 from codistill.utils.files import write_atomically
 
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
-MOST_DIFFERENCE = 1e-3
-"""Largest difference of outputs, relative where they exceed 1, with which a file counts as the trained student."""
+MAX_DIFFERENCE = 1e-3
+"""Largest accepted difference of outputs, relative to the largest output where that exceeds 1."""
 
-Runner = Callable[[Tensor], Tensor]
+Program = Callable[[Tensor], Tensor]
 
 
-def about_student(run: Run) -> dict[str, Any]:
-    """Return what a user of the weights must know."""
+def student_metadata(run: Run) -> dict[str, Any]:
+    """Return the metadata of the exported file."""
+    of_member = len(run.config.model) > 1 and run.config.deploy != "ensemble"
     return {
         "format": "codistill student",
-        "model": run.config.model[
-            deployed_index(run) if len(run.config.model) > 1 and run.config.deploy != "ensemble" else 0
-        ],
+        "model": run.config.model[deployed_index(run) if of_member else 0],
         "outputs": "log-probabilities" if run.config.deploy == "ensemble" else "logits",
         "classes": list(run.data.classes),
         "channels": run.data.channels,
         "image_size": run.data.image_size,
-        "fit": run.data.fit,
+        "fit": run.data.resize_mode,
         "mean": list(run.data.mean),
         "std": list(run.data.std),
     }
@@ -55,15 +56,15 @@ def export_student(run: Run, path: Path, kind: str = "safetensors") -> float:
 
     Args:
         run: A run loaded with `load_run`.
-        path: Where to write; it ends in what the format's files end in.
+        path: Where to write, with the suffix of the format (`SUFFIXES`).
         kind: safetensors, torch-export or onnx.
 
     Returns:
-        The largest difference between the file's outputs, read back, and the peers' own on test images.
+        The largest absolute difference on test images between the outputs of the file, read back, and the peers'.
 
     Raises:
-        InputError: the name has another ending, the file exists, or the format cannot hold what the run deploys.
-        MachineError: the file does not give what was trained.
+        InputError: the suffix is wrong, the file exists, or the format cannot hold what the run deploys.
+        MachineError: the file's outputs differ from the trained student's.
     """
     if path.suffix != SUFFIXES[kind]:
         raise InputError(f"--out {path} must end in {SUFFIXES[kind]} for --format {kind}")
@@ -76,20 +77,20 @@ def export_student(run: Run, path: Path, kind: str = "safetensors") -> float:
     student = deployed_network(run).cpu().float()
     write = {"safetensors": _write_safetensors, "torch-export": _write_torch_export, "onnx": _write_onnx}[kind]
     try:
-        program = write(student, images_BCHW, about_student(run), path)
-        gap = _largest_difference(program, images_BCHW, expected_BC)
+        program = write(student, images_BCHW, student_metadata(run), path)
+        difference = _largest_difference(program, images_BCHW, expected_BC)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
-    if not gap <= MOST_DIFFERENCE * max(1.0, float(expected_BC.abs().max())):
+    if not difference <= MAX_DIFFERENCE * max(1.0, float(expected_BC.abs().max())):
         path.unlink(missing_ok=True)
-        raise MachineError(f"{path}: its outputs differ from the trained student's by {gap:.3g}; it was removed")
-    return gap
+        raise MachineError(f"{path}: its outputs differ from the trained student's by {difference:.3g}; it was removed")
+    return difference
 
 
 @torch.no_grad()
 def _trained_outputs(run: Run) -> tuple[Tensor, Tensor]:
-    """Return test images and what the peers (not the exported copy) say about them."""
+    """Return up to 64 test images, `B x C x H x W`, and the trained peers' outputs for them, `B x C`."""
     peers = run.ema.peers if run.config.deploy == "ema" and run.ema is not None else run.peers
     peers.eval().cpu()
     run.method.eval().cpu()
@@ -104,59 +105,59 @@ def _trained_outputs(run: Run) -> tuple[Tensor, Tensor]:
 
 
 @torch.no_grad()
-def _largest_difference(run: Runner, images_BCHW: Tensor, expected_BC: Tensor) -> float:
-    """Compare on all images at once, and on one alone: the batch size must be free."""
-    gaps = [(run(images_BCHW[:n]) - expected_BC[:n]).abs().max() for n in (len(images_BCHW), 1)]
-    return float(torch.stack(gaps).max())
+def _largest_difference(program: Program, images_BCHW: Tensor, expected_BC: Tensor) -> float:
+    """Compare on all images in one batch and on a single image, since the batch size must be free."""
+    differences = [(program(images_BCHW[:n]) - expected_BC[:n]).abs().max() for n in (len(images_BCHW), 1)]
+    return float(torch.stack(differences).max())
 
 
-def _write_safetensors(student: nn.Module, _images: Tensor, about: dict[str, Any], path: Path) -> Runner:
+def _write_safetensors(student: nn.Module, _images: Tensor, metadata: dict[str, Any], path: Path) -> Program:
     from safetensors.torch import load, save
 
     plain = student.model if isinstance(student, LogitsOnly) else student  # as transformers names them
     tensors = {name: value.contiguous().clone() for name, value in plain.state_dict().items()}
-    data = save(tensors, {key: json.dumps(value) for key, value in about.items()})
+    data = save(tensors, {key: json.dumps(value) for key, value in metadata.items()})
     write_atomically(path, lambda stream: stream.write(data))
-    model = about["model"]
+    model = metadata["model"]
     if model in MODELS:
-        source = _own_docstring(source_of(model))
+        source = _replace_docstring(source_of(model))
         source += LOADER.format(weights=path.name, builder=MODELS[model].__name__)
         write_atomically(path.with_name("student.py"), lambda stream: stream.write(source.encode()))
     plain.load_state_dict(load(path.read_bytes()))
     return student
 
 
-def _write_torch_export(student: nn.Module, images_BCHW: Tensor, about: dict[str, Any], path: Path) -> Runner:
-    with _refused("torch-export"):
+def _write_torch_export(student: nn.Module, images_BCHW: Tensor, metadata: dict[str, Any], path: Path) -> Program:
+    with _export_errors_as_sentence("torch-export"):
         shapes = ({0: torch.export.Dim.DYNAMIC},)
         program = torch.export.export(student, (images_BCHW[:2],), dynamic_shapes=shapes, strict=False)
         stream = io.BytesIO()
-        torch.export.save(program, stream, extra_files={"codistill.json": json.dumps(about)})
+        torch.export.save(program, stream, extra_files={"codistill.json": json.dumps(metadata)})
     write_atomically(path, lambda file: file.write(stream.getvalue()))
     loaded = torch.export.load(path)
     return loaded.module()
 
 
-def _write_onnx(student: nn.Module, images_BCHW: Tensor, about: dict[str, Any], path: Path) -> Runner:
+def _write_onnx(student: nn.Module, images_BCHW: Tensor, metadata: dict[str, Any], path: Path) -> Program:
     try:
         import onnx
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError:
         raise InputError("--format onnx needs: pip install 'codistill[onnx]'") from None
-    with _refused("onnx"):
+    with _export_errors_as_sentence("onnx"):
         program = torch.onnx.export(
             student,
             (images_BCHW[:2],),
             dynamo=True,
             dynamic_shapes=({0: "batch"},),
             input_names=["images"],
-            output_names=[about["outputs"].replace("-", "_")],
+            output_names=[metadata["outputs"].replace("-", "_")],
             verbose=False,
         )
         assert program is not None
         proto = program.model_proto
-    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in about.items()})
+    onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
     data = proto.SerializeToString()
     write_atomically(path, lambda stream: stream.write(data))
     options = onnxruntime.SessionOptions()
@@ -166,22 +167,22 @@ def _write_onnx(student: nn.Module, images_BCHW: Tensor, about: dict[str, Any], 
 
 
 @contextmanager
-def _refused(kind: str) -> Iterator[None]:
-    """Turn what an exporter meets into one sentence, and keep its warnings to itself."""
+def _export_errors_as_sentence(kind: str) -> Iterator[None]:
+    """Turn any exception of an exporter into an InputError of one sentence, and suppress its warnings."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     except InputError:
         raise
-    except Exception as error:  # the exporters raise whatever they meet
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    except Exception as error:  # the exporters raise exceptions of any kind
         raise InputError(
-            f"--format {kind}: PyTorch cannot write this network in that format ({reason}); use --format safetensors"
+            f"--format {kind}: PyTorch cannot write this network in that format ({first_line(error)}); "
+            "use --format safetensors"
         ) from error
 
 
-def _own_docstring(source: str) -> str:
-    """Replace the module's docstring, which speaks of codistill's own tree."""
-    about = '"""A network trained by codistill; this file needs torch alone."""'
-    return f"{about}\n\nimport json\n\nimport torch\n{source.split(chr(34) * 3, 2)[2].lstrip()}"
+def _replace_docstring(source: str) -> str:
+    """Replace the docstring of the module's source by one for the exported file."""
+    docstring = '"""A network trained by codistill; this file needs torch alone."""'
+    return f"{docstring}\n\nimport json\n\nimport torch\n{source.split(chr(34) * 3, 2)[2].lstrip()}"

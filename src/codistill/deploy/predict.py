@@ -1,4 +1,4 @@
-"""`codistill predict`: what the deployed student says about image files, by the run folder alone.
+"""Predictions of the deployed student for image files, from the run folder alone (`codistill predict`).
 
 Shapes: B batch, C classes, K guesses.
 """
@@ -6,46 +6,47 @@ Shapes: B batch, C classes, K guesses.
 from __future__ import annotations
 
 import csv
-import dataclasses
 import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NotRequired, TypedDict, cast
 
 import numpy as np
 import torch
 from torch import nn
 
-from codistill.config.config import Checkpoint, Config, Device, names_of
+from codistill.config.config import Checkpoint, Device
 from codistill.data.decode import read_pixels
-from codistill.runs.checkpoint import load_state
-from codistill.training.student import saved_student
+from codistill.deploy.calibrate import temperature_key
+from codistill.runs.checkpoint import load_run_checkpoint
+from codistill.runs.records import DataInfo
+from codistill.runs.run_folder import open_run
+from codistill.training.student import load_student
 from codistill.utils.allow_import import check_imports
 from codistill.utils.device import pick_device
 from codistill.utils.errors import InputError
 from codistill.utils.files import read_json
-from codistill.utils.safe_load import links_out
+from codistill.utils.safe_load import find_outside_links
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
 
 @dataclass
 class Predictor:
-    """A run's deployed student and how images are put before it."""
+    """A run's deployed student, and how images become its inputs."""
 
     network: nn.Module
-    about: dict[str, Any]
-    """What data.json holds: classes, channels, image_size, fit, mean, std, and perhaps a fitted temperature."""
+    data_info: DataInfo
     device: torch.device
     temperature: float = 1.0
-    """By which logits are divided: 1, or as `evaluate --calibrate` fitted it to these very weights."""
+    """Divides the logits: 1, or what `evaluate --calibrate` fitted for these weights."""
 
     @torch.inference_mode()
     def probabilities(self, pixels: np.ndarray) -> np.ndarray:
         """Return `B x C` probabilities of uint8 images `B x C x H x W`."""
-        mean = torch.tensor(self.about["mean"], device=self.device).view(-1, 1, 1)
-        std = torch.tensor(self.about["std"], device=self.device).view(-1, 1, 1)
+        mean = torch.tensor(self.data_info["mean"], device=self.device).view(-1, 1, 1)
+        std = torch.tensor(self.data_info["std"], device=self.device).view(-1, 1, 1)
         x = (torch.from_numpy(pixels).to(self.device) / 255 - mean) / std
         dtype = next(self.network.parameters()).dtype
         scores = self.network(x.to(dtype)).cpu().double() / self.temperature
@@ -61,32 +62,30 @@ def load_predictor(
         InputError: there is no such run, its training has not begun, or it names code and `allow_import` is not given.
     """
     path = Path(run)
-    if not (path / "config.json").exists():
-        raise InputError(f"{path} is no run folder (it has no config.json)")
-    about = read_json(path / "data.json", "classes", "channels", "image_size", "mean", "std")
-    if about is None:
+    config = open_run(path, without_initial_weights=True)
+    data_info = read_json(path / "data.json", "classes", "channels", "image_size", "mean", "std")
+    if data_info is None:
         raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")
-    config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
-    check_imports(names_of(config), path, allow_import)
-    state = load_state(path, checkpoint)
-    network = saved_student(config, state, len(about["classes"]), about["channels"], about["image_size"])
-    where = pick_device(device)
-    temperature = about.get("temperature" if checkpoint == "last" else f"temperature_{checkpoint}", 1.0)
-    return Predictor(network.to(where), about, where, temperature)
+    check_imports(config.network_names(), path, allow_import)
+    state = load_run_checkpoint(path, checkpoint)
+    info = cast(DataInfo, data_info)
+    network = load_student(config, state, len(info["classes"]), info["channels"], info["image_size"])
+    torch_device = pick_device(device)
+    return Predictor(network.to(torch_device), info, torch_device, data_info.get(temperature_key(checkpoint), 1.0))
 
 
-def image_files(words: Sequence[str]) -> list[Path]:
-    """Return the files named; a folder stands for all images in it.
+def find_images(names: Sequence[str]) -> list[Path]:
+    """Return the named files, and for a named folder all image files under it, sorted.
 
     Raises:
-        InputError: a name leads nowhere, or a folder holds no image.
+        InputError: a file or folder does not exist, or a folder holds no image or a link to outside it.
     """
     files: list[Path] = []
-    for word in words:
-        path = Path(word)
+    for name in names:
+        path = Path(name)
         if path.is_dir():
-            if (link := next(links_out(path), None)) is not None:
-                raise InputError(f"predict: {link} is a link out of the folder {path}; name its target, or copy it")
+            if (link := next(find_outside_links(path), None)) is not None:
+                raise InputError(f"predict: {link} is a link to outside the folder {path}; name its target, or copy it")
             inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
             if not inside:
                 raise InputError(f"predict: the folder {path} holds no image files")
@@ -98,28 +97,37 @@ def image_files(words: Sequence[str]) -> list[Path]:
     return files
 
 
-def predict(predictor: Predictor, files: Sequence[Path], top: int, batch_size: int = 64) -> Iterator[dict[str, Any]]:
-    """Yield, for every file, its `file` and its `top` guesses (class and probability), or the `error` that it met."""
-    about = predictor.about
+class Prediction(TypedDict):
+    """The student's most probable classes for one file, or the error of a file that cannot be read."""
+
+    file: str
+    top: NotRequired[list[dict[str, Any]]]
+    """`class` and `probability` of each guess, the most probable first."""
+    error: NotRequired[str]
+
+
+def predict(predictor: Predictor, files: Sequence[Path], top: int, batch_size: int = 64) -> Iterator[Prediction]:
+    """Yield a prediction with `top` guesses for every file, in order."""
+    info = predictor.data_info
     for first in range(0, len(files), batch_size):
-        rows: list[dict[str, Any]] = []
+        rows: list[Prediction] = []
         pixels = []
         for file in files[first : first + batch_size]:
             try:
-                pixels.append(read_pixels(file, about["channels"], about["image_size"], about.get("fit") == "crop"))
+                pixels.append(read_pixels(file, info["channels"], info["image_size"], crop=info.get("fit") == "crop"))
                 rows.append({"file": str(file)})
             except InputError as error:
                 rows.append({"file": str(file), "error": str(error)})
-        probs_BC = predictor.probabilities(np.stack(pixels)) if pixels else np.zeros((0, len(about["classes"])))
+        probs_BC = predictor.probabilities(np.stack(pixels)) if pixels else np.zeros((0, len(info["classes"])))
         good = (row for row in rows if "error" not in row)
         for row, probs_C in zip(good, probs_BC):
             best = np.argsort(-probs_C, kind="stable")[:top]
-            row["top"] = [{"class": about["classes"][c], "probability": float(probs_C[c])} for c in best]
+            row["top"] = [{"class": info["classes"][c], "probability": float(probs_C[c])} for c in best]
         yield from rows
 
 
-def as_csv(rows: Sequence[dict[str, Any]], top: int) -> str:
-    """Write guesses as CSV: file, class1, probability1, class2, ..., error."""
+def format_csv(rows: Sequence[Prediction], top: int) -> str:
+    """Return predictions as CSV: file, class1, probability1, class2, ..., error."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     pairs = [name for k in range(1, top + 1) for name in (f"class{k}", f"probability{k}")]

@@ -1,34 +1,37 @@
-"""The part of `student.py` that loads an exported network; it stands behind the network's own source."""
+"""The part of the exported `student.py` that loads the network; it follows the network's own source."""
 
 LOADER = '''
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The trained student: `model, about = load("{weights}")`, then
-# `about["classes"][model(normalise(pixels, about)).argmax(-1)]`.
+# The trained student: `model, metadata = load("{weights}")`, then
+# `metadata["classes"][model(normalize(pixels, metadata)).argmax(-1)]`.
 
 
 def load(path: str = "{weights}") -> tuple[nn.Module, dict]:
-    """Return the trained network, in evaluation mode, and what its file says of it (classes, mean, std, size)."""
+    """Return the trained network in evaluation mode, and the file's metadata (classes, mean, std, image size)."""
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
         data = bytearray(stream.read())
-    about = {{key: json.loads(value) for key, value in header.pop("__metadata__").items()}}
-    kinds = {{"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}}
+    metadata = {{key: json.loads(value) for key, value in header.pop("__metadata__").items()}}
+    dtypes = {{"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}}
     tensors = {{}}
     for name, entry in header.items():
         begin, end = entry["data_offsets"]
-        kind = kinds[entry["dtype"]]
-        flat = torch.frombuffer(data[begin:end], dtype=kind) if end > begin else torch.empty(0, dtype=kind)
+        dtype = dtypes[entry["dtype"]]
+        flat = torch.frombuffer(data[begin:end], dtype=dtype) if end > begin else torch.empty(0, dtype=dtype)
         tensors[name] = flat.reshape(entry["shape"])
-    model = {builder}(num_classes=len(about["classes"]), in_channels=about["channels"])
+    model = {builder}(num_classes=len(metadata["classes"]), in_channels=metadata["channels"])
     model.load_state_dict(tensors)
-    return model.eval(), about
+    return model.eval(), metadata
 
 
-def normalise(pixels: Tensor, about: dict) -> Tensor:
-    """Turn uint8 pixels, `B x C x H x W`, into what the network was trained on."""
-    mean = torch.tensor(about["mean"]).view(-1, 1, 1)
-    std = torch.tensor(about["std"]).view(-1, 1, 1)
+def normalize(pixels: Tensor, metadata: dict) -> Tensor:
+    """Turn uint8 pixels, `B x C x H x W`, into the network's input."""
+    mean = torch.tensor(metadata["mean"]).view(-1, 1, 1)
+    std = torch.tensor(metadata["std"]).view(-1, 1, 1)
     return (pixels.float() / 255 - mean) / std
+
+
+normalise = normalize  # the name in earlier exports
 '''

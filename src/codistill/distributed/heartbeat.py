@@ -1,8 +1,8 @@
-"""Which rank died or hangs: every rank says through the job's store that it lives, and what ended it.
+"""Which rank ended or hangs: every rank writes to the job's store that it is alive, and what ended it.
 
-A collective that fails or waits in vain says that somebody is missing, not who. Each rank therefore raises a count
-about once a second, from a thread of its own, in the store that torchrun keeps (it outlives every rank). When a
-collective fails, the ranks that are left look who has confessed a failure and whose count stands still.
+A collective that fails or times out says that a rank is missing, not which. Each rank therefore counts up about twice a
+second, in a thread of its own, in the store that torchrun keeps (it outlives every rank). When a collective fails, the
+remaining ranks read which ranks have reported a failure and whose count has stopped.
 """
 
 from __future__ import annotations
@@ -23,48 +23,54 @@ INTERVAL = 0.5  # seconds between two beats
 MAX_MISSED_BEATS = 4  # beats that a living rank may miss
 
 
-def meet(store: Store, rank: int, world: int, patience: float) -> Store:
-    """Return a part of `store` that belongs to the processes that are here now.
+def rendezvous(store: Store, rank: int, world: int, timeout: float) -> Store:
+    """Return a part of `store` that belongs to the processes of this start of the job.
 
-    After a restart torchrun may hand out the store of before, with the addresses of processes that are dead. Every
-    process therefore greets with a name that nobody had before it, until the first rank has answered all of them.
+    After a restart torchrun may hand out the store of before, with the addresses of processes that have ended. Every
+    process therefore writes a name that is new, until the main rank has answered all of them.
+
+    Args:
+        store: The job's store.
+        rank: Number of this process.
+        world: Number of processes.
+        timeout: Seconds to wait for the others.
 
     Raises:
-        MachineError: some rank has not come.
+        MachineError: a rank did not come.
     """
-    name, ends = uuid.uuid4().hex, time.monotonic() + patience
+    name, deadline = uuid.uuid4().hex, time.monotonic() + timeout
     store.set(f"greeting/{rank}", name)
     if rank:
-        store.wait([f"answer/{name}"], timedelta(seconds=patience))
+        store.wait([f"answer/{name}"], timedelta(seconds=timeout))
         common = store.get(f"answer/{name}").decode()
         store.set(f"heard/{common}/{rank}", "")
         return PrefixStore(common, store)
     missing = set(range(1, world))
     while missing:
         for other in missing:
-            if store.check([f"greeting/{other}"]):  # perhaps of one that is dead, until the living one writes its own
+            if store.check([f"greeting/{other}"]):  # perhaps of an ended process, until the new one overwrites it
                 store.set(f"answer/{store.get(f'greeting/{other}').decode()}", name)
         missing -= {other for other in missing if store.check([f"heard/{name}/{other}"])}
-        if time.monotonic() > ends:
-            raise MachineError(f"rank {', '.join(map(str, sorted(missing)))} did not come within {patience:g} seconds")
+        if time.monotonic() > deadline:
+            raise MachineError(f"rank {', '.join(map(str, sorted(missing)))} did not come within {timeout:g} seconds")
         time.sleep(0.02)
     return PrefixStore(name, store)
 
 
 class Heartbeat:
-    """Beats until `stop`.
+    """Counts up in the store until `stop`, in a thread of its own.
 
     Args:
-        store: Where all ranks of the job meet.
-        rank: This one.
-        world: How many there are.
+        store: The store that all ranks of the job share.
+        rank: Number of this rank.
+        world: Number of ranks.
     """
 
     def __init__(self, store: Store, rank: int, world: int) -> None:
         self.store = PrefixStore("codistill", store)
         self.rank, self.world = rank, world
         self.step = 0
-        """Steps done, as the loop says; a rank that hangs is behind the others."""
+        """Steps done, set by the training loop; a rank that hangs is behind the others."""
         self._ended = threading.Event()
         self.store.set(f"place/{rank}", f"{socket.gethostname()}, process {os.getpid()}")
         self.store.set(f"beat/{rank}", "0 0")
@@ -81,59 +87,60 @@ class Heartbeat:
                 return
 
     def stop(self) -> None:
-        """Beat no more."""
+        """Stop counting."""
         self._ended.set()
         self._thread.join(timeout=5)
 
     def report_failure(self, reason: str) -> None:
-        """Leave word of why this rank ends, unless it is that another one did."""
+        """Write the reason why this rank ends to the store, and stop counting."""
         with contextlib.suppress(RuntimeError):
-            self.store.set(f"end/{self.rank}", reason.splitlines()[0][:500] if reason else "an error")
+            self.store.set(f"end/{self.rank}", reason.splitlines()[0][:500])
         self.stop()
 
     def diagnose(self, reason: str) -> MachineError | OtherRankFailedError:
-        """Return the sentence that names the rank that is missing; the first living rank says it, the others nothing.
+        """Return the error that names the missing rank: the first living rank reports it, the others stay silent.
 
         Args:
-            reason: What the failed collective said.
+            reason: Message of the failed collective.
         """
         try:
-            confessed, silent = self._look()
+            failures, silent = self._find_failures()
         except RuntimeError:
             return MachineError("the job's store is gone: the machine that holds it, or torchrun on it, has ended")
-        living = [r for r in range(self.world) if r not in confessed and r not in silent]
+        living = [r for r in range(self.world) if r not in failures and r not in silent]
         if living and self.rank != living[0]:
             return OtherRankFailedError(1)
-        if confessed:
-            said = "; ".join(f"rank {r} ({self._place(r)}) ended: {why}" for r, why in confessed.items())
-            return MachineError(f"{said}; continue with --resume auto")
+        if failures:
+            ended = "; ".join(f"rank {r} ({self._place(r)}) ended: {why}" for r, why in failures.items())
+            return MachineError(f"{ended}; continue with --resume auto")
         if silent:
-            who = "; ".join(f"rank {r} ({self._place(r)})" for r in silent)
+            ranks = "; ".join(f"rank {r} ({self._place(r)})" for r in silent)
             return MachineError(
-                f"{who} no longer answers: it was killed, ran out of memory or was stopped; continue with --resume auto"
+                f"{ranks} no longer answers: it was killed, ran out of memory or was stopped; "
+                "continue with --resume auto"
             )
-        behind = self._behind()
+        behind = self._describe_late_ranks()
         return MachineError(
             f"an exchange between ranks failed ({reason}){behind}; raise --collective-timeout if a step may take that "
             "long, or continue with --resume auto"
         )
 
-    def _look(self) -> tuple[dict[int, str], list[int]]:
-        """Return who confessed what, and whose count stands still."""
-        before = self._beats()
+    def _find_failures(self) -> tuple[dict[int, str], list[int]]:
+        """Return the reported failures by rank, and the ranks whose count has stopped."""
+        before = self._read_beats()
         time.sleep(INTERVAL * MAX_MISSED_BEATS)
-        after = self._beats()
+        after = self._read_beats()
         ended = [r for r in range(self.world) if self.store.check([f"end/{r}"])]
-        confessed = {r: self.store.get(f"end/{r}").decode() for r in ended}
-        silent = [r for r in range(self.world) if before[r] == after[r] and r not in confessed and r != self.rank]
-        return confessed, silent
+        failures = {r: self.store.get(f"end/{r}").decode() for r in ended}
+        silent = [r for r in range(self.world) if before[r] == after[r] and r not in failures and r != self.rank]
+        return failures, silent
 
-    def _beats(self) -> list[str]:
+    def _read_beats(self) -> list[str]:
         return [beat.decode() for beat in self.store.multi_get([f"beat/{r}" for r in range(self.world)])]
 
-    def _behind(self) -> str:
-        """Say which ranks have done fewer steps than the furthest."""
-        steps = [int(beat.split()[1]) for beat in self._beats()]
+    def _describe_late_ranks(self) -> str:
+        """Name the ranks that have done fewer steps than the furthest."""
+        steps = [int(beat.split()[1]) for beat in self._read_beats()]
         late = [r for r in range(self.world) if steps[r] < max(steps)]
         return f"; behind the others: rank {', '.join(map(str, late))}" if late else ""
 

@@ -1,6 +1,6 @@
-"""Peers of which some live on other ranks; every rank hears what all of them say.
+"""Peers distributed over ranks; outputs are all-gathered.
 
-Shapes: P peers, K own members, B batch, C classes, D features, V views.
+Shapes: V views, P peers, K local members, B batch, C classes, D features.
 """
 
 from __future__ import annotations
@@ -10,53 +10,56 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from codistill.distributed.mesh import Mesh
+from codistill.distributed.process_mesh import ProcessMesh
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.modes import eval_mode, frozen_batchnorm_stats
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.split_head import SplitMember
 from codistill.utils.errors import InputError
+from codistill.utils.parameters import count_parameters
 
-IMBALANCE = 1.1  # a rank that costs that many times what another one costs is spoken of
+MAX_IMBALANCE = 1.1  # ratio of two ranks' FLOPs above which the user is warned
 
 
 class MeshPeers(Peers):
-    """A rank's own members as `local`, and all peers' outputs.
+    """Peers of which each rank holds some as `local`; `forward` returns the outputs of all of them.
 
-    Its `members`, and so its parameters and state, are the rank's own, numbered from 0; everything else (`num_peers`,
-    `feature_dims`, the outputs) is that of all peers.
+    `members`, and so parameters and state, are the rank's own, numbered from 0; everything else (`num_peers`,
+    `feature_dims`, the outputs) is about all peers. Code for any kind of peers reaches modules through `local`.
 
     Args:
         local: The rank's own members.
-        mesh: The rank's place.
+        mesh: The ranks.
     """
 
-    def __init__(self, local: Peers, mesh: Mesh) -> None:
+    def __init__(self, local: Peers, mesh: ProcessMesh) -> None:
         super().__init__()
         self.members = local.members
-        self._local = (local,)  # not registered: its members are this module's already
+        self.autocast = local.autocast
+        self._local = (local,)  # in a tuple, so that its members are not registered twice
         self.mesh, self.num_classes = mesh, local.num_classes
-        told = mesh.all_gather_object([(m.feature_dim, _numbers(m)) for m in map(local.member, range(local.num_peers))])
-        everybody = [about for rank in range(mesh.num_peer) for about in told[rank]]
-        self._feature_dims = [dim for dim, _ in everybody]
-        self.parameter_counts = [numbers for _, numbers in everybody]
+        local_members = [local.member(k) for k in range(local.num_peers)]
+        gathered = mesh.all_gather_object([(m.feature_dim, count_parameters(m)) for m in local_members])
+        of_all = [pair for rank in range(mesh.num_peer) for pair in gathered[rank]]
+        self._feature_dims = [dim for dim, _ in of_all]
+        self.parameter_counts = [count for _, count in of_all]
         """Parameters of every member, trained or frozen."""
         self.trained_counts = list(self.parameter_counts)
-        """Those that are trained."""
+        """Trained parameters of every member."""
         self.features = self.needs_full_batch = False
         self.only_logits = False
-        """Whether training hears logits alone (mean teachers)."""
+        """Whether only logits are gathered in training (mean teachers)."""
 
     @property
     def local(self) -> Peers:
-        """The rank's own members, as peers of their own."""
+        """The rank's own members."""
         return self._local[0]
 
     @property
     def num_peers(self) -> int:
-        """Number of all members, on whichever rank."""
+        """Number of all members, on any rank."""
         return len(self._feature_dims)
 
     @property
@@ -70,136 +73,133 @@ class MeshPeers(Peers):
         return self.local.trunk_dim
 
     def member(self, index: int) -> SplitMember:
-        """Return a member that lives here."""
-        assert index in self.mesh.own, "the member lives on another rank"
-        return self.local.member(index - self.mesh.own.start)
+        """Return a member of this rank.
+
+        Raises:
+            InputError: the member is on another rank.
+        """
+        if index not in self.mesh.local_members:
+            raise InputError(f"member {index} is on another rank; load the run folder in one process to use it")
+        return self.local.member(index - self.mesh.local_members.start)
 
     def count_trained(self) -> None:
-        """Learn of all ranks how many of their members' parameters are trained (after some have been frozen)."""
-        told = self.mesh.all_gather_object([_numbers(self.local.member(k), True) for k in range(self.local.num_peers)])
-        self.trained_counts = [numbers for rank in range(self.mesh.num_peer) for numbers in told[rank]]
+        """Gather how many parameters of every member are trained (after some have been frozen)."""
+        local_members = [self.local.member(k) for k in range(self.local.num_peers)]
+        gathered = self.mesh.all_gather_object([count_parameters(m, trained_only=True) for m in local_members])
+        self.trained_counts = [count for rank in range(self.mesh.num_peer) for count in gathered[rank]]
 
     def with_members(self, local: Peers) -> MeshPeers:
-        """Return peers that run these members of the rank's own instead, and leave this one as it is."""
+        """Return a copy whose local members are others; this object is unchanged."""
         twin = copy.copy(self)
         twin._modules = dict(self._modules)
         twin.members, twin._local = local.members, (local,)
         return twin
 
-    def serve(self, features: bool, needs_full_batch: bool) -> None:
-        """Gather from now on what a method needs beside the logits."""
+    def require(self, *, features: bool, needs_full_batch: bool) -> None:
+        """Say what a method needs besides logits of the rank's rows: features, or the outputs for the full batch."""
         self.features, self.needs_full_batch = features, needs_full_batch
 
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
-        """Run the rank's members on their views and return what all peers say, others' words as constants.
+        """Run the local members on their views; return all peers' outputs, those of other ranks as constants.
 
         Args:
-            views_VBCHW: The rank's rows of the images: one view, or one for each of its members.
+            views_VBCHW: The rank's rows of the images: one view, or one for each local member.
         """
         if not self.training:
-            return self._gather_peers(self.local(views_VBCHW), self.features)
+            return self._gather_peers(self.local(views_VBCHW), features=self.features)
         with self.mesh.rank_rng(), self._without_statistics_if_idle():
             outputs = self.local(views_VBCHW)
         features = self.features and not self.only_logits
-        outputs = self._gather_peers(outputs, features)
-        return self._along_data(outputs, features) if self.needs_full_batch else outputs
+        outputs = self._gather_peers(outputs, features=features)
+        return self._gather_batch(outputs, features=features) if self.needs_full_batch else outputs
 
     @torch.no_grad()
-    def refresh(self, said: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:
-        """Run one member of all again, wherever it lives; see `NetworkPeers.refresh`."""
+    def refresh(self, outputs: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:
+        """Run one member of all again, on the rank that holds it; see `NetworkPeers.refresh`."""
         mesh, local = self.mesh, self.local
-        dims = [self._feature_dims[index]] if said.features else []
-        word = said.logits_PBC.new_zeros(views_VBCHW.shape[1], self.num_classes + sum(dims))
-        if index in mesh.own:
-            own, count = index - mesh.own.start, len(mesh.own)
-            outputs = PeerOutputs(word.new_zeros(count, len(word), self.num_classes), [word] * count if dims else [])
+        dims = [self._feature_dims[index]] if outputs.features else []
+        packed = outputs.logits_PBC.new_zeros(views_VBCHW.shape[1], self.num_classes + sum(dims))
+        count = len(mesh.local_members)
+        if index in mesh.local_members:
+            k = index - mesh.local_members.start
+            logits_KBC = packed.new_zeros(count, len(packed), self.num_classes)
+            local_outputs = PeerOutputs(logits_KBC, [packed] * count if dims else [])
             assert isinstance(local, NetworkPeers)  # branches are stepped together
             with mesh.rank_rng():
-                local.refresh(outputs, views_VBCHW, own)
-            word = _pack(outputs.logits_PBC[own : own + 1], outputs.features[own : own + 1])
+                local.refresh(local_outputs, views_VBCHW, k)
+            packed = _pack(local_outputs.logits_PBC[k : k + 1], local_outputs.features[k : k + 1])
         if mesh.num_peer > 1:
-            widths = [word.shape[1]] * mesh.num_peer
-            word = mesh.exchange(word, "peer", [len(word)] * mesh.num_peer, widths)[index // len(mesh.own)]
+            widths = [packed.shape[1]] * mesh.num_peer
+            packed = mesh.all_gather(packed, "peer", [len(packed)] * mesh.num_peer, widths)[index // count]
         if self.needs_full_batch and mesh.num_data > 1:
-            rows = word[: mesh.rows[mesh.data_index]]
-            word = torch.cat(mesh.exchange(rows, "data", mesh.rows, [word.shape[1]] * mesh.num_data))
-        logits_1BC, features = _unpack(word, 1, self.num_classes, dims)
-        said.logits_PBC[index] = logits_1BC[0]
+            rows = packed[: mesh.rows[mesh.data_index]]
+            packed = torch.cat(mesh.all_gather(rows, "data", mesh.rows, [packed.shape[1]] * mesh.num_data))
+        logits_1BC, features = _unpack(packed, 1, self.num_classes, dims)
+        outputs.logits_PBC[index] = logits_1BC[0]
         if features:
-            said.features[index] = features[0]
+            outputs.features[index] = features[0]
 
     @contextmanager
     def _without_statistics_if_idle(self) -> Iterator[None]:
-        """Record no statistics of its own where the rank has no sample of the batch."""
+        """Record no BatchNorm statistics where the rank has no sample of the batch."""
         if self.mesh.idle and not self.mesh.sync_bn:
             with frozen_batchnorm_stats(self):
                 yield
         else:
             yield
 
-    def _gather_peers(self, outputs: PeerOutputs, features: bool) -> PeerOutputs:
-        """Put all members' outputs on the rank's rows together."""
+    def _gather_peers(self, outputs: PeerOutputs, *, features: bool) -> PeerOutputs:
+        """All-gather the outputs of all members for the rank's rows."""
         mesh = self.mesh
         if not features:
             outputs.features = []
         if mesh.num_peer == 1:
             return outputs
-        share, batch = len(mesh.own), outputs.logits_PBC.shape[1]
-        dims = [self._feature_dims[q * share : (q + 1) * share] if features else [] for q in range(mesh.num_peer)]
-        widths = [share * self.num_classes + sum(d) for d in dims]
+        count, batch = len(mesh.local_members), outputs.logits_PBC.shape[1]
+        dims = [self._feature_dims[q * count : (q + 1) * count] if features else [] for q in range(mesh.num_peer)]
+        widths = [count * self.num_classes + sum(d) for d in dims]
         packed = _pack(outputs.logits_PBC, outputs.features)
-        parts = mesh.exchange(packed, "peer", [batch] * mesh.num_peer, widths)
-        pairs = [_unpack(part, share, self.num_classes, d) for part, d in zip(parts, dims)]
+        parts = mesh.all_gather(packed, "peer", [batch] * mesh.num_peer, widths)
+        pairs = [_unpack(part, count, self.num_classes, d) for part, d in zip(parts, dims)]
         return PeerOutputs(torch.cat([z for z, _ in pairs]), [f for _, fs in pairs for f in fs], outputs.trunk_BD)
 
-    def _along_data(self, outputs: PeerOutputs, features: bool) -> PeerOutputs:
-        """Put all rows of the batch together."""
+    def _gather_batch(self, outputs: PeerOutputs, *, features: bool) -> PeerOutputs:
+        """All-gather the outputs for the rows of all data ranks."""
         mesh = self.mesh
         if mesh.num_data == 1:
             return outputs
         dims = list(self._feature_dims) if features else []
-        extra = [] if outputs.trunk_BD is None else [outputs.trunk_BD]
-        dims += [trunk.shape[1] for trunk in extra]
-        packed = _pack(outputs.logits_PBC, outputs.features + extra)[: mesh.rows[mesh.data_index]]
-        whole = torch.cat(mesh.exchange(packed, "data", mesh.rows, [packed.shape[1]] * mesh.num_data))
+        trunk = [] if outputs.trunk_BD is None else [outputs.trunk_BD]
+        dims += [x.shape[1] for x in trunk]
+        packed = _pack(outputs.logits_PBC, outputs.features + trunk)[: mesh.rows[mesh.data_index]]
+        whole = torch.cat(mesh.all_gather(packed, "data", mesh.rows, [packed.shape[1]] * mesh.num_data))
         logits_PBC, tail = _unpack(whole, self.num_peers, self.num_classes, dims)
-        return PeerOutputs(logits_PBC, tail[:-1] if extra else tail, tail[-1] if extra else None)
+        return PeerOutputs(logits_PBC, tail[:-1] if trunk else tail, tail[-1] if trunk else None)
 
 
 def _pack(logits_PBC: Tensor, features: list[Tensor]) -> Tensor:
-    """Put everything that belongs to a sample into its row."""
+    """Put all numbers of a sample into its row: `B x (P C + D ...)`."""
     return torch.cat([logits_PBC.transpose(0, 1).flatten(1), *features], 1)
 
 
 def _unpack(rows: Tensor, peers: int, classes: int, dims: list[int]) -> tuple[Tensor, list[Tensor]]:
-    """Take rows apart into logits `P x B x C` and features."""
+    """Split rows into logits `P x B x C` and features."""
     logits, *features = rows.split([peers * classes, *dims], 1)
     return logits.unflatten(1, (peers, classes)).transpose(0, 1), features
 
 
-def _numbers(module: nn.Module, trained: bool = False) -> int:
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
 @torch.no_grad()
-def imbalance(peers: MeshPeers, example_BCHW: Tensor) -> str | None:
-    """Return a warning where the ranks of an axis `peer` have unequal work for one image, else None."""
+def describe_imbalance(peers: MeshPeers, example_BCHW: Tensor) -> str | None:
+    """Return a warning where the ranks of an axis `peer` need unequal FLOPs per image, else None."""
     from torch.utils.flop_counter import FlopCounterMode
 
     with FlopCounterMode(display=False) as counter, eval_mode(peers):
         peers.local(example_BCHW)
-    costs = peers.mesh.all_gather_object(counter.get_total_flops())[: peers.mesh.num_peer]
-    least, most = min(costs), max(costs)
-    if most <= IMBALANCE * least:
+    flops = peers.mesh.all_gather_object(counter.get_total_flops())[: peers.mesh.num_peer]
+    if max(flops) <= MAX_IMBALANCE * min(flops):
         return None
-    slow, fast = costs.index(most), costs.index(least)
+    slow, fast = flops.index(max(flops)), flops.index(min(flops))
     return (
-        f"--mesh: the members on peer={slow} cost {most / least:.1f} times those on peer={fast}, which will wait; "
-        "give --model in an order that shares the work out evenly"
+        f"--mesh: the members on peer={slow} cost {max(flops) / min(flops):.1f} times those on peer={fast}, which will "
+        "wait; give --model in an order that divides the work evenly"
     )
-
-
-def require_local(peers: Peers, index: int) -> None:
-    """Raise where a member is asked for that lives on another rank."""
-    if isinstance(peers, MeshPeers) and index not in peers.mesh.own:
-        raise InputError(f"member {index} lives on another rank; load the run folder in one process to get at it")

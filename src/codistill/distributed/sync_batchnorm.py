@@ -13,25 +13,25 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.distributed.mesh import Mesh
+from codistill.distributed.process_mesh import ProcessMesh
 from codistill.utils.errors import InputError
 
 PLAIN = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 
 
-class _Normalise(torch.autograd.Function):
+class _Normalize(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float, mesh: Mesh
+        ctx: Any, x: Tensor, weight_C: Tensor | None, bias_C: Tensor | None, eps: float, mesh: ProcessMesh
     ) -> tuple[Tensor, Tensor, Tensor]:
         dims, shape = [0, *range(2, x.dim())], [1, -1, *[1] * (x.dim() - 2)]
         wide = x.to(torch.promote_types(x.dtype, torch.float32))
         mean_C = wide.mean(dims)
         squares_C = (wide - mean_C.view(shape)).square().sum(dims)
         count = wide.new_full((1,), x.numel() / x.shape[1])
-        own = torch.cat((count, mean_C, squares_C))
-        # A rank without samples runs a stand-in, which must not count.
-        counts_D1, means_DC, squares_DC = mesh.gather_along_data(own * (not mesh.idle)).split(
+        statistics = torch.cat((count, mean_C, squares_C))
+        # A rank without samples runs one that belongs to another rank, which must not count.
+        counts_D1, means_DC, squares_DC = mesh.gather_statistics(statistics * (not mesh.idle)).split(
             [1, len(mean_C), len(mean_C)], 1
         )
         total = counts_D1.sum()
@@ -72,11 +72,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
     """BatchNorm whose statistics in training are those of all ranks of the axis `data`.
 
     Args:
-        norm: What it takes the place of; parameters and statistics are taken over.
-        mesh: The rank's place.
+        norm: The module that it replaces; parameters and statistics are taken from it.
+        mesh: The ranks that share the batch.
     """
 
-    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, mesh: Mesh) -> None:
+    def __init__(self, norm: nn.modules.batchnorm._BatchNorm, mesh: ProcessMesh) -> None:
         super().__init__(norm.num_features, norm.eps, norm.momentum, norm.affine, norm.track_running_stats)
         self.mesh = mesh
         self.weight, self.bias = norm.weight, norm.bias
@@ -89,10 +89,10 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
             raise ValueError(f"batches have 2 dimensions or more, not {input.dim()}")
 
     def forward(self, input: Tensor) -> Tensor:
-        """Normalise `B x C x ...`."""
+        """Normalize `B x C x ...`."""
         if not self.training:
             return super().forward(input)
-        y, mean_C, variance_C = _Normalise.apply(input, self.weight, self.bias, self.eps, self.mesh)  # pyrefly: ignore
+        y, mean_C, variance_C = _Normalize.apply(input, self.weight, self.bias, self.eps, self.mesh)  # pyrefly: ignore
         if self.track_running_stats and self.running_mean is not None and self.running_var is not None:
             assert self.num_batches_tracked is not None
             self.num_batches_tracked.add_(1)
@@ -103,11 +103,11 @@ class SyncBatchNorm(nn.modules.batchnorm._BatchNorm):
         return y
 
 
-def synchronise(module: nn.Module, mesh: Mesh) -> None:
-    """Replace every BatchNorm in `module`; one that stands in several places stays one.
+def convert_batchnorm(module: nn.Module, mesh: ProcessMesh) -> None:
+    """Replace every BatchNorm in `module` by a `SyncBatchNorm`; a module used in several places stays one module.
 
     Raises:
-        InputError: a kind of BatchNorm does more than normalise, so that it cannot be replaced.
+        InputError: a BatchNorm is of a subclass, which may do more than normalize.
     """
     replaced: dict[int, SyncBatchNorm] = {}
     for parent in list(module.modules()):
@@ -115,7 +115,9 @@ def synchronise(module: nn.Module, mesh: Mesh) -> None:
             if not isinstance(child, nn.modules.batchnorm._BatchNorm):
                 continue
             if type(child) not in PLAIN:
-                raise InputError(f"--sync-bn cannot replace {type(child).__name__}, which is no plain BatchNorm")
+                raise InputError(
+                    f"--sync-bn cannot replace {type(child).__name__}, which is no plain BatchNorm; drop --sync-bn"
+                )
             if id(child) not in replaced:
                 replaced[id(child)] = SyncBatchNorm(child, mesh)
             setattr(parent, name, replaced[id(child)])

@@ -1,1 +1,1 @@
-"""Measuring: metrics, calibration, cost, faster evaluation."""
+"""Evaluation: metrics, calibration, costs, and BatchNorm folding."""

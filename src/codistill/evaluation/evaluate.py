@@ -1,8 +1,6 @@
-"""Measuring all members on a set."""
+"""Evaluating all members on a data set."""
 
 from __future__ import annotations
-
-from typing import Any
 
 import torch
 
@@ -15,35 +13,37 @@ from codistill.methods import Method
 from codistill.peers.base import Peers
 from codistill.peers.modes import eval_mode
 
-_MANY_PIXELS = 2**21  # of an evaluation (2,048 images of 32 x 32), from which on tracing networks takes the lesser time
 
+def evaluate_peers(peers: Peers, method: Method, loader: Loader, mesh: Mesh, *, detail: bool = False) -> PeerMetrics:
+    """Run every member and the method's ensemble over a data set and return the metrics of all its samples.
 
-def folded_members(peers: Peers, loader: Loader) -> Peers:
-    """Return peers that evaluate faster; on a mesh each rank sees to its own, if it has a sample to try them on."""
-    if not len(loader):
-        return peers
-    example = loader.first()[0][:2]
-    large = loader.num_samples * example.shape[-1] * example.shape[-2] >= _MANY_PIXELS
-    if not isinstance(peers, MeshPeers):
-        return folded_for_evaluation(peers, example, large)
-    return peers.with_members(folded_for_evaluation(peers.local, example, large))
-
-
-def collect(
-    peers: Peers, method: Method, loader: Loader, mesh: Mesh | None = None, detail: bool = False
-) -> PeerMetrics:
-    """Run every member and the method's ensemble over a set (on a mesh, each rank over its part); return the sums."""
+    Args:
+        peers: What is evaluated, in evaluation mode.
+        method: It makes the ensemble.
+        loader: The samples; on a mesh, those of this data rank.
+        mesh: The ranks, whose metrics are added.
+        detail: Also accumulate a confusion matrix.
+    """
     metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device, detail)
     with eval_mode(peers), eval_mode(method), torch.inference_mode():
-        folded = folded_members(peers, loader)
+        folded = fold_members(peers, loader)
         for views_VBCHW, targets_B in loader.epoch():
             outputs = folded(views_VBCHW)
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
-    if mesh is not None:
+    if mesh.num_data > 1:
         metrics.add_up(mesh.sum_along_data)
     return metrics
 
 
-def validate(peers: Peers, method: Method, loader: Loader, mesh: Mesh | None = None) -> dict[str, Any]:
-    """Measure every member and the method's ensemble on a set; on a mesh, each rank on its part of it."""
-    return collect(peers, method, loader, mesh).compute()
+def fold_members(peers: Peers, loader: Loader) -> Peers:
+    """Return peers with the same outputs that evaluate faster; this process folds its own members.
+
+    Args:
+        peers: In evaluation mode.
+        loader: Samples to try the members on; without any, `peers` is returned as it is.
+    """
+    if not len(loader):
+        return peers
+    example_BCHW = loader.sample_batch()[0][:2]
+    local = folded_for_evaluation(peers.local, example_BCHW)
+    return peers.with_members(local) if isinstance(peers, MeshPeers) else local

@@ -1,4 +1,4 @@
-"""The methods, one file a paper. `CLASSES` is the one place where a method is entered."""
+"""The methods, one file per paper; `CLASSES` lists them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,7 @@ from codistill.methods.pcl import PCL
 from codistill.peers.base import Peers
 
 CLASSES: dict[str, type[Method]] = {
-    "independent": Independent,
-    "kd": KD,
-    "dml": DML,
-    "cl_ilr": CLILR,
-    "one": ONE,
-    "okddip": OKDDip,
-    "pcl": PCL,
-    "kdcl": KDCL,
+    method.name: method for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL)
 }
 
 

@@ -1,10 +1,10 @@
 """The contract between a method and everything else.
 
-A method is a small `nn.Module`. Its `forward(outputs, targets, weight)` takes what the peers say about a batch and
-returns a dict: `loss` (what is stepped on), `loss_P` (each member's own loss; `loss` is their sum, plus what belongs to
-no member, such as an ensemble's cross-entropy), `ce_P` and `distill_P` (its unweighted parts), and, detached and for
-inspection only, `targets_PBC` (log-probabilities, softened) and a method's own weights. It knows no loop, optimiser,
-device, data set or logger.
+A method is a small `nn.Module`. Its `forward(outputs, targets, weight)` takes the outputs of the peers for a batch and
+returns a dict: `loss` (on which backward is called), `loss_P` (each member's own loss; `loss` is their sum, plus terms
+that belong to no member, such as an ensemble's cross-entropy), `ce_P` and `distill_P` (its unweighted parts), and,
+detached and for inspection only, `targets_PBC` (softened log-probabilities) and the method's own weights. It knows no
+loop, optimizer, device, data set or logger.
 
 Shapes: P peers, B batch, C classes.
 """
@@ -12,8 +12,11 @@ Shapes: P peers, B batch, C classes.
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
@@ -25,17 +28,17 @@ from codistill.utils.errors import InputError
 
 Terms = dict[str, Tensor]
 
-_LACKS = {
+_NEEDED_OUTPUTS = {
     "trunk": ("trunk_BD", "the shared trunk's output; use BranchPeers (--topology branches) with one view"),
     "ema": ("ema_logits_PBC", "the mean teachers' logits; fill PeerOutputs.ema_logits_PBC from a MeanTeacher"),
     "teacher": ("teacher_logits_BC", "a trained teacher; give --method.teacher, or fill PeerOutputs.teacher_logits_BC"),
-    "features": ("features", "the peers' features; fill PeerOutputs.features, one B x D tensor a peer"),
+    "features": ("features", "the peers' features; fill PeerOutputs.features, one B x D tensor per peer"),
 }
 
 
 @dataclass(frozen=True)
 class PeerInfo:
-    """What a method may know of the peers when it is built."""
+    """What a method knows of the peers when it is built."""
 
     num_peers: int
     num_classes: int
@@ -45,7 +48,7 @@ class PeerInfo:
 
     @classmethod
     def of(cls, peers: Peers, seed: int = 0) -> PeerInfo:
-        """Read it off built peers."""
+        """Return the description of built peers."""
         return cls(peers.num_peers, peers.num_classes, tuple(peers.feature_dims), peers.trunk_dim, seed)
 
 
@@ -54,69 +57,86 @@ class Method(nn.Module):
 
     name: ClassVar[str]
     citation: ClassVar[str]
-    update: Literal["joint", "alternating"] = "joint"
+    update_mode: Literal["joint", "alternating"] = "joint"
+    """joint: one step for all members; alternating: one member after the other, each on new outputs of the others."""
     rescale_trunk: bool = False
-    """Whether forks divide the gradient that enters the trunk by their fan-out."""
+    """Whether each fork divides the gradient that enters the trunk by its number of children."""
     weight: float = 1.0
     """Weight of the distillation terms once the ramp is over."""
     ramp_epochs: float = 0.0
+    """Length of the ramp in epochs; 0 means no ramp."""
     ema_decay: float = 0.0
-    """Most that a mean teacher keeps of itself, for a method that needs one."""
+    """Largest decay of the mean teachers' moving average, for a method that needs them."""
     needs_full_batch: bool = False
-    """Whether the loss is more than a mean over samples (statistics of the batch, a draw a batch), so that processes
-    that share a batch must each hear all of it."""
+    """Whether the loss is not a mean over samples (it uses batch statistics, or one random draw per batch), so that
+    processes that split a batch must each gather the whole batch's outputs."""
     holdout_fraction: float = 0.0
-    """Part of the training set that is held out, for a method that needs it."""
+    """Fraction of the training set that is held out, for a method that needs it."""
 
     def __init__(self, num_peers: int) -> None:
         super().__init__()
         self.num_peers = num_peers
         self.needs: frozenset[str] = frozenset()
-        """What the loop must fill in: features, trunk, views, ema, teacher, holdout."""
+        """What the training loop must provide: features, trunk, views, ema, teacher, holdout."""
         self.deployed = 0
         """Index of the member that is deployed, declared before training."""
         self.group = tuple(range(num_peers))
-        """The members whose ensemble and diversity are reported (okddip leaves its leader out)."""
+        """The members whose ensemble and diversity are reported (okddip excludes its leader)."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if isinstance(mode := vars(cls).get("update"), str):  # a class that uses the old name
+            del cls.update
+            cls.update_mode = mode  # pyrefly: ignore
+
+    @property
+    def update(self) -> Literal["joint", "alternating"]:
+        """Old name of `update_mode`."""
+        return self.update_mode
+
+    @update.setter
+    def update(self, mode: Literal["joint", "alternating"]) -> None:
+        self.update_mode = mode
 
     @classmethod
     def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
-        """Build the method from its config; a method that needs more of the peers than their number overrides this."""
+        """Build the method from its config; overridden where the number of peers is not all it needs to know."""
         return cls(num_peers=info.num_peers, **dataclasses.asdict(config))
 
     def weight_at(self, epoch: float) -> float:
-        """Return the ramp's value in an epoch, counted from 0."""
+        """Return the ramp's value in an epoch; epochs are counted from 0."""
         return sigmoid_ramp(epoch, self.ramp_epochs)
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
-        """Return the terms of the loss; `weight` is the ramp's value (`weight_at` gives it)."""
+        """Return the terms of the loss; `weight` is the ramp's value, from `weight_at`."""
         raise NotImplementedError
 
     def check(self, outputs: PeerOutputs) -> None:
-        """Raise InputError where `outputs` lacks what the method needs, saying how to give it."""
-        for need in self.needs & _LACKS.keys():
-            name, sentence = _LACKS[need]
+        """Raise InputError if `outputs` lacks something that the method needs; the message says how to provide it."""
+        for need in self.needs & _NEEDED_OUTPUTS.keys():
+            name, what = _NEEDED_OUTPUTS[need]
             value = getattr(outputs, name)
             if value is None or (need == "features" and len(value) != self.num_peers):
-                raise InputError(f"{self.name} needs {sentence}")
+                raise InputError(f"{self.name} needs {what}")
         if outputs.logits_PBC.shape[0] != self.num_peers:
             raise InputError(f"{self.name} was built for {self.num_peers} peers, not {outputs.logits_PBC.shape[0]}")
 
     def ensemble(self, outputs: PeerOutputs) -> Tensor:
-        """Return the ensemble's log-probabilities, `B x C`: of the group's mean probabilities, or the method's own."""
+        """Return the ensemble's log-probabilities, `B x C`; by default of the mean of the group's probabilities."""
         log_probs_PBC = outputs.logits_PBC.log_softmax(-1)
         if len(self.group) < self.num_peers:
             log_probs_PBC = torch.stack([log_probs_PBC[p] for p in self.group])
         return torch.logsumexp(log_probs_PBC, 0).log_softmax(-1)
 
     def update_on_holdout(self, holdout_logits_PNC: Tensor, holdout_targets_N: Tensor) -> None:
-        """Solve for the method's own state once an epoch, on the holdout's outputs."""
+        """Update the method's own state from the outputs on the holdout, once per epoch."""
 
     def deploy(self, peers: Peers) -> nn.Module:
         """Return the one plain network that is deployed."""
         return peers.export_member(self.deployed)
 
     def deploy_ensemble(self, peers: Peers) -> nn.Module:
-        """Return the ensemble as one network that gives log-probabilities; it costs what all its members cost."""
+        """Return the ensemble as one network that returns log-probabilities, at the cost of all its members."""
         return Ensemble(peers, self)
 
 
@@ -132,8 +152,59 @@ class Ensemble(nn.Module):
         return self.method.ensemble(self.peers(x_BCHW))
 
 
-def join(ce_P: Tensor, distill_P: Tensor, weight: float, *, ce_weight: float = 1.0, **inspect: Any) -> Terms:
-    """Put the terms together: `loss_P = ce_weight * ce_P + weight * distill_P`; `inspect` is detached."""
+def combine_terms(
+    ce_P: Tensor, distill_P: Tensor, weight: float, *, ce_weight: float = 1.0, **extras: Tensor | None
+) -> Terms:
+    """Return the terms of the loss, with `loss_P = ce_weight * ce_P + weight * distill_P`.
+
+    Args:
+        ce_P: Cross-entropy of every member.
+        distill_P: Its distillation term.
+        weight: Weight of that term.
+        ce_weight: Weight of the cross-entropy.
+        extras: Tensors for inspection, which are detached; None is left out.
+    """
     loss_P = (ce_P if ce_weight == 1.0 else ce_weight * ce_P) + weight * distill_P
     terms = {"loss": loss_P.sum(), "loss_P": loss_P, "ce_P": ce_P.detach(), "distill_P": distill_P.detach()}
-    return terms | {name: value.detach() for name, value in inspect.items() if value is not None}
+    return terms | {name: value.detach() for name, value in extras.items() if value is not None}
+
+
+def takes_options(config: type[MethodConfig], without: Sequence[str] = ()) -> Callable[[Callable], Callable[..., None]]:
+    """Replace the argument `options` of an `__init__` by the fields of a method's config (a decorator).
+
+    So the defaults are written in the config only; `inspect.signature` and `help` show them as arguments.
+
+    Args:
+        config: The class of `options`.
+        without: Fields that do not become arguments.
+
+    >>> from codistill.config.methods import ONEConfig
+    >>> class Half(Method):
+    ...     @takes_options(ONEConfig)
+    ...     def __init__(self, num_peers, options):
+    ...         super().__init__(num_peers)
+    ...         self.temperature = options.temperature / 2
+    >>> Half(3, temperature=4.0).temperature
+    2.0
+    """
+    fields = [field for field in dataclasses.fields(config) if field.name not in without]
+    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    types = get_type_hints(config)
+    arguments = [inspect.Parameter(f.name, kind, default=f.default, annotation=types[f.name]) for f in fields]
+
+    def decorate(init: Callable) -> Callable[..., None]:
+        parameters = []
+        for parameter in inspect.signature(init).parameters.values():
+            parameters += arguments if parameter.name == "options" else [parameter]
+        signature = inspect.Signature(parameters)
+
+        @functools.wraps(init)
+        def init_with_options(*args: Any, **kwargs: Any) -> None:
+            given = signature.bind(*args, **kwargs).arguments
+            options = {f.name: given.pop(f.name) for f in fields if f.name in given}
+            init(**given, options=config(**options))
+
+        init_with_options.__signature__ = signature  # pyrefly: ignore
+        return init_with_options
+
+    return decorate

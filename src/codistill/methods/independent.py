@@ -8,27 +8,29 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from codistill.config.methods import IndependentConfig
 from codistill.losses import cross_entropy
-from codistill.methods.base import Method, Terms, join
+from codistill.methods.base import Method, Terms, combine_terms, takes_options
 from codistill.peers.base import PeerOutputs
 
 
 class Independent(Method):
-    """Cross-entropy alone; branches still share (and so jointly train) their trunk.
+    """Cross-entropy alone; branches still train their shared trunk jointly.
 
     Args:
         num_peers: Number of members.
-        rescale: Divide the gradient that enters the trunk by the number of branches.
+        options: The fields of `IndependentConfig`.
     """
 
     name = "independent"
     citation = "the baseline of equal cost"
 
-    def __init__(self, num_peers: int, rescale: bool = False) -> None:
+    @takes_options(IndependentConfig)
+    def __init__(self, num_peers: int, options: IndependentConfig) -> None:
         super().__init__(num_peers)
-        self.rescale_trunk = rescale
+        self.rescale_trunk = options.rescale
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 0.0) -> Terms:
         """Return `loss = sum_i CE_i`; there is no distillation to weigh."""
         ce_P = cross_entropy(outputs.logits_PBC, targets_B)
-        return join(ce_P, torch.zeros_like(ce_P), 0.0)
+        return combine_terms(ce_P, torch.zeros_like(ce_P), 0.0)

@@ -8,16 +8,17 @@ The teacher z_T is in evaluation mode and gets no gradient. Several members each
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Self
 
 from torch import Tensor
 
-from codistill.config.methods import KDConfig, MethodConfig
-from codistill.losses import cross_entropy, kl_from_log_probs, soften
-from codistill.methods.base import Method, PeerInfo, Terms, join
+from codistill.config.methods import KDConfig, MethodConfig, TeacherConfig
+from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, soften
+from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers.base import PeerOutputs
 
-GUARD = 1e-7
+TEACHER_FIELDS = tuple(field.name for field in dataclasses.fields(TeacherConfig))
 
 
 class KD(Method):
@@ -25,30 +26,27 @@ class KD(Method):
 
     Args:
         num_peers: Members.
-        variant: `paper` (Hinton's mixture) or `okddip_code`.
-        temperature: T; default the variant's.
-        alpha: a; default the variant's.
+        options: The fields of `KDConfig` but the teacher; defaults of None are the variant's, above.
     """
 
     name = "kd"
     citation = "Hinton, Vinyals, Dean: Distilling the Knowledge in a Neural Network. 2015"
 
-    def __init__(
-        self, num_peers: int = 1, variant: str = "paper", temperature: float | None = None, alpha: float | None = None
-    ) -> None:
+    @takes_options(KDConfig, without=TEACHER_FIELDS)
+    def __init__(self, num_peers: int = 1, *, options: KDConfig) -> None:
         super().__init__(num_peers)
-        paper = variant == "paper"
+        paper = options.variant == "paper"
         self.needs = frozenset({"teacher"})
-        self.temperature = temperature or (4.0 if paper else 3.0)
-        self.alpha = (0.9 if paper else 1.0) if alpha is None else alpha
+        self.temperature = options.temperature or (4.0 if paper else 3.0)
+        self.alpha = (0.9 if paper else 1.0) if options.alpha is None else options.alpha
         self.ce_weight = 1 - self.alpha if paper else 1.0
-        self.guard = 0.0 if paper else GUARD
+        self.eps = 0.0 if paper else SOURCE_EPS
 
     @classmethod
     def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
-        """Build it; the teacher is the loop's affair."""
-        assert isinstance(config, KDConfig)
-        return cls(info.num_peers, config.variant, config.temperature, config.alpha)
+        """Build the method; the training loop loads the teacher."""
+        options = dataclasses.asdict(config)
+        return cls(info.num_peers, **{name: options[name] for name in options if name not in TEACHER_FIELDS})
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms; `outputs.teacher_logits_BC` holds the teacher's logits."""
@@ -56,6 +54,6 @@ class KD(Method):
         assert outputs.teacher_logits_BC is not None
         log_target_BC = soften(outputs.teacher_logits_BC.detach(), self.temperature)
         ce_P = cross_entropy(outputs.logits_PBC, targets_B)
-        distill_P = kl_from_log_probs(outputs.logits_PBC, log_target_BC, self.temperature, self.guard)
-        terms = join(ce_P, distill_P, weight * self.alpha, ce_weight=self.ce_weight)
+        distill_P = kl_from_log_probs(outputs.logits_PBC, log_target_BC, self.temperature, self.eps)
+        terms = combine_terms(ce_P, distill_P, weight * self.alpha, ce_weight=self.ce_weight)
         return terms | {"targets_PBC": log_target_BC.expand_as(outputs.logits_PBC)}

@@ -8,23 +8,20 @@
     general   f_t = sum_i w_i f_i, w = argmin w' C w, sum w = 1,       once an epoch, on a holdout:
               C_ij = E[(f_i - t) . (f_j - t)]                          f softmax outputs, t one-hot labels
 
-Each network has a view of its own of every image (invariant collaborative learning), and all learn one target. The
-paper writes `general`'s error on the outputs, its slides weigh logits: `mix` says which the teacher mixes. Networks may
-differ in kind and size.
+Each network gets its own view of every image (invariant collaborative learning), and all learn one target. The paper
+defines the error of `general` on the outputs, its slides weigh logits: `mix` selects what the teacher mixes. Networks
+may differ in architecture and size.
 Shapes: P peers, B batch, C classes, N holdout samples.
 """
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Self
-
 import torch
 from torch import Tensor
 
-from codistill.config.methods import KDCLConfig, MethodConfig
+from codistill.config.methods import KDCLConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mix_logits, soften
-from codistill.methods.base import Method, PeerInfo, Terms, join
+from codistill.methods.base import Method, Terms, combine_terms, takes_options
 from codistill.methods.simplex import best_mixture, quadratic_on_simplex
 from codistill.peers.base import PeerOutputs
 from codistill.utils.device import accumulation_dtype
@@ -36,44 +33,24 @@ class KDCL(Method):
 
     Args:
         num_peers: Networks, at least 2.
-        target: `naive`, `linear`, `minlogit` or `general`.
-        temperature: T.
-        weight: l.
-        own_views: Whether every network has a view of its own.
-        granularity: `sample` or `batch`, for `linear`.
-        mix: `probs` or `logits`, for `general`.
-        holdout_fraction: Part of the training set held out, for `general`.
+        options: The fields of `KDCLConfig`.
     """
 
     name = "kdcl"
     citation = "Guo et al.: Online Knowledge Distillation via Collaborative Learning. CVPR 2020"
 
-    def __init__(
-        self,
-        num_peers: int,
-        target: str = "minlogit",
-        temperature: float = 2.0,
-        weight: float = 1.0,
-        own_views: bool = True,
-        granularity: str = "sample",
-        mix: str = "probs",
-        holdout_fraction: float = 0.05,
-    ) -> None:
+    @takes_options(KDCLConfig)
+    def __init__(self, num_peers: int, options: KDCLConfig) -> None:
         super().__init__(num_peers)
-        self.needs = frozenset(({"views"} if own_views else set()) | ({"holdout"} if target == "general" else set()))
-        self.target, self.temperature, self.weight = target, temperature, weight
-        self.granularity, self.mix = granularity, mix
-        self.needs_full_batch = target == "linear" and granularity == "batch"
-        self.holdout_fraction = holdout_fraction if target == "general" else 0.0
+        conditions = {"views": options.own_views, "holdout": options.needs_holdout()}
+        self.needs = frozenset(need for need, condition in conditions.items() if condition)
+        self.target, self.temperature, self.weight = options.target, options.temperature, options.weight
+        self.granularity, self.mix = options.granularity, options.mix
+        self.needs_full_batch = self.target == "linear" and self.granularity == "batch"
+        self.holdout_fraction = options.holdout_fraction if options.needs_holdout() else 0.0
         self.weights_P: Tensor
-        if target == "general":  # uniform until the first epoch's holdout has been seen
+        if self.target == "general":  # uniform until the first update on the holdout
             self.register_buffer("weights_P", torch.full((num_peers,), 1.0 / num_peers))
-
-    @classmethod
-    def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
-        """Build it for any peers."""
-        assert isinstance(config, KDCLConfig)
-        return cls(info.num_peers, **dataclasses.asdict(config))
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms; `weights_BP` (all but minlogit) and `targets_PBC` are for inspection."""
@@ -82,7 +59,7 @@ class KDCL(Method):
         log_target_BC, weights_BP = self.teacher(z_PBC.detach(), targets_B)
         ce_P = cross_entropy(z_PBC, targets_B)
         distill_P = kl_from_log_probs(z_PBC, log_target_BC, self.temperature)
-        terms = join(ce_P, distill_P, weight * self.weight, weights_BP=weights_BP)
+        terms = combine_terms(ce_P, distill_P, weight * self.weight, weights_BP=weights_BP)
         return terms | {"targets_PBC": log_target_BC.expand_as(z_PBC)}
 
     @torch.no_grad()
@@ -95,16 +72,16 @@ class KDCL(Method):
             return soften(mix_logits(weights_BP.unsqueeze(1), z_PBC)[0], self.temperature), weights_BP
         if targets_B.dim() > 1:
             raise InputError(
-                f"kdcl's {self.target} target reads one hard label an image; give hard labels, or target general"
+                f"kdcl's {self.target} target reads one hard label per image; give hard labels, or target general"
             )
-        own_PB1 = z_PBC.gather(-1, targets_B.expand(z_PBC.shape[:2]).unsqueeze(-1))
+        label_logits_PB1 = z_PBC.gather(-1, targets_B.expand(z_PBC.shape[:2]).unsqueeze(-1))
         if self.target == "minlogit":
-            return soften((z_PBC - own_PB1).min(0).values, self.temperature), None
+            return soften((z_PBC - label_logits_PB1).min(0).values, self.temperature), None
         if self.target == "naive":
-            best_B = (z_PBC.logsumexp(-1) - own_PB1.squeeze(-1)).argmin(0)
+            best_B = (z_PBC.logsumexp(-1) - label_logits_PB1.squeeze(-1)).argmin(0)
             weights_BP = torch.nn.functional.one_hot(best_B, self.num_peers).to(z_PBC.dtype)
         else:
-            weights_BP = self._linear_weights(z_PBC - own_PB1)
+            weights_BP = self._linear_weights(z_PBC - label_logits_PB1)
         return soften(mix_logits(weights_BP.unsqueeze(1), z_PBC)[0], self.temperature), weights_BP
 
     def _linear_weights(self, margins_PBC: Tensor) -> Tensor:
@@ -116,7 +93,7 @@ class KDCL(Method):
 
     @torch.no_grad()
     def update_on_holdout(self, holdout_logits_PNC: Tensor, holdout_targets_N: Tensor) -> None:
-        """Solve for `general`'s weights on the holdout's outputs."""
+        """Solve for the weights of `general` on the outputs for the holdout."""
         if self.target != "general":
             return
         probs_PNC = holdout_logits_PNC.to(accumulation_dtype(holdout_logits_PNC.device)).softmax(-1)

@@ -16,13 +16,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Self
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
 from codistill.config.methods import MethodConfig, OKDDipConfig
 from codistill.losses import (
+    SOURCE_EPS,
     attention_log_weights,
     cross_entropy,
     entropy,
@@ -31,11 +32,9 @@ from codistill.losses import (
     mix_logits,
     soften,
 )
-from codistill.methods.base import Method, PeerInfo, Terms, join
+from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers.base import PeerOutputs
 from codistill.utils.errors import InputError
-
-GUARD = 1e-7  # the authors' code adds it to every target probability
 
 
 class OKDDip(Method):
@@ -44,15 +43,8 @@ class OKDDip(Method):
     Args:
         num_peers: Members, the leader (the last one) included; at least 3.
         feature_dim: Width D of the auxiliary peers' features; the projections go from D to D // 8.
-        variant: `paper` or `okddip_code`.
-        temperature: T.
-        weight: Weight of the distillation terms after the ramp.
-        ramp_epochs: Length of the ramp.
-        detach: Which targets are constants: `none`, `peers` (predictions; the attention still learns) or `all`.
-        mask_self: Leave a peer out of its own target.
-        ablation: One of Table 5: `random`, `entropy`, `mean`, `symmetric`, `no_leader`; or `none`.
-        entropy_weight: Weight of the entropy term of `ablation="entropy"`; a guess, the paper gives none.
-        seed: Draws the member deployed under `ablation="no_leader"`.
+        options: The fields of `OKDDipConfig`; the default ramp is 80 epochs.
+        seed: Chooses the member that is deployed under `ablation="no_leader"`.
 
     Raises:
         InputError: the features are too narrow to project.
@@ -61,25 +53,14 @@ class OKDDip(Method):
     name = "okddip"
     citation = "Chen, Mei, Wang, Feng, Chen: Online Knowledge Distillation with Diverse Peers. AAAI 2020"
 
-    def __init__(
-        self,
-        num_peers: int,
-        feature_dim: int,
-        variant: str = "paper",
-        temperature: float = 3.0,
-        weight: float = 1.0,
-        ramp_epochs: float | None = 80.0,
-        detach: str = "none",
-        mask_self: bool = False,
-        ablation: str = "none",
-        entropy_weight: float = 0.1,
-        seed: int = 0,
-    ) -> None:
+    @takes_options(OKDDipConfig)
+    def __init__(self, num_peers: int, feature_dim: int, options: OKDDipConfig, seed: int = 0) -> None:
         super().__init__(num_peers)
+        ablation = options.ablation
         self.needs = frozenset({"features"} if ablation in ("none", "symmetric", "no_leader") else ())
-        self.variant, self.temperature, self.detach = variant, temperature, detach
-        self.weight, self.ramp_epochs = weight, 80.0 if ramp_epochs is None else ramp_epochs
-        self.mask_self, self.ablation, self.entropy_weight = mask_self, ablation, entropy_weight
+        self.variant, self.temperature, self.detach = options.variant, options.temperature, options.detach
+        self.weight, self.ramp_epochs = options.weight, options.ramp_length()
+        self.mask_self, self.ablation, self.entropy_weight = options.mask_self, ablation, options.entropy_weight
         self.needs_full_batch = ablation == "random"  # all processes make one draw for the batch
         self.has_leader = ablation != "no_leader"
         if self.has_leader:
@@ -97,15 +78,19 @@ class OKDDip(Method):
 
     @classmethod
     def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
-        """Build it for peers; the auxiliary ones share the projections, so their features must agree in width."""
-        assert isinstance(config, OKDDipConfig)
-        auxiliary = info.feature_dims if config.ablation == "no_leader" else info.feature_dims[:-1]
-        if len(set(auxiliary)) > 1 and config.ablation in ("none", "no_leader", "symmetric"):
+        """Build the method; the auxiliary peers share the projections, so their features must have one width.
+
+        Raises:
+            InputError: they have not.
+        """
+        options: dict[str, Any] = dataclasses.asdict(config)
+        auxiliary = info.feature_dims if options["ablation"] == "no_leader" else info.feature_dims[:-1]
+        if len(set(auxiliary)) > 1 and options["ablation"] in ("none", "no_leader", "symmetric"):
             raise InputError(
                 f"okddip compares auxiliary peers' features; --model gives widths {', '.join(map(str, auxiliary))}: "
                 "give them one width (the leader, last, may differ), or --method.ablation mean"
             )
-        return cls(info.num_peers, auxiliary[0], seed=info.seed, **dataclasses.asdict(config))
+        return cls(info.num_peers, auxiliary[0], seed=info.seed, **options)
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms; `attention_BAA` and `targets_PBC` are for inspection."""
@@ -131,7 +116,9 @@ class OKDDip(Method):
             targets.append(self._mix(uniform, z_ABC))
             distill_P = torch.cat((distill_A, self._kl(z_PBC[-1:], targets[-1])))
         attention = None if log_attention is None else log_attention.exp()
-        return join(ce_P, distill_P, weight * self.weight, targets_PBC=torch.cat(targets), attention_BAA=attention)
+        return combine_terms(
+            ce_P, distill_P, weight * self.weight, targets_PBC=torch.cat(targets), attention_BAA=attention
+        )
 
     def _log_attention(self, features: list[Tensor], z_ABC: Tensor) -> Tensor:
         """Return log alpha, `B x A x A`."""
@@ -140,15 +127,15 @@ class OKDDip(Method):
             draw = torch.randn if self.ablation == "random" else torch.zeros
             scores = draw(batch, num_auxiliary, num_auxiliary, device=z_ABC.device, dtype=z_ABC.dtype)
             if self.mask_self:
-                own = torch.eye(num_auxiliary, dtype=torch.bool, device=scores.device)
-                scores = scores.masked_fill(own, -math.inf)
+                diagonal = torch.eye(num_auxiliary, dtype=torch.bool, device=scores.device)
+                scores = scores.masked_fill(diagonal, -math.inf)
             return scores.log_softmax(-1)
         h_ABD = torch.stack(features)
         query, key = (h_ABD, h_ABD) if self.ablation == "symmetric" else (self.query(h_ABD), self.key(h_ABD))
         return attention_log_weights(query, key, self.mask_self)
 
     def _mix(self, log_weights: Tensor, z_ABC: Tensor) -> Tensor:
-        """Return the softened log-probabilities of each mixture, as the variant and `detach` say."""
+        """Return the softened log-probabilities of each mixture, by the variant and `detach`."""
         z_ABC = z_ABC if self.detach == "none" else z_ABC.detach()
         if self.variant == "paper":
             mixed = mix_log_probs(log_weights, z_ABC, self.temperature)
@@ -157,5 +144,5 @@ class OKDDip(Method):
         return mixed.detach() if self.detach == "all" else mixed
 
     def _kl(self, z_PBC: Tensor, log_target_PBC: Tensor) -> Tensor:
-        guard = GUARD if self.variant == "okddip_code" else 0.0
-        return kl_from_log_probs(z_PBC, log_target_PBC, self.temperature, guard)
+        eps = SOURCE_EPS if self.variant == "okddip_code" else 0.0
+        return kl_from_log_probs(z_PBC, log_target_PBC, self.temperature, eps)

@@ -18,9 +18,9 @@ from typing import Self
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from codistill.config.methods import MethodConfig
-from codistill.losses import cross_entropy, kl_from_log_probs, soften
-from codistill.methods.base import Method, PeerInfo, Terms, join
+from codistill.config.methods import MethodConfig, ONEConfig
+from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, soften
+from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers.base import PeerOutputs
 from codistill.utils.errors import InputError
 
@@ -31,43 +31,37 @@ class ONE(Method):
     Args:
         num_peers: Branches.
         trunk_dim: Channels D of the trunk where it forks.
-        variant: `paper`, `authors` or `okddip_code`.
-        temperature: T.
-        weight: Weight of the distillation terms after the ramp.
-        ramp_epochs: Length of the ramp.
+        options: The fields of `ONEConfig`; the default ramp is 80 epochs, none for the paper.
     """
 
     name = "one"
     citation = "Lan, Zhu, Gong: Knowledge Distillation by On-the-Fly Native Ensemble. NeurIPS 2018"
-    needs_full_batch = True  # the gate normalises over the batch
+    needs_full_batch = True  # the gate normalizes over the batch
 
-    def __init__(
-        self,
-        num_peers: int,
-        trunk_dim: int,
-        variant: str = "paper",
-        temperature: float = 3.0,
-        weight: float = 1.0,
-        ramp_epochs: float | None = None,
-    ) -> None:
+    @takes_options(ONEConfig)
+    def __init__(self, num_peers: int, trunk_dim: int, options: ONEConfig) -> None:
         super().__init__(num_peers)
         self.needs = frozenset({"trunk"})
-        self.temperature, self.weight = temperature, weight
-        self.ramp_epochs = (0.0 if variant == "paper" else 80.0) if ramp_epochs is None else ramp_epochs
-        self.detach = variant != "okddip_code"
-        self.guard = 0.0 if variant == "paper" else 1e-7
+        self.temperature, self.weight = options.temperature, options.weight
+        self.ramp_epochs = options.ramp_length()
+        self.detach = options.variant != "okddip_code"
+        self.eps = 0.0 if options.variant == "paper" else SOURCE_EPS
         self.gate = nn.Linear(trunk_dim, num_peers)
         self.gate_norm = nn.BatchNorm1d(num_peers)
 
     @classmethod
     def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
-        """Build it for branches; networks have no trunk that a gate could read."""
+        """Build the method for branches; networks have no trunk for the gate to read.
+
+        Raises:
+            InputError: the peers have no trunk.
+        """
         if info.trunk_dim is None:
             raise InputError("one needs the shared trunk's output; use --topology branches")
         return cls(info.num_peers, info.trunk_dim, **dataclasses.asdict(config))
 
     def gate_logits(self, trunk_BD: Tensor) -> Tensor:
-        """Return ReLU(BatchNorm(W_g t + b_g)), `B x P`; one sample alone is normalised by the running statistics."""
+        """Return ReLU(BatchNorm(W_g t + b_g)), `B x P`; a single sample is normalized by the running statistics."""
         scores_BP, norm = self.gate(trunk_BD), self.gate_norm
         if self.training and len(scores_BP) == 1:
             scores_BP = F.batch_norm(
@@ -89,8 +83,8 @@ class ONE(Method):
         teacher_BC = gated_mean(gate_BP, z_PBC)
         ce_teacher = cross_entropy(teacher_BC, targets_B)
         log_target_BC = soften(teacher_BC.detach() if self.detach else teacher_BC, self.temperature)
-        distill_P = kl_from_log_probs(z_PBC, log_target_BC, self.temperature, self.guard)
-        terms = join(cross_entropy(z_PBC, targets_B), distill_P, weight * self.weight, gate_BP=gate_BP)
+        distill_P = kl_from_log_probs(z_PBC, log_target_BC, self.temperature, self.eps)
+        terms = combine_terms(cross_entropy(z_PBC, targets_B), distill_P, weight * self.weight, gate_BP=gate_BP)
         terms["loss"] = terms["loss"] + ce_teacher
         return terms | {"ce_teacher": ce_teacher.detach(), "targets_PBC": log_target_BC.detach().expand_as(z_PBC)}
 

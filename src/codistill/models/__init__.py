@@ -1,4 +1,4 @@
-"""The papers' networks for small images, and `resolve`, which turns any model's name into a callable that builds it."""
+"""The papers' networks for small images, and `resolve`, which returns the callable that builds a model by its name."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from codistill.models import densenet, resnet, vgg
-from codistill.models.external import KINDS, Source, fill, imported_callable, parse_source, read_weights
+from codistill.models.external import KINDS, Source, accepted_kwargs, import_callable, parse_source
+from codistill.models.weights import load_weights, read_weights
 from codistill.utils.errors import InputError, suggest
 
 MODELS: dict[str, Callable[..., nn.Module]] = {
@@ -31,52 +32,51 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
 }
 
 
-def resolve(name: str, pretrained: bool = False, weights: str | None = None) -> Callable[..., nn.Module]:
-    """Return the callable behind a model's name; it takes `num_classes` and `in_channels`.
+def resolve(name: str, *, pretrained: bool = False, weights: str | None = None) -> Callable[..., nn.Module]:
+    """Return the callable that builds the model of this name; it takes `num_classes` and `in_channels`.
 
     Args:
         name: A built-in name, timm:NAME, torchvision:NAME, hf:PATH or package.module:callable.
-        pretrained: Start from the weights that the source offers.
+        pretrained: Start from the library's pretrained weights.
         weights: Start from this file instead (.safetensors, or a saved state dict).
 
     Raises:
-        InputError: there is no such model, or it comes with no weights.
+        InputError: there is no such model, or it has no pretrained weights.
     """
-    source = parse_source(name, pretrained)
+    source = parse_source(name, pretrained=pretrained)
     if source is None and name not in MODELS:
-        elsewhere = "; elsewhere: " + ", ".join([*KINDS.values(), "package.module:callable"])
-        raise InputError(f'--model: unknown model "{name}"{suggest(name, MODELS)}{elsewhere}')
+        others = "; or give " + ", ".join([*KINDS.values(), "package.module:callable"])
+        raise InputError(f'--model: unknown model "{name}"{suggest(name, MODELS)}{others}')
     if source is None and pretrained:
-        raise InputError(f"--pretrained: {name} is built in and comes without weights; give --weights FILE, or drop it")
+        raise InputError(
+            f"--pretrained: {name} is built in and has no pretrained weights; give --weights FILE, or drop it"
+        )
     if pretrained and weights is not None:
-        raise InputError("--pretrained and --weights both name a start; give one of them")
+        raise InputError("--pretrained and --weights exclude each other; give one of them")
     if source is not None and source.kind not in KINDS:
-        imported_callable(source)  # a name that leads nowhere is said before the data is read
+        import_callable(source)  # raises for a wrong name before the data is read
     factory = MODELS[name] if source is None else source
     if weights is None:
         return factory
     return WithWeights(factory, read_weights(weights), f"--weights {weights}")
 
 
-def build(factory: Callable[..., nn.Module], **offers: Any) -> nn.Module:
-    """Call a factory with what it takes of `num_classes`, `in_channels` and `image_size`; None is not offered."""
-    accepted = inspect.signature(factory).parameters
-    open_ended = any(p.kind is p.VAR_KEYWORD for p in accepted.values())
-    known = {"num_classes", *accepted} if open_ended else set(accepted)
-    return factory(**{key: value for key, value in offers.items() if key in known and value is not None})
+def build(factory: Callable[..., nn.Module], **kwargs: Any) -> nn.Module:
+    """Call a factory with those of `num_classes`, `in_channels` and `image_size` that it takes, if not None."""
+    return factory(**accepted_kwargs(factory, {key: value for key, value in kwargs.items() if value is not None}))
 
 
 def has_weights(factory: object) -> bool:
-    """Say whether what the factory builds is trained already, so that its head is to be made anew."""
+    """Return whether the factory builds a trained network, so that its head is initialized again."""
     return isinstance(factory, WithWeights) or (isinstance(factory, Source) and factory.pretrained)
 
 
 @dataclass
 class WithWeights:
-    """Builds a network and fills it with weights that were read from a file."""
+    """Builds a network and loads weights into it that were read from a file."""
 
     factory: Callable[..., nn.Module]
-    state: dict[str, Tensor]
+    weights: dict[str, Tensor]
     flag: str
 
     def __call__(
@@ -84,7 +84,7 @@ class WithWeights:
     ) -> nn.Module:
         """Build one network."""
         network = build(self.factory, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
-        return fill(network, self.state, self.flag)
+        return load_weights(network, self.weights, self.flag)
 
 
 def source_of(name: str) -> str:

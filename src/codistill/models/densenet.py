@@ -1,4 +1,4 @@
-"""DenseNets for small images (Huang et al., 2017), as the online-distillation papers use them, and the original one.
+"""DenseNets for small images (Huang et al., 2017), as the online-distillation papers use them, and the original ones.
 
 This file imports torch alone: `codistill export` writes it beside the weights, for use without codistill.
 Sizes from 8 x 8 up; any number of input channels.
@@ -9,15 +9,15 @@ from torch import Tensor, nn
 
 
 class DenseLayer(nn.Module):
-    """BatchNorm, ReLU and a 3x3 convolution to `growth` maps, put behind the maps that came in.
+    """BatchNorm, ReLU and a 3x3 convolution to `growth` maps, concatenated to its input.
 
     Args:
-        in_channels: Maps that come in.
-        growth: Maps that are added.
+        in_channels: Maps of the input.
+        growth: Maps to add.
         bottleneck: Whether a 1x1 convolution to four times `growth` maps comes first.
     """
 
-    def __init__(self, in_channels: int, growth: int, bottleneck: bool) -> None:
+    def __init__(self, in_channels: int, growth: int, *, bottleneck: bool) -> None:
         super().__init__()
         layers: list[nn.Module] = []
         if bottleneck:
@@ -29,16 +29,16 @@ class DenseLayer(nn.Module):
         self.layers = nn.Sequential(*layers)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Return the maps that came in and the new ones."""
+        """Return the input and the new maps."""
         return torch.cat([x, self.layers(x)], 1)
 
 
 def _norm_relu(channels: int) -> list[nn.Module]:
-    # In place on what BatchNorm made, never on the maps that came in: later layers and other branches read those.
+    # In place on the output of BatchNorm, never on the input: later layers and other branches read that.
     return [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialize(model: nn.Module) -> None:
     """Kaiming-normal convolutions (fan-out), no bias in the classifier; the rest keeps torch's defaults."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -51,13 +51,13 @@ class DenseNet(nn.Module):
     """A convolution, three dense blocks with half the size after each transition, average pooling, a linear classifier.
 
     Args:
-        counts: Dense layers a block.
+        counts: Dense layers per block.
         num_classes: Classes C.
         in_channels: Channels of the images.
-        growth: Maps that a dense layer adds.
+        growth: Maps that each dense layer adds.
         stem: Maps of the first convolution.
         bottleneck: Whether the dense layers start with a 1x1 convolution ("B" of BC).
-        compression: Share of the maps that leaves a transition ("C" of BC).
+        compression: Fraction of the maps that a transition keeps ("C" of BC).
     """
 
     head_path = "fc"
@@ -79,7 +79,7 @@ class DenseNet(nn.Module):
         def block(count: int) -> nn.Sequential:
             first = self.num_features
             self.num_features += count * growth
-            return nn.Sequential(*[DenseLayer(first + i * growth, growth, bottleneck) for i in range(count)])
+            return nn.Sequential(*[DenseLayer(first + i * growth, growth, bottleneck=bottleneck) for i in range(count)])
 
         def transition() -> nn.Sequential:
             wide, self.num_features = self.num_features, int(self.num_features * compression)
@@ -96,7 +96,7 @@ class DenseNet(nn.Module):
         self.bn = nn.BatchNorm2d(self.num_features)
         self.relu = nn.ReLU(inplace=True)
         self.fc = nn.Linear(self.num_features, num_classes)
-        _initialise(self)
+        _initialize(self)
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
         """Return the pooled features, `B x num_features`."""
@@ -114,15 +114,15 @@ class DenseNet(nn.Module):
 
 
 def densenet40_12(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """DenseNet-BC, six layers a block, as OKDDip and PCL have it; 188,092 parameters at 100 classes."""
+    """DenseNet-BC, six layers per block, as in OKDDip and PCL; 188,092 parameters at 100 classes."""
     return DenseNet((6, 6, 6), num_classes, in_channels)
 
 
 def densenet100_12(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """DenseNet-BC, sixteen layers a block; 800,032 parameters at 100 classes."""
+    """DenseNet-BC, sixteen layers per block; 800,032 parameters at 100 classes."""
     return DenseNet((16, 16, 16), num_classes, in_channels)
 
 
 def densenet40_12_plain(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """Twelve plain layers a block and no compression (the DenseNet paper's); 1,060,132 parameters at 100 classes."""
+    """Twelve plain layers per block and no compression (the DenseNet paper's); 1,060,132 parameters at 100 classes."""
     return DenseNet((12, 12, 12), num_classes, in_channels, stem=16, bottleneck=False, compression=1.0)

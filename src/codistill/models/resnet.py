@@ -63,7 +63,7 @@ def _shortcut(in_channels: int, out_channels: int, stride: int) -> nn.Module:
     return nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialize(model: nn.Module) -> None:
     """Kaiming-normal convolutions (fan-out); BatchNorm and Linear keep torch's defaults."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
@@ -75,7 +75,7 @@ class ResNet(nn.Module):
 
     Args:
         block: BasicBlock, Bottleneck or WideBottleneck.
-        counts: Blocks a stage.
+        counts: Blocks per stage.
         num_classes: Classes C.
         in_channels: Channels of the images.
     """
@@ -93,7 +93,7 @@ class ResNet(nn.Module):
         self.layer2 = self._stage(block, 32, counts[1], 2)
         self.layer3 = self._stage(block, 64, counts[2], 2)
         self.fc = nn.Linear(self.num_features, num_classes)
-        _initialise(self)
+        _initialize(self)
 
     def _stage(self, block: type, channels: int, count: int, stride: int) -> nn.Sequential:
         blocks = []
@@ -154,7 +154,7 @@ class WideResNet(nn.Module):
         self.layer3 = self._stage(widths[2], widths[3], count, 2)
         self.bn = nn.BatchNorm2d(widths[3])
         self.fc = nn.Linear(widths[3], num_classes)
-        _initialise(self)
+        _initialize(self)
 
     @staticmethod
     def _stage(in_channels: int, channels: int, count: int, stride: int) -> nn.Sequential:
@@ -176,37 +176,37 @@ class WideResNet(nn.Module):
 
 
 def resnet8(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """One basic block a stage: for tests and first tries."""
+    """One basic block per stage: for tests and first tries."""
     return ResNet(BasicBlock, (1, 1, 1), num_classes, in_channels)
 
 
 def resnet20(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """Three basic blocks a stage."""
+    """Three basic blocks per stage."""
     return ResNet(BasicBlock, (3, 3, 3), num_classes, in_channels)
 
 
 def resnet32(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """Five basic blocks a stage; 472,756 parameters at 100 classes."""
+    """Five basic blocks per stage; 472,756 parameters at 100 classes."""
     return ResNet(BasicBlock, (5, 5, 5), num_classes, in_channels)
 
 
 def resnet56(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """Nine basic blocks a stage."""
+    """Nine basic blocks per stage."""
     return ResNet(BasicBlock, (9, 9, 9), num_classes, in_channels)
 
 
 def resnet110(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """Twelve bottleneck blocks a stage, as OKDDip and PCL have it; 1,170,868 parameters at 100 classes."""
+    """Twelve bottleneck blocks per stage, as in OKDDip and PCL; 1,170,868 parameters at 100 classes."""
     return ResNet(Bottleneck, (12, 12, 12), num_classes, in_channels)
 
 
 def resnet110_basic(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """Eighteen basic blocks a stage, as He et al. have it; 1,736,564 parameters at 100 classes."""
+    """Eighteen basic blocks per stage, as in He et al.; 1,736,564 parameters at 100 classes."""
     return ResNet(BasicBlock, (18, 18, 18), num_classes, in_channels)
 
 
 def wrn20_8(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
-    """Two wide bottlenecks a stage, as OKDDip and PCL have it; 6,871,220 parameters at 100 classes."""
+    """Two wide bottlenecks per stage, as in OKDDip and PCL; 6,871,220 parameters at 100 classes."""
     return ResNet(WideBottleneck, (2, 2, 2), num_classes, in_channels)
 
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 
 
 class VGG(nn.Module):
-    """Five stages of 3x3 convolutions, each with a max-pool at its end, and a multilayer perceptron as the classifier.
+    """Five stages of 3x3 convolutions, each ending in a max-pool, and a multilayer perceptron as the classifier.
 
     Args:
-        counts: Convolutions a stage.
+        counts: Convolutions per stage.
         num_classes: Classes C.
         in_channels: Channels of the images.
         dropout: Probability with which the classifier's two hidden layers drop a unit.
@@ -43,12 +43,12 @@ class VGG(nn.Module):
             nn.Dropout(dropout),
             nn.Linear(512, num_classes),
         )
-        _initialise(self)
+        _initialize(self)
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
         """Return the pooled features, `B x num_features`."""
         x = self.stage3(self.stage2(self.stage1(x_BCHW)))
-        # Of a 32 x 32 image one pixel is left, and the mean changes nothing.
+        # Of a 32 x 32 image one pixel remains, which the mean does not change.
         return self.stage5(self.stage4(x)).mean((2, 3))
 
     def forward_head(self, features_BD: Tensor) -> Tensor:
@@ -63,14 +63,14 @@ class VGG(nn.Module):
 def _stage(in_channels: int, channels: int, count: int) -> nn.Sequential:
     layers: list[nn.Module] = []
     for index in range(count):
-        # The bias has no effect before BatchNorm; the published networks, and so their sizes, have it.
+        # The bias has no effect before BatchNorm; the published networks, and so their parameter counts, include it.
         layers.append(nn.Conv2d(channels if index else in_channels, channels, 3, 1, 1))
         layers += [nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
-    # Rounding up changes nothing where the size is even, and lets a map of one pixel through: five pools of 8 x 8.
+    # Rounding up keeps a map of one pixel (after five pools of 8 x 8); even sizes are not affected.
     return nn.Sequential(*layers, nn.MaxPool2d(2, ceil_mode=True))
 
 
-def _initialise(model: nn.Module) -> None:
+def _initialize(model: nn.Module) -> None:
     """Kaiming-normal convolutions (fan-out), linear layers of deviation 0.01, biases 0; BatchNorm keeps its default."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):

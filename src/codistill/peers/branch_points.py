@@ -1,4 +1,4 @@
-"""Where a network may fork: its modules in the order in which they run, and a sensible default.
+"""The modules at which a network may fork into branches, in the order in which they run, and a default among them.
 
 The default is the papers' place wherever maps shrink: the first module with weights that works at the last resolution
 (a ResNet's last stage, a ConvNeXt's, a VGG's last block). Where all maps have one size (a ViT), it is the layer at
@@ -8,41 +8,22 @@ three quarters of the depth.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from codistill.models import WithWeights, resolve
+from codistill.models import WithWeights, build, resolve
 from codistill.models.external import Source
 from codistill.peers.members import Spec
 from codistill.peers.modes import eval_mode
-from codistill.peers.split_head import SplitMember, dummy_input
+from codistill.peers.split_head import SplitMember, dummy_input, split_head
 from codistill.utils.errors import InputError
 
-
-def default_fork(spec: Spec, member: SplitMember, in_channels: int, image_size: int) -> str:
-    """Return where a network forks if nobody says: its own `branch_at`, or what its maps say for a library's network.
-
-    Maps are looked at in the size that a convolutional network was made for, so that the place is the same in any run.
-    """
-    own = getattr(member.body, "branch_at", "")
-    if isinstance(own, str) and own:
-        return own
-    factory = resolve(spec) if isinstance(spec, str) else spec
-    factory = factory.factory if isinstance(factory, WithWeights) else factory
-    if isinstance(factory, Source) and factory.is_library:
-        example = dummy_input(member, in_channels, factory.native_size or image_size)
-        found = default_branch_point(branch_points(member.body, member.head_path, example))
-        if found is not None:
-            return found
-    raise InputError(
-        f"--branch-at is needed: {type(member.body).__name__} has no default place to fork "
-        "(codistill list branch-points --model NAME shows the places)"
-    )
-
-
-MOST_DOTS = 4
+MAX_PATH_DOTS = 4
+"""Modules nested deeper are not considered."""
+Shape = tuple[int, ...]
 
 
 @dataclass
@@ -50,18 +31,17 @@ class BranchPoint:
     """A module that can be the first of every branch."""
 
     path: str
-    entering: tuple[int, ...]
-    """Shape of what goes into it, without the batch."""
-    leaving: tuple[int, ...]
-    own_parameters: int
-    after: int = 0
-    """Parameters from here on: what every branch has for itself."""
+    input_shape: Shape
+    """Without the batch."""
+    output_shape: Shape
+    branch_parameters: int = 0
+    """Parameters from this module on, without the head: those that every branch has for itself."""
 
 
-def resolution(shape: tuple[int, ...]) -> int:
-    """Return how many places a map has (its shape without the batch); 1 where it is pooled.
+def resolution(shape: Shape) -> int:
+    """Return the number of positions of a map, from its shape without the batch; 1 where it is pooled.
 
-    Images are square, so the two equal axes are height and width, wherever the channels stand.
+    Images are square, so the two equal axes are height and width, whether the channels are first or last.
     """
     if len(shape) == 3:
         return shape[1] * shape[2] if shape[1] == shape[2] else shape[0] * shape[1]
@@ -72,18 +52,17 @@ def branch_points(model: nn.Module, head_path: str, example: Tensor) -> list[Bra
     """Return the modules that may fork, in the order in which they run.
 
     Args:
-        model: A network whose head is in its place or cut off.
+        model: A network with or without its head.
         head_path: Path of the head, which no fork may follow.
-        example: Images that it takes.
+        example: Images that it takes, `B x C x H x W`.
     """
-    runs = _runs(model, example)
+    shapes = _shapes_of_modules(model, example)
     points = []
-    for path, (entering, leaving) in runs.items():
-        module = model.get_submodule(path)
-        own = sum(p.numel() for p in module.parameters())
-        if own and path != head_path and not path.startswith(head_path + "."):
-            points.append(BranchPoint(path, entering, leaving, own))
-    order = list(runs)
+    for path, (input_shape, output_shape) in shapes.items():
+        has_weights = any(True for _ in model.get_submodule(path).parameters())
+        if has_weights and path != head_path and not path.startswith(head_path + "."):
+            points.append(BranchPoint(path, input_shape, output_shape))
+    order = list(shapes)
     for point in points:
         later = {
             id(p): p.numel()
@@ -91,45 +70,116 @@ def branch_points(model: nn.Module, head_path: str, example: Tensor) -> list[Bra
             for p in model.get_submodule(path).parameters()
             if not point.path.startswith(path + ".")
         }
-        point.after = sum(later.values())
-    return [point for point in points if point is not points[0]]
+        point.branch_parameters = sum(later.values())
+    return points[1:]
+
+
+def find_default_fork(spec: Spec, member: SplitMember, in_channels: int, image_size: int) -> str | None:
+    """Return the default fork of a network: its own `branch_at`, or for a library's network one found from its maps.
+
+    Maps are computed at the size that a convolutional network was made for, so that the fork is the same in any run.
+    """
+    declared = getattr(member.body, "branch_at", "")
+    if isinstance(declared, str) and declared:
+        return declared
+    source = _library_source(resolve(spec) if isinstance(spec, str) else spec)
+    if source is None:
+        return None
+    example = dummy_input(member, in_channels, source.native_size or image_size)
+    return default_branch_point(branch_points(member.body, member.head_path, example))
+
+
+def default_fork(spec: Spec, member: SplitMember, in_channels: int, image_size: int) -> str:
+    """Return the default fork of a network (see `find_default_fork`).
+
+    Raises:
+        InputError: the network has none.
+    """
+    fork = find_default_fork(spec, member, in_channels, image_size)
+    if fork is None:
+        raise InputError(
+            f"--branch-at is needed: {type(member.body).__name__} has no default place to fork "
+            "(codistill list branch-points --model NAME shows the places)"
+        )
+    return fork
+
+
+def branch_point_rows(model: str, image_size: int | None = None) -> list[dict[str, str]]:
+    """Return a table of the modules at which a network of 100 classes may fork, in the order in which they run.
+
+    Args:
+        model: Name of the network (see `codistill.models.resolve`).
+        image_size: Height and width of the images; default the network's own, 224 for a library's, else 32.
+
+    Raises:
+        InputError: there is no such network, or it does not take the images.
+
+    >>> [row["module"] for row in branch_point_rows("resnet8")][:6]
+    ['bn1', 'layer1', 'layer1.0', 'layer2', 'layer2.0', 'layer3 (default)']
+    """
+    if image_size is not None and image_size < 8:
+        raise InputError(f"--image-size is {image_size}; give 8 or more")
+    factory = resolve(model)
+    source = _library_source(factory)
+    size = image_size or (32 if source is None else source.native_size or 224)
+    network = build(factory, num_classes=100, in_channels=3, image_size=image_size)
+    example = dummy_input(network, 3, size)
+    member = split_head(network, example)
+    points = branch_points(member.body, member.head_path, example)
+    default = find_default_fork(model, member, 3, size)
+    total = sum(p.numel() for p in member.parameters())
+    head = sum(p.numel() for p in member.head.parameters())
+    return [
+        {
+            "module": point.path + (" (default)" if point.path == default else ""),
+            "entering": " x ".join(map(str, point.input_shape)),
+            "in every branch": f"{100 * (point.branch_parameters + head) / total:.0f} %",
+            "parameters per branch": f"{point.branch_parameters + head:,}",
+        }
+        for point in points
+    ]
+
+
+def _library_source(factory: Callable[..., nn.Module] | nn.Module) -> Source | None:
+    """Return the source of a library's network, None for any other network."""
+    factory = factory.factory if isinstance(factory, WithWeights) else factory
+    return factory if isinstance(factory, Source) and factory.is_library else None
 
 
 def default_branch_point(points: list[BranchPoint]) -> str | None:
-    """Return the path of the default among the points of a network, None where there is no sensible one."""
-    maps = [p for p in points if len(p.leaving) > 1 and resolution(p.leaving) > 1]
+    """Return the path of the default among the points of a network, None where there is none."""
+    maps = [p for p in points if len(p.output_shape) > 1 and resolution(p.output_shape) > 1]
     if not maps:
         return _three_quarters(points)
-    last = resolution(maps[-1].leaving)
-    before = [i for i, p in enumerate(maps) if resolution(p.leaving) > last]
-    shrinks = [p for p in maps[before[-1] + 1 :] if resolution(p.leaving) == last] if before else []
-    if not shrinks:
+    last = resolution(maps[-1].output_shape)
+    larger = [i for i, p in enumerate(maps) if resolution(p.output_shape) > last]
+    smallest = [p for p in maps[larger[-1] + 1 :] if resolution(p.output_shape) == last] if larger else []
+    if not smallest:
         return _three_quarters(points)
-    first = shrinks[0]  # or what it stands first in: a ConvNeXt's downsampling begins with a norm at the old resolution
-    around = [p for p in points if first.path.startswith(p.path + ".") and p.leaving == first.leaving]
-    same = [p for p in around if resolution(p.entering) == resolution(first.entering)]
+    # Or the module that begins with it: a ConvNeXt's downsampling begins with a norm at the old resolution.
+    first = smallest[0]
+    parents = [p for p in points if first.path.startswith(p.path + ".") and p.output_shape == first.output_shape]
+    same = [p for p in parents if resolution(p.input_shape) == resolution(first.input_shape)]
     return (same or [first])[0].path
 
 
 def _three_quarters(points: list[BranchPoint]) -> str | None:
-    """Return the layer at three quarters of the longest row of like-named siblings (blocks.0, blocks.1, ...)."""
-    rows: dict[str, list[str]] = {}
+    """Return the layer at three quarters of the longest list of numbered blocks (blocks.0, blocks.1, ...)."""
+    lists: dict[str, dict[int, str]] = {}
     for point in points:
-        parent, _, name = point.path.rpartition(".")
-        if name.rstrip("0123456789") != name:
-            rows.setdefault(f"{parent}.{name.rstrip('0123456789')}", []).append(point.path)
-    if not rows:
+        prefix = point.path.rstrip("0123456789")
+        if prefix != point.path:
+            lists.setdefault(prefix, {})[int(point.path[len(prefix) :])] = point.path
+    if not lists:
         return None
-    row = max(rows.values(), key=lambda paths: (len(paths), -paths[0].count(".")))
-    # The first layer of a network is no fork and so is not in the row.
-    total = 1 + max(int(path[len(path.rstrip("0123456789")) :]) for path in row)
-    chosen = math.ceil(total * 3 / 4)
-    return next((path for path in row if int(path[len(path.rstrip("0123456789")) :]) == chosen), row[-1])
+    blocks = max(lists.values(), key=lambda paths: (len(paths), -next(iter(paths.values())).count(".")))
+    # The first layer of a network is no fork and so is not in the list.
+    return blocks.get(math.ceil((1 + max(blocks)) * 3 / 4), [*blocks.values()][-1])
 
 
-def _runs(model: nn.Module, example: Tensor) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-    """Return, for every module that runs once on the way from images to features, the shapes before and after it."""
-    calls: dict[str, list[tuple[tuple[int, ...], tuple[int, ...]]]] = {}
+def _shapes_of_modules(model: nn.Module, example: Tensor) -> dict[str, tuple[Shape, Shape]]:
+    """Return input and output shape of every module that runs once on the way from images to features."""
+    calls: dict[str, list[tuple[Shape, Shape]]] = {}
     hooks = []
 
     def enter(_module: nn.Module, args: tuple, *, name: str) -> None:
@@ -142,7 +192,7 @@ def _runs(model: nn.Module, example: Tensor) -> dict[str, tuple[tuple[int, ...],
             calls[name][-1] = (calls[name][-1][0], tuple(output.shape[1:]))
 
     for name, module in model.named_modules():
-        if name and name.count(".") <= MOST_DOTS:
+        if name and name.count(".") <= MAX_PATH_DOTS:
             hooks.append(module.register_forward_pre_hook(lambda m, a, name=name: enter(m, a, name=name)))
             hooks.append(module.register_forward_hook(lambda m, a, o, name=name: leave(m, a, o, name=name)))
     try:
@@ -151,20 +201,20 @@ def _runs(model: nn.Module, example: Tensor) -> dict[str, tuple[tuple[int, ...],
     finally:
         for hook in hooks:
             hook.remove()
-    spine: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = {}
-    for name, shapes in calls.items():
-        if len(shapes) == 1 and shapes[0][0] and _on_spine(name, model):
-            spine[name] = shapes[0]
-    return spine
+    return {
+        name: shapes[0]
+        for name, shapes in calls.items()
+        if len(shapes) == 1 and shapes[0][0] and not _is_inside_block(name, model)
+    }
 
 
-def _on_spine(path: str, model: nn.Module) -> bool:
-    """Say whether every module around `path` merely lists its parts or holds most of the weights, as no block does."""
-    whole = sum(p.numel() for p in model.parameters()) or 1
+def _is_inside_block(path: str, model: nn.Module) -> bool:
+    """Return whether a module that contains `path` is a block: no list of modules, and without most of the weights."""
+    total = sum(p.numel() for p in model.parameters()) or 1
     parts = path.split(".")[:-1]
     for depth in range(1, len(parts) + 1):
-        around = model.get_submodule(".".join(parts[:depth]))
-        lists = isinstance(around, nn.Sequential | nn.ModuleList | nn.ModuleDict)
-        if not lists and sum(p.numel() for p in around.parameters()) < 0.6 * whole:
-            return False
-    return True
+        parent = model.get_submodule(".".join(parts[:depth]))
+        is_list = isinstance(parent, nn.Sequential | nn.ModuleList | nn.ModuleDict)
+        if not is_list and sum(p.numel() for p in parent.parameters()) < 0.6 * total:
+            return True
+    return False

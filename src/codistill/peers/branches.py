@@ -11,15 +11,15 @@ from torch import Tensor, nn
 
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branch_points import default_fork
-from codistill.peers.members import Spec, _members
+from codistill.peers.members import Spec, build_members
 from codistill.peers.modes import eval_mode
-from codistill.peers.shared_trunk import Entry, Shared, share_until
-from codistill.peers.split_head import dummy_input
+from codistill.peers.shared_trunk import BranchEntry, SharedModule, share_until
+from codistill.peers.split_head import SplitMember, dummy_input
 from codistill.utils.errors import InputError
 
 
 class BranchPeers(Peers):
-    """Branches on one trunk, made from any network: built once a branch, with what comes before the fork shared.
+    """Branches on one trunk, made from any network: built once per branch, with all that runs before the fork shared.
 
     Args:
         spec: A name, or a callable that builds one network (see `NetworkPeers`).
@@ -29,7 +29,7 @@ class BranchPeers(Peers):
             Default: the network's own `branch_at` (the papers' place), or for a library's network its last stage.
         fan_out: Number of children at each fork; its product is `num_peers`.
         rescale: Divide the gradient that goes from a fork into the layers below by the fork's fan-out.
-        seed: Branch p is initialised from a seed made of (seed, p); shared parts come from the first branch of a group.
+        seed: Branch p is initialized from a seed made of (seed, p); shared parts come from the first branch of a group.
         in_channels: Channels of the images.
         image_size: Height and width used once, to find what runs before the fork.
 
@@ -59,35 +59,46 @@ class BranchPeers(Peers):
             raise InputError(
                 "branches are built from a name or a callable, once each; a built model or a list cannot be"
             )
-        members = _members([spec] * num_peers, seed, num_classes, in_channels, image_size)
+        members = build_members([spec] * num_peers, seed, num_classes, in_channels, image_size)
         example = dummy_input(members[0], in_channels, image_size)
         forks = [branch_at] if isinstance(branch_at, str) else list(branch_at)
         forks = forks or [default_fork(spec, members[0], in_channels, image_size)]
-        fan_out = list(fan_out) or [num_peers]
-        if len(forks) != len(fan_out) or math.prod(fan_out) != num_peers:
-            raise InputError(f"--fan-out {fan_out} does not make {num_peers} branches at --branch-at {' '.join(forks)}")
+        self._share(members, forks, list(fan_out) or [num_peers], example)
+        with eval_mode(self):
+            outputs = self._verify(forks[0], example)
+            self._can_rescale = self._rescales_every_path(example)
+        assert outputs.trunk_BD is not None
+        self._trunk_dim = outputs.trunk_BD.shape[1]
+        self._set_num_classes([outputs.logits_PBC.shape[-1]], num_classes)
+        self.set_rescale(rescale)
+
+    def _share(self, members: list[SplitMember], forks: list[str], fan_out: list[int], example: Tensor) -> None:
+        """Make `members` share what runs before the forks, and keep the modules that do the sharing."""
+        if len(forks) != len(fan_out) or math.prod(fan_out) != len(members):
+            raise InputError(
+                f"--fan-out {fan_out} does not make {len(members)} branches at --branch-at {' '.join(forks)}"
+            )
         share_until([m.body for m in members], forks, fan_out, example)
         self.members = nn.ModuleList(members)
-        # Found once: walking the tree of modules at every step would cost more than a small branch.
-        self._shared = [m for m in self.modules() if isinstance(m, Shared)]
+        # Found once: a walk through all modules at every step would cost more than a small branch.
+        self.shared_modules = [m for m in self.modules() if isinstance(m, SharedModule)]
+        # Every path into a branch leads through an entry; that of the first fork is the first that a forward reaches.
+        entries = [m for m in self.modules() if isinstance(m, BranchEntry)]
         first = members[0].body.get_submodule(forks[0])
-        first = first.inner if isinstance(first, Shared) else first
-        assert isinstance(first, Entry)
-        self._entries = [first, *(m for m in self.modules() if isinstance(m, Entry) and m is not first)]
-        with eval_mode(self):
-            with torch.no_grad():
-                outputs, unshared = self(example), self(example.expand(num_peers, *example.shape))
-                gap = (outputs.logits_PBC - unshared.logits_PBC).abs().max()
-                if gap > 1e-3 * unshared.logits_PBC.abs().max() or self._writes_into_trunk(example):
-                    raise InputError(
-                        f'--branch-at "{forks[0]}": the network changes its trunk in place for every branch; '
-                        "fork at another module, or build it with inplace=False"
-                    )
-            self._rescalable = self._rescaling_is_whole(example)
-        assert outputs.trunk_BD is not None
-        self._check([outputs.logits_PBC.shape[-1]], num_classes)
-        self._trunk_dim = outputs.trunk_BD.shape[1]
-        self.set_rescale(rescale)
+        first = first.inner if isinstance(first, SharedModule) else first
+        self._entries = sorted(entries, key=lambda entry: entry is not first)
+
+    def _verify(self, fork: str, example: Tensor) -> PeerOutputs:
+        """Return the outputs for `example`, or raise where sharing the trunk changes them."""
+        with torch.no_grad():
+            outputs, unshared = self(example), self(example.expand(self.num_peers, *example.shape))
+            gap = (outputs.logits_PBC - unshared.logits_PBC).abs().max()
+            if gap > 1e-3 * unshared.logits_PBC.abs().max() or self._writes_into_trunk(example):
+                raise InputError(
+                    f'--branch-at "{fork}": the network changes its trunk in place for every branch; '
+                    "fork at another module, or build it with inplace=False"
+                )
+        return outputs
 
     @property
     def trunk_dim(self) -> int | None:
@@ -98,73 +109,77 @@ class BranchPeers(Peers):
         """Switch the rescaling of gradients at the forks on or off.
 
         Raises:
-            InputError: some of what the branches take goes past the forks' modules (a skip connection, say).
+            InputError: a part of the branches' input goes past the forks' modules (through a skip connection, say).
         """
-        if rescale and not self._rescalable:
+        if rescale and not self._can_rescale:
             raise InputError(
                 "--branch-at: a path goes past the fork's module and would not be rescaled; fork elsewhere"
             )
         for entry in self._entries:
             entry.rescale = rescale
 
-    def _forget(self) -> None:
-        for module in (*self._shared, *self._entries):
-            module.forget()
+    def clear_cache(self) -> None:
+        """Drop the outputs and inputs that shared modules and entries keep within one forward."""
+        for module in (*self.shared_modules, *self._entries):
+            module.clear_cache()
+
+    def trunk_output(self) -> Tensor:
+        """Return what entered the first fork in this forward, pooled to `B x D`."""
+        x = self._entries[0].last_input
+        assert x is not None, "the trunk has not run since clear_cache()"
+        if x.dim() == 4:  # images are square: where axes 1 and 2 agree and 3 does not, the channels are last
+            return x.mean((1, 2)) if x.shape[1] == x.shape[2] != x.shape[3] else x.mean((2, 3))
+        return x if x.dim() == 2 else x.mean(1)
 
     def _writes_into_trunk(self, example: Tensor) -> bool:
-        """Say whether a member changes in place what a shared module has given to all, even to the same values."""
-        self._forget()
+        """Return whether a member changes a cached output of a shared module in place, even to the same values."""
+        self.clear_cache()
         versions: dict[int, int] = {}
         written = False
         for member in self.members:
-            for shared in self._shared:
-                shared.rewind(keep=True)
+            for shared in self.shared_modules:
+                shared.replay()
             member(example)
-            for tensor in (run for shared in self._shared for run in shared.tensors()):
+            for tensor in (cached for shared in self.shared_modules for cached in shared.cached_tensors()):
                 written |= versions.setdefault(id(tensor), tensor._version) != tensor._version
-        self._forget()
+        self.clear_cache()
         return written
 
-    def _rescaling_is_whole(self, example: Tensor) -> bool:
-        """Say whether all gradient of what k members share comes through forks that divide it by k in the end."""
-        holders = Counter(id(p) for member in self.members for p in member.parameters())
+    def _rescales_every_path(self, example: Tensor) -> bool:
+        """Return whether rescaling divides every shared parameter's gradient by its number of branches."""
+        num_holders = Counter(id(p) for member in self.members for p in member.parameters())
         parameters = [p for p in self.parameters() if p.requires_grad]
-        slopes = []
+        gradients = []
         for rescale in (False, True):
             for entry in self._entries:
                 entry.rescale = rescale
             with torch.enable_grad():
                 loss = self(example).logits_PBC.square().sum()
-                slopes.append(torch.autograd.grad(loss, parameters, allow_unused=True))
-        found = [(p, *pair) for p, *pair in zip(parameters, *slopes) if pair[0] is not None]
+                gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
+        found = [(p, *pair) for p, *pair in zip(parameters, *gradients) if pair[0] is not None]
         noise = 1e-5 * max(plain.abs().max() for _, plain, _ in found)
-        gaps = (
-            (scaled * holders[id(p)] - plain).abs().max() > 1e-3 * plain.abs().max() + noise
+        return all(
+            (scaled * num_holders[id(p)] - plain).abs().max() <= 1e-3 * plain.abs().max() + noise
             for p, plain, scaled in found
         )
-        return not any(gaps)
-
-    def _trunk_output(self) -> Tensor:
-        """Return what entered the first fork in this forward, pooled to `B x D`."""
-        x = self._entries[0].seen
-        assert x is not None
-        if x.dim() == 4:  # images are square, so where axes 1 and 2 agree and 3 does not, the channels stand last
-            return x.mean((1, 2)) if x.shape[1] == x.shape[2] != x.shape[3] else x.mean((2, 3))
-        return x if x.dim() == 2 else x.mean(1)
 
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
-        """Run the trunk once and every branch; with one view a peer, the trunk runs once a view."""
-        views = self._views(views_VBCHW)
+        """Run the trunk once and every branch; with one view per peer, the trunk runs once per view.
+
+        Args:
+            views_VBCHW: One view or one per peer; `B x C x H x W` is one view.
+        """
+        views = self._as_views(views_VBCHW)
         own_views = views.shape[0] > 1
-        if self.runner is not None and self.training and not own_views:
-            return self.runner(views)
-        self._forget()
+        if self.stacked_runner is not None and self.training and not own_views:
+            return self.stacked_runner(views)
+        self.clear_cache()
         pairs = []
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
             for p, member in enumerate(self.members):
-                for shared in self._shared:
-                    shared.rewind(keep=not own_views)
+                for shared in self.shared_modules:
+                    shared.clear_cache() if own_views else shared.replay()
                 pairs.append(member(views[p if own_views else 0]))
-            trunk = None if own_views else self._trunk_output().to(pairs[0][0].dtype)
-        self._forget()
-        return self._stack(pairs, trunk)
+            trunk = None if own_views else self.trunk_output().to(pairs[0][0].dtype)
+        self.clear_cache()
+        return self._stack_outputs(pairs, trunk)

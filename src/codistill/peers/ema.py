@@ -17,57 +17,57 @@ from codistill.peers.base import PeerOutputs, Peers
 class MeanTeacher(nn.Module):
     """An exponential moving average of peers: phi = min(1 - 1/(g + 1), decay) at step g (PCL, section 3.3).
 
-    While training it normalises by batch statistics and leaves its running ones alone; those are averaged from the
-    peers' own, for evaluation.
+    In training mode it normalizes by batch statistics and does not change its running ones. Those are the average of
+    the peers' running statistics, for evaluation.
 
     Args:
-        peers: What is averaged; copied.
-        decay: Most that the average keeps of itself.
+        peers: The peers to average; they are copied.
+        decay: Upper bound of phi, the weight of the average in its own update.
     """
 
     def __init__(self, peers: Peers, decay: float) -> None:
         super().__init__()
         self.peers = copy.deepcopy(peers).requires_grad_(False)
         self.decay = decay
-        _track(self.peers, False)  # in training: batch statistics, nothing recorded
+        _track_running_stats(self.peers, enabled=False)  # in training: batch statistics, nothing recorded
 
     @torch.no_grad()
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
-        """Return what the averaged peers say; no gradient."""
+        """Return the outputs of the averaged peers, without gradient."""
         return self.peers(views_VBCHW)
 
     def export_member(self, index: int) -> nn.Module:
-        """Return the average of a member as a plain network, which normalises and records as any other does."""
-        return _track(self.peers.export_member(index), True)
+        """Return the average of a member as a plain network that records BatchNorm statistics as usual."""
+        return _track_running_stats(self.peers.export_member(index), enabled=True)
 
     def counterparts(self, peers: Peers, modules: Iterable[nn.Module]) -> list[nn.Module]:
-        """Return the averages of some `modules` of the peers that were copied."""
+        """Return the averages of `modules`, which are modules of the peers that were copied."""
         twins = dict(zip(map(id, peers.modules()), self.peers.modules(), strict=True))
         return [twins[id(module)] for module in modules]
 
     @torch.no_grad()
     def update(self, peers: Peers, step: int, good: Tensor | None = None) -> None:
-        """Average in the peers as they are after step `step`, counted from 0 (which copies them).
+        """Move the average towards the peers after step `step`; step 0 copies them.
 
         Args:
-            peers: What is averaged in.
-            step: Number of the step.
-            good: Whether the step counts, one number on the device; where it is 0, the average stays.
+            peers: The peers that were trained.
+            step: Number of the step, from 0.
+            good: Whether the step counts, one number on the device; where it is 0, the average is unchanged.
         """
         keep = min(1.0 - 1.0 / (step + 1), self.decay)
-        ours = [*self.peers.trained_parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
-        theirs = [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
+        averages = [*self.peers.trained_parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
+        current = [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
         if good is None or step == 0:  # before the first step both are the same
-            torch._foreach_lerp_(ours, theirs, 1.0 - keep)
+            torch._foreach_lerp_(averages, current, 1.0 - keep)
             return
-        shares = torch._foreach_sub(theirs, ours)
-        torch._foreach_mul_(shares, good.to(ours[0].dtype) * (1.0 - keep))
-        torch._foreach_add_(ours, shares)
+        changes = torch._foreach_sub(current, averages)
+        torch._foreach_mul_(changes, good.to(averages[0].dtype) * (1.0 - keep))
+        torch._foreach_add_(averages, changes)
 
 
-def _track(network: nn.Module, on: bool) -> nn.Module:
-    """Let its BatchNorms keep running statistics in training, or not."""
+def _track_running_stats(network: nn.Module, *, enabled: bool) -> nn.Module:
+    """Set whether BatchNorms record running statistics in training."""
     for module in network.modules():
         if isinstance(module, nn.modules.batchnorm._BatchNorm):
-            module.track_running_stats = on
+            module.track_running_stats = enabled
     return network

@@ -14,11 +14,12 @@ def build_peers(
 ) -> Peers:
     """Build the peers of a resolved config, or (of networks) only those with the numbers `members`."""
     assert config.peers is not None
-    about = {"seed": config.seed, "in_channels": in_channels, "image_size": image_size}
-    specs = [resolve(name, config.pretrained, config.weights) for name in config.model]
+    kwargs = {"seed": config.seed, "in_channels": in_channels, "image_size": image_size}
+    specs = [resolve(name, pretrained=config.pretrained, weights=config.weights) for name in config.model]
     if config.topology == "networks":
         members = range(config.peers) if members is None else members
         chosen = [specs[p if len(specs) > 1 else 0] for p in members]
-        return NetworkPeers(chosen, len(members), num_classes, first=members.start, **about)
-    fork = {"branch_at": config.branch_at, "fan_out": config.fan_out}
-    return BranchPeers(specs[0], config.peers, num_classes, **fork, **about)
+        return NetworkPeers(chosen, len(members), num_classes, first=members.start, **kwargs)
+    return BranchPeers(
+        specs[0], config.peers, num_classes, branch_at=config.branch_at, fan_out=config.fan_out, **kwargs
+    )

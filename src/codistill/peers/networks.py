@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill.peers.base import PeerOutputs, Peers
-from codistill.peers.members import Spec, _members, _num_classes
+from codistill.peers.members import Spec, build_members, num_head_classes
 from codistill.peers.modes import frozen_batchnorm_stats
 from codistill.utils.errors import InputError
 
@@ -18,15 +18,15 @@ class NetworkPeers(Peers):
 
     Args:
         spec: A name (see `models.resolve`), a callable that builds one network, or a list of names, callables or
-            modules, one a peer.
-            Modules are taken as they are and changed: their heads are cut off (`export_member` puts them back).
-            A callable is given `num_classes`, `in_channels` and `image_size` if its signature takes them.
+            modules, one per peer.
+            Modules are used as they are and changed: their heads are cut off (`export_member` puts them back).
+            A callable is called with those of `num_classes`, `in_channels` and `image_size` that it takes.
         num_peers: Number of members, the leader included; default the length of the list.
         num_classes: Number of classes; default what the networks end in.
-        seed: Member p is initialised from a seed made of (seed, p).
+        seed: Member p is initialized from a seed made of (seed, p).
         in_channels: Channels of the images.
         image_size: Height and width used once, to check the networks.
-        first: Number of the first member, where these are a part of more peers (see `mesh.py`).
+        first: Number of the first member, where these peers are a part of more (see `codistill.distributed`).
 
     Raises:
         InputError: one built instance is given for several peers, or the heads do not agree.
@@ -55,30 +55,34 @@ class NetworkPeers(Peers):
                 raise InputError("one built model cannot be several peers; give a name, a callable or a list of models")
             specs *= num_peers
         if len(specs) != num_peers:
-            raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one a peer")
-        members = _members(specs, seed, num_classes, in_channels, image_size, first)
+            raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one per peer")
+        members = build_members(specs, seed, num_classes, in_channels, image_size, first)
         self.members = nn.ModuleList(members)
-        self._check([_num_classes(m) for m in members], num_classes)
+        self._set_num_classes([num_head_classes(m) for m in members], num_classes)
 
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
-        """Run every member on its view (or all on the only one); V is 1 or the number of peers."""
-        views = self._views(views_VBCHW)
+        """Run every member on its own view, or all on the only one.
+
+        Args:
+            views_VBCHW: One view or one per peer; `B x C x H x W` is one view.
+        """
+        views = self._as_views(views_VBCHW)
         own_views = views.shape[0] > 1
-        if self.runner is not None and self.training:
-            return self.runner(views)
+        if self.stacked_runner is not None and self.training:
+            return self.stacked_runner(views)
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
             pairs = [member(views[p if own_views else 0]) for p, member in enumerate(self.members)]
-        return self._stack(pairs, None)
+        return self._stack_outputs(pairs, None)
 
     @torch.no_grad()
-    def refresh(self, said: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:
-        """Run one member again, with nothing recorded, and put what it says now in the place of what it said."""
-        views, member = self._views(views_VBCHW), self.member(index)
+    def refresh(self, outputs: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:
+        """Run member `index` again and replace its logits and features in `outputs`; no statistics are recorded."""
+        views, member = self._as_views(views_VBCHW), self.member(index)
         with (
             torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None),
             frozen_batchnorm_stats(member),
         ):
             features_BD, logits_BC = member(views[index if views.shape[0] > 1 else 0])
-        said.logits_PBC[index] = logits_BC
-        if said.features:
-            said.features[index] = features_BD
+        outputs.logits_PBC[index] = logits_BC
+        if outputs.features:
+            outputs.features[index] = features_BD

@@ -1,9 +1,9 @@
-"""How copies of one network come to share what runs before a fork, without an edit to the network.
+"""Sharing the modules that run before a fork among copies of one network, without an edit to the network.
 
-The network is built once a branch. A dummy batch shows the order in which its modules run. Every module whose calls all
-end before the first call of the fork's module is replaced, in every copy of a group, by one `Shared` module: it runs
-for the first copy and replays its outputs to the others. Parameters that hang on a module around the fork (a class
-token, say) are shared too. The fork's module itself sits in an `Entry`, where gradients can be rescaled.
+The network is built once per branch. A dummy batch shows the order in which its modules run. Every module whose calls
+all end before the first call of the fork's module is replaced, in every copy of a group, by one `SharedModule`: it runs
+for the first copy and replays its outputs to the others. Parameters of a module that contains the fork (a class token,
+say) are shared too. The fork's module itself is wrapped in a `BranchEntry`, where gradients can be rescaled.
 """
 
 from __future__ import annotations
@@ -18,15 +18,17 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from codistill.losses import scale_gradient
+from codistill.peers.modes import eval_mode
 from codistill.utils.errors import InputError
 
 
 class _Wrapper(nn.Module):
-    """A module that stands in for `inner`, and passes on what the network reads from it (a size, a stride)."""
+    """A module that replaces `inner`; what a network reads from it (a size, a stride) are the attributes of `inner`."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()
         self.inner = inner
+        self.training = inner.training
 
     def __getattr__(self, name: str) -> Any:
         try:
@@ -35,8 +37,8 @@ class _Wrapper(nn.Module):
             return getattr(super().__getattr__("inner"), name)
 
 
-class Shared(_Wrapper):
-    """A module that several copies hold: it runs for the first, and replays what it returned to the others."""
+class SharedModule(_Wrapper):
+    """A module in several copies: it runs for the first, and replays its outputs to the others."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__(inner)
@@ -50,57 +52,55 @@ class Shared(_Wrapper):
         self._cursor += 1
         return self._outputs[self._cursor - 1]
 
-    def tensors(self) -> list[Tensor]:
-        """Return the tensors among the outputs kept."""
+    def cached_tensors(self) -> list[Tensor]:
+        """Return the tensors among the cached outputs."""
         return [leaf for leaf in tree_leaves(self._outputs) if isinstance(leaf, Tensor)]
 
-    def rewind(self, keep: bool) -> None:
-        """Start again with the next copy, replaying (`keep`) or running anew."""
+    def replay(self) -> None:
+        """Return the cached outputs again, from the first call on, for the next copy."""
         self._cursor = 0
-        if not keep:
-            self._outputs = []
 
-    def forget(self) -> None:
-        """Drop the outputs kept (and the graph that hangs on them)."""
-        self.rewind(keep=False)
+    def clear_cache(self) -> None:
+        """Drop the cached outputs (and the graph that they keep alive)."""
+        self._cursor, self._outputs = 0, []
 
 
-class Entry(_Wrapper):
-    """The first module of a branch; rescales the gradient that leaves it for the trunk."""
+class BranchEntry(_Wrapper):
+    """The first module of a branch; it can divide the gradient that goes into the trunk by the fork's fan-out."""
 
     def __init__(self, inner: nn.Module, fan_out: int) -> None:
         super().__init__(inner)
         self.fan_out = fan_out
         self.rescale = False
-        self.seen: Tensor | None = None
+        self.last_input: Tensor | None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """Run the branch's module."""
-        self.seen = x
+        self.last_input = x
         return self.inner(scale_gradient(x, 1.0 / self.fan_out) if self.rescale else x, *args, **kwargs)
 
-    def forget(self) -> None:
-        """Drop what entered (and the graph that hangs on it)."""
-        self.seen = None
+    def clear_cache(self) -> None:
+        """Drop the last input (and the graph that it keeps alive)."""
+        self.last_input = None
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
-    """Return an independent copy in which every `Shared` and `Entry` is replaced by the module inside."""
+    """Return an independent copy in which every `SharedModule` and `BranchEntry` is replaced by the module inside."""
     plain = copy.deepcopy(module)
-    while wrapped := [(n, m) for n, m in plain.named_modules() if isinstance(m, Shared | Entry)]:
+    while wrapped := [(n, m) for n, m in plain.named_modules() if isinstance(m, SharedModule | BranchEntry)]:
         name, wrapper = wrapped[0]
         plain.set_submodule(name, wrapper.inner)
     return plain
 
 
 def share_until(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequence[int], example: Tensor) -> None:
-    """Make `copies` share what runs before each fork, in place; see the module's docstring.
+    """Make `copies` share the modules that run before each fork, in place; see the docstring of this file.
 
     Args:
-        copies: The same network, built prod(fan_out) times.
+        copies: The same network, built once per branch: prod(fan_out) copies.
         forks: Paths of the first module after each fork, in the order in which they run.
         fan_out: Children at each fork.
-        example: A batch that the network takes.
+        example: A batch `B x C x H x W` that the network takes.
 
     Raises:
         InputError: a path does not exist or does not run, or a module runs on both sides of a fork.
@@ -108,12 +108,12 @@ def share_until(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequ
     names = dict(copies[0].named_modules())
     for fork in forks:
         if fork not in names or not fork:
-            tops = [n for n, _ in copies[0].named_children()]
-            raise InputError(f'--branch-at "{fork}" is no module of the network; its top level has {", ".join(tops)}')
+            children = ", ".join(name for name, _ in copies[0].named_children())
+            raise InputError(f'--branch-at "{fork}" is no module of the network; its top level has {children}')
     calls = _call_spans(copies[0], example)
     starts = [calls[fork][0] if fork in calls else -1 for fork in forks]
     if -1 in starts or starts != sorted(set(starts)):
-        raise InputError(f"--branch-at {' '.join(forks)}: these modules must run, and in this order")
+        raise InputError(f"--branch-at {' '.join(forks)}: these modules must run, in this order")
     group, previous = len(copies), -1
     for level, (start, children) in enumerate(zip(starts, fan_out)):
         for first in range(0, len(copies), group):
@@ -124,31 +124,32 @@ def share_until(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequ
 
 
 def _call_spans(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int]]:
-    """Return the (first, last) moment at which every module was entered; hooks are gone when this returns."""
+    """Return the numbers of the first and the last call of every module, counted over all calls of one forward."""
     order: list[str] = []
     hooks = [
         module.register_forward_pre_hook(lambda _m, _x, name=name: order.append(name))
         for name, module in network.named_modules()
         if name
     ]
-    mode = network.training
     try:
-        with torch.no_grad():
-            network.eval()(example)
+        with eval_mode(network), torch.no_grad():
+            network(example)
     finally:
-        network.train(mode)
         for hook in hooks:
             hook.remove()
     spans: dict[str, tuple[int, int]] = {}
-    for moment, name in enumerate(order):
-        spans[name] = (spans.get(name, (moment, 0))[0], moment)
+    for number, name in enumerate(order):
+        spans[name] = (spans.get(name, (number, 0))[0], number)
     return spans
 
 
 def _share_span(
     group: Sequence[nn.Module], forks: Sequence[str], span: tuple[int, int], calls: dict[str, tuple[int, int]]
 ) -> None:
-    """Share, within `group`, the modules that run in the span from one fork to the next (the last of `forks`)."""
+    """Share, within `group`, the modules that run from the fork before the last of `forks` up to the last.
+
+    `span` holds the numbers of the first calls of these two forks.
+    """
     previous, start = span
     first, fork = group[0], forks[-1]
 
@@ -158,10 +159,10 @@ def _share_span(
                 setattr(other.get_submodule(path) if path else other, name, parameter)
         for name, child in list(module.named_children()):
             child_path = f"{path}.{name}" if path else name
-            if isinstance(child, Shared):
+            if isinstance(child, SharedModule):
                 continue
-            if child_path not in calls or any(_around(child_path, f) for f in forks):
-                visit(child_path, child)  # a container that never runs itself (nn.ModuleList) cannot replay
+            if child_path not in calls or any(_contains(child_path, f) for f in forks):
+                visit(child_path, child)  # a container that never runs itself (nn.ModuleList) has no outputs to replay
                 continue
             began, ended = _subtree_span(child_path, calls)
             if began >= start or began < previous:
@@ -170,15 +171,15 @@ def _share_span(
                 if child.state_dict():
                     raise InputError(f'--branch-at "{fork}": module "{child_path}" runs before and after it')
                 continue
-            shared = Shared(child)
+            shared = SharedModule(child)
             for other in group:
                 other.set_submodule(child_path, shared)
 
     visit("", first)
 
 
-def _around(path: str, fork: str) -> bool:
-    """Say whether the module at `path` contains the fork's module (and is not it)."""
+def _contains(path: str, fork: str) -> bool:
+    """Return whether the module at `path` contains the fork's module (and is another one)."""
     return fork.startswith(path + ".")
 
 
@@ -188,14 +189,14 @@ def _subtree_span(path: str, calls: dict[str, tuple[int, int]]) -> tuple[int, in
 
 
 def _place_entries(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequence[int]) -> None:
-    """Wrap each fork's module in an `Entry`; branches that share the module (a tree's inner fork) share the entry."""
+    """Wrap each fork's module in a `BranchEntry`; branches that share the module (an inner fork) share the entry."""
     sizes = [len(copies) // math.prod(fan_out[: level + 1]) for level in range(len(forks))]
     for fork, children, group in reversed(list(zip(forks, fan_out, sizes))):  # a fork may lie inside an earlier one
         for first in range(0, len(copies), group):
             members = copies[first : first + group]
             inner = members[0].get_submodule(fork)
-            if isinstance(inner, Shared):
-                inner.inner = Entry(inner.inner, children)
+            if isinstance(inner, SharedModule):
+                inner.inner = BranchEntry(inner.inner, children)
                 continue
             for member in members:
-                member.set_submodule(fork, Entry(member.get_submodule(fork), children))
+                member.set_submodule(fork, BranchEntry(member.get_submodule(fork), children))

@@ -1,4 +1,4 @@
-"""A config as the one shell line that trains it."""
+"""A config as the shell command that trains it."""
 
 from __future__ import annotations
 
@@ -7,19 +7,18 @@ import shlex
 from typing import Any
 
 from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 
 
 def command_line(config: Config) -> str:
-    """Return `codistill train ...` with every option that is not the default; parsed, it is the same config."""
-    assert isinstance(config.method, MethodConfig)
+    """Return `codistill train ...` with every option that is not the default; it parses into the same config."""
     words = ["codistill", "train", config.method.name]
-    words += _flags(config, Config(method=type(config.method)()), "--", skip="method")
-    words += _flags(config.method, type(config.method)(), "--method.")
+    words += _to_flags(config, Config(method=type(config.method)()), "--", skip="method")
+    words += _to_flags(config.method, type(config.method)(), "--method.")
     return " ".join(word if word.startswith("--") else shlex.quote(word) for word in words)
 
 
-def _flags(values: Any, defaults: Any, prefix: str, skip: str = "") -> list[str]:
+def _to_flags(values: Any, defaults: Any, prefix: str, skip: str = "") -> list[str]:
+    """Return the flags of all fields of a dataclass that differ from `defaults`, but for the field `skip`."""
     words: list[str] = []
     for field in dataclasses.fields(values):
         value, flag = getattr(values, field.name), field.name.replace("_", "-")

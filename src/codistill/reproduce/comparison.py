@@ -1,48 +1,80 @@
-"""The rows of a comparison, and their folder."""
+"""The runs of `codistill compare`, and the folder they are in."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
 
-from codistill.config.config import CompareConfig, Config
-from codistill.config.methods import METHODS, method_config
-from codistill.reproduce.grid import Cell
+from codistill.config.config import CompareConfig, Config, slug
+from codistill.config.methods import METHODS, TeacherConfig, method_config
+from codistill.reproduce.grid import Cell, list_failures
 from codistill.utils.errors import InputError
+from codistill.utils.files import write_json, write_text
+from codistill.utils.tables import Rows, markdown
 
 
-def plan(methods: list[str], config: CompareConfig) -> list[Cell]:
-    """Return the rows: one plain network, then for each topology independent peers and the methods asked for.
+def check_options(config: CompareConfig) -> None:
+    """Refuse options that a comparison cannot use.
 
     Raises:
-        InputError: a method is unknown or fits none of the topologies.
+        InputError: see above.
+    """
+    if config.seeds < 1 or config.workers < 1:
+        raise InputError(f"--{'seeds' if config.seeds < 1 else 'workers'} must be at least 1")
+    if config.mesh is not None:
+        raise InputError("--mesh: compare trains every run in one process, --workers of them at a time; drop --mesh")
+    if config.seed or config.resume:
+        flag = "--seed" if config.seed else "--resume"
+        raise InputError(f"{flag}: compare trains seeds 0 to --seeds - 1 and always resumes; drop {flag}")
+
+
+def comparison_folder(config: CompareConfig) -> Path:
+    """Return the folder of the comparison's runs."""
+    return Path(config.out or f"runs/compare-{slug(config.data)}")
+
+
+def comparison_title(config: CompareConfig) -> str:
+    """Return the heading of the comparison's table."""
+    return f"{config.data}, {config.epochs} epochs, test set, last epoch, {config.seeds} seeds"
+
+
+def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
+    """Return the rows: one plain network, then for each topology independent peers and the given methods.
+
+    Raises:
+        InputError: a method is unknown or supports none of the topologies.
     """
     shared = {
         f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in ("method", "topology")
     }
-    cells = [Cell("one plain network", _run(shared, "independent", "networks", peers=1))]
+    peers, asked = config.peers or 4, config.topology
     names = [method_config(name).name for name in dict.fromkeys(methods) if name != "independent"]
-    if "kd" in names:
-        raise InputError("compare trains peers without a teacher; train kd by itself: train kd --method.teacher RUN")
-    asked = config.topology
-    for name in names:
-        if asked in ("networks", "branches") and asked not in METHODS[name].topologies:
-            raise InputError(f"{name} works on {METHODS[name].topologies[0]} only; drop --topology {asked}")
+    _check_methods(names, asked)
+    cells = [Cell("one plain network", _row_config(shared, "independent", "networks", peers=1))]
     for topology in ("networks", "branches"):
-        if asked is None:  # every method where its paper has it
+        if asked is None:  # every method on the topology of its paper
             wanted = [name for name in names if METHODS[name].topologies[0] == topology]
         else:
             wanted = [name for name in names if asked in (topology, "both") and topology in METHODS[name].topologies]
         if wanted or asked in (topology, "both") or (not names and topology == "networks" and asked is None):
             baseline = f"independent {topology}"
-            cells.append(Cell(baseline, _run(shared, "independent", topology, config.peers or 4)))
-            rows = [(name, _run(shared, name, topology, config.peers or 4)) for name in wanted]
-            cells += [Cell(f"{name} {topology}", run, baseline) for name, run in rows]
+            cells.append(Cell(baseline, _row_config(shared, "independent", topology, peers)))
+            cells += [Cell(f"{n} {topology}", _row_config(shared, n, topology, peers), baseline) for n in wanted]
     return cells
 
 
-def _run(shared: dict, method: str, topology: str, peers: int) -> Config:
-    """Return one row's config; a single network takes the first model and no fork."""
+def _check_methods(names: list[str], topology: str | None) -> None:
+    for name in names:
+        if issubclass(METHODS[name], TeacherConfig):
+            raise InputError(
+                f"compare trains peers without a teacher; train {name} by itself: train {name} --method.teacher RUN"
+            )
+        if topology in ("networks", "branches") and topology not in METHODS[name].topologies:
+            raise InputError(f"{name} works on {METHODS[name].topologies[0]} only; drop --topology {topology}")
+
+
+def _row_config(shared: dict, method: str, topology: str, peers: int) -> Config:
+    """Return one row's config; a single network is the first model, without branch points."""
     values = shared | {"peers": peers}
     if topology == "networks":
         values |= {"branch_at": (), "fan_out": ()}
@@ -51,15 +83,46 @@ def _run(shared: dict, method: str, topology: str, peers: int) -> Config:
     return Config(method=method_config(method), topology=topology, **values)  # type: ignore[arg-type]
 
 
-def _check_folder(cells: list[Cell], seeds: int, folder: Path) -> None:
-    """Refuse a folder that holds other runs under these names, before its table is lost."""
+def check_comparison_folder(cells: list[Cell], seeds: int, folder: Path) -> None:
+    """Refuse a folder that contains runs of another comparison under the same names.
+
+    Raises:
+        InputError: see above.
+    """
     from codistill.runs.run_folder import RunFolder
 
     for cell in cells:
         for seed in range(seeds):
-            if (cell.place(folder, seed) / "config.json").exists():
+            if (cell.run_path(folder, seed) / "config.json").exists():
                 try:
                     RunFolder(cell.run_config(folder, seed, cells))
                 except InputError as error:
                     why = str(error).partition("; ")[0].removeprefix("--resume: ")
                     raise InputError(f"--out {folder} is another comparison's ({why}); name another folder") from None
+
+
+def describe_comparison(cells: list[Cell], config: CompareConfig, folder: Path) -> list[str]:
+    """Return lines about the data and the options of the runs.
+
+    Raises:
+        InputError: a config cannot be used, or the data cannot be read.
+    """
+    from codistill.training.loaders import load_images
+
+    resolved = [cell.run_config(folder, 0) for cell in cells]
+    data, splits = load_images(resolved[0], None, None)
+    line = (
+        f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; "
+        f"augmentation: {data.describe_augmentation(augment=config.augment, cutout=config.cutout)}; "
+        f"{' + '.join(config.model)}, {config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
+    )
+    return [text for text in (line, *data.provenance.messages, data.imbalance(splits.train)) if text]
+
+
+def write_comparison(cells: list[Cell], config: CompareConfig, folder: Path, rows: Rows) -> None:
+    """Write the table as Markdown and JSON, and grid.json, from which a report reads the rows of the comparison."""
+    title = comparison_title(config)
+    labels = [{"label": cell.label, "baseline": cell.baseline} for cell in cells]
+    write_json(folder / "grid.json", {"kind": "compare", "title": title, "seeds": config.seeds, "cells": labels})
+    write_json(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
+    write_text(folder / "table.md", f"{title}\n\n{markdown(rows)}")

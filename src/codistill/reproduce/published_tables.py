@@ -1,4 +1,4 @@
-"""The published numbers, which ship with the package, each with its source."""
+"""The published numbers of the papers' tables, each with its source; paper_tables.json is part of the package."""
 
 from __future__ import annotations
 

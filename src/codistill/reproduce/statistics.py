@@ -1,4 +1,4 @@
-"""From the results of a grid to a table: mean and deviation over seeds, paired differences, cost."""
+"""Statistics over the seeds of a grid: mean, deviation and paired differences; and the table of a comparison."""
 
 from __future__ import annotations
 
@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from statistics import fmean, stdev
 
 from codistill.reproduce.grid import Cell
+from codistill.utils.tables import Rows
 
 
-def mean_std(values: Sequence[float], digits: int = 2) -> str:
-    """Write `mean ± deviation` (of the sample, n - 1); one value stands alone, marked `n=1`."""
+def format_mean_std(values: Sequence[float], digits: int = 2) -> str:
+    """Return `mean ± deviation` (of the sample, n - 1); one value is written without a deviation, marked `n=1`."""
     if not values:
         return "failed"
     if len(values) == 1:
@@ -23,7 +24,7 @@ Difference = tuple[float, float, int]
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """Return (mean difference, half width of its 95 % t-interval, n) over the seeds that both have; None below 2."""
+    """Return (mean difference, half width of its 95 % t-interval, n) over the common seeds; None for fewer than 2."""
     from scipy.stats import t as student_t
 
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
@@ -34,41 +35,42 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
     return fmean(differences), half, count
 
 
-def say_difference(difference: Difference | None) -> str:
-    """Write a difference with its interval, and whether it is one."""
+def format_difference(difference: Difference | None) -> str:
+    """Return a difference with its interval, marked n.s. where the interval includes zero."""
     if difference is None:
         return "-"
     mean, half, _ = difference
-    verdict = "" if abs(mean) > half else " (n.s.)"
-    return f"{mean:+.2f} ± {half:.2f}{verdict}"
+    mark = "" if abs(mean) > half else " (n.s.)"
+    return f"{mean:+.2f} ± {half:.2f}{mark}"
 
 
 def accuracy_by_seed(cell: Cell) -> dict[int, float]:
-    """Return the last epoch's test accuracy of the deployed member, by seed."""
+    """Return the test accuracy of the deployed member at the last epoch, by seed."""
     return {seed: r["student"]["top1"] for seed, r in cell.results.items()}
 
 
-def table_rows(cells: list[Cell]) -> list[dict[str, str]]:
-    """Return one dictionary a cell: the columns of the table, as text."""
+def comparison_rows(cells: list[Cell]) -> Rows:
+    """Return one dictionary per cell: the columns of the table, as text."""
     by_label = {cell.label: cell for cell in cells}
     top5 = any("top5" in r["test"] for cell in cells for r in cell.results.values())
     rows = []
     for cell in cells:
         tests = [r["test"] for r in cell.results.values()]
         students = [r["student"] for r in cell.results.values()]
-        several = any(len(run["top1"]) > 1 for run in tests)
-        row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": mean_std(list(accuracy_by_seed(cell).values()))}
+        several = any(len(test["top1"]) > 1 for test in tests)
+        accuracy = accuracy_by_seed(cell)
+        row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": format_mean_std(list(accuracy.values()))}
         if top5:
-            row["top-5 %"] = mean_std([s["top5"] for s in students])
+            row["top-5 %"] = format_mean_std([s["top5"] for s in students])
         baseline = by_label.get(cell.baseline or "")
-        compared = paired_difference(accuracy_by_seed(cell), accuracy_by_seed(baseline)) if baseline else None
-        row["vs equal cost"] = say_difference(compared)
-        row["ensemble %"] = mean_std([run["ensemble_top1"] for run in tests]) if several else "-"
-        row["diversity"] = mean_std([run["diversity"] for run in tests], 3) if several else "-"
-        row["ECE"] = mean_std([s["ece"] for s in students], 3)
+        difference = paired_difference(accuracy, accuracy_by_seed(baseline)) if baseline else None
+        row["vs equal cost"] = format_difference(difference)
+        row["ensemble %"] = format_mean_std([test["ensemble_top1"] for test in tests]) if several else "-"
+        row["diversity"] = format_mean_std([test["diversity"] for test in tests], 3) if several else "-"
+        row["ECE"] = format_mean_std([s["ece"] for s in students], 3)
         any_result = next(iter(cell.results.values()), None)
         row["parameters trained"] = f"{any_result['parameters_trained']:,}" if any_result else "-"
         row["deployed"] = f"{any_result['parameters_deployed']:,}" if any_result else "-"
-        row["s a run"] = f"{fmean(r['seconds'] for r in cell.results.values()):.1f}" if any_result else "-"
+        row["s per run"] = f"{fmean(r['seconds'] for r in cell.results.values()):.1f}" if any_result else "-"
         rows.append(row)
     return rows

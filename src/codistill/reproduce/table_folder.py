@@ -1,40 +1,25 @@
-"""The folder of a published table: what it may hold, and what is kept in it."""
+"""The folder of a published table: the check of its contents, and the files that are written into it."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from codistill.config.config import ReproduceConfig
-from codistill.reproduce.grid import Cell, Executor, read_results
+from codistill.reproduce.grid import Executor, list_failures, read_results
 from codistill.reproduce.plan import Plan, make_plan
-from codistill.reproduce.table_rows import notes_of
+from codistill.reproduce.table_rows import table_notes
 from codistill.utils.errors import InputError, MachineError
-from codistill.utils.files import read_json, write_atomically, write_json
+from codistill.utils.files import read_json, write_json, write_text
 from codistill.utils.tables import Rows, comma_separated, latex, markdown
 
-_FREE = {
-    "network",
-    "method",
-    "seeds",
-    "workers",
-    "submit",
-    "submit_option",
-    "print_commands",
-    "out",
-    "baselines",
-    "device",
-    "data_dir",
-}
 
-
-def keep(plan: Plan, rows: Rows) -> None:
-    """Write the table in every form, and what a report needs to draw it."""
-    folder, notes = plan.folder, notes_of(plan)
-    failures = failures_of(plan.cells)
+def write_table(plan: Plan, rows: Rows) -> None:
+    """Write the table as Markdown, CSV, LaTeX and JSON."""
+    folder, notes = plan.folder, table_notes(plan)
+    failures = list_failures([*plan.cells])
     lists = "\n".join(f"- {line}" for line in (*notes, *(f"Failed: {line}" for line in failures)))
     texts = {
         "table.md": f"{plan.title()}\n\n{markdown(rows)}\n{lists}\n",
@@ -42,62 +27,75 @@ def keep(plan: Plan, rows: Rows) -> None:
         "table.tex": latex(rows, plan.title()),
     }
     for name, text in texts.items():
-        write_atomically(folder / name, lambda stream, text=text: stream.write(text.encode()))
+        write_text(folder / name, text)
     write_json(folder / "table.json", {"title": plan.title(), "rows": rows, "notes": notes, "failures": failures})
 
 
-def failures_of(cells: Sequence[Cell]) -> list[str]:
-    """Return one line a run that has no result."""
-    return [f"{cell.label}, seed {seed}: {why}" for cell in cells for seed, why in sorted(cell.failures.items())]
+def read_plan(folder: Path, grid_info: dict[str, Any]) -> Plan:
+    """Return the plan of a table's folder, with the results in it.
 
-
-def plan_of_folder(folder: Path, held: dict[str, Any]) -> Plan:
-    """Return the plan that a grid's folder was made by, with the results it holds."""
+    Args:
+        folder: The folder.
+        grid_info: The contents of its grid.json.
+    """
     fields = {f.name for f in dataclasses.fields(ReproduceConfig)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in held["options"].items() if k in fields}
+    values = {k: tuple(v) if isinstance(v, list) else v for k, v in grid_info["options"].items() if k in fields}
     options = ReproduceConfig()
     for key, value in values.items():
         setattr(options, key, value)
     options.out = str(folder)
-    plan = make_plan(held["table"], options)
+    plan = make_plan(grid_info["table"], options)
     read_results([*plan.cells], plan.options.seeds, folder)
     return plan
 
 
-def _check_folder(plan: Plan) -> None:
-    """Refuse a folder that holds another table, scale or protocol; write down what this one holds."""
+def prepare_table_folder(plan: Plan) -> None:
+    """Write grid.json, after a check that the folder is new or was made with the same table, scale and protocol.
+
+    Raises:
+        InputError: the folder contains something else, or a config cannot be used.
+    """
     path, options = plan.folder / "grid.json", dataclasses.asdict(plan.options)
-    if options["scale"] == "smoke":  # which takes one network where none is named, so that none does not mean all
+    if options["scale"] == "smoke":  # which trains one network if none is named, so that an empty list is not "all"
         options["network"] = options["network"] or tuple(dict.fromkeys(cell.network for cell in plan.cells))
-    held = read_json(path, "kind")
-    if held is not None:
-        if held.get("table") != plan.name:
-            raise InputError(f"--out {plan.folder} holds {held.get('table', 'another grid')}; name another folder")
-        plain = json.loads(json.dumps(options))
-        for key in sorted(plain.keys() - _FREE):
-            if held["options"].get(key) != plain[key]:
-                flag = key.replace("_", "-")
-                raise InputError(
-                    f"--out {plan.folder} was made with --{flag} {held['options'].get(key)}, not {plain[key]}; "
-                    "name another folder"
-                )
-        _widen(options, held["options"])
+    grid_info = read_json(path, "kind")
+    if grid_info is not None:
+        _check_same_table(plan, options, grid_info)
+        _merge_options(options, grid_info["options"])
     elif plan.folder.exists() and any(plan.folder.iterdir()):
         raise InputError(f"--out {plan.folder} exists and is no grid of codistill; name a new or empty folder")
     for cell in plan.cells:
-        cell.run_config(plan.folder, 0, [*plan.cells])  # a config that cannot be used fails here
+        cell.run_config(plan.folder, 0, [*plan.cells])  # raises if it cannot be used
     write_json(path, {"kind": "reproduce", "table": plan.name, "options": options})
 
 
-def _widen(options: dict[str, Any], held: dict[str, Any]) -> None:
-    """Let what is written down cover all that the folder holds, whatever part of it this call asks for."""
-    for key in ("network", "method"):
-        options[key] = list(dict.fromkeys((*held[key], *options[key]))) if held[key] and options[key] else []
-    options["seeds"] = max(options["seeds"], held["seeds"])
-    options["baselines"] = options["baselines"] or held["baselines"]
+def _check_same_table(plan: Plan, options: dict[str, Any], grid_info: dict[str, Any]) -> None:
+    if grid_info.get("table") != plan.name:
+        raise InputError(f"--out {plan.folder} holds {grid_info.get('table', 'another grid')}; name another folder")
+    as_json = json.loads(json.dumps(options))
+    for key in sorted(as_json.keys() - ReproduceConfig.NOT_IDENTITY):
+        before = grid_info["options"].get(key)
+        if before != as_json[key]:
+            flag = f"--{key.replace('_', '-')}"
+            raise InputError(
+                f"--out {plan.folder} was made with {flag} {before}, not {as_json[key]}; name another folder"
+            )
 
 
-def _executor(plan: Plan) -> Executor | None:
+def _merge_options(options: dict[str, Any], before: dict[str, Any]) -> None:
+    """Extend `options` so that they cover all runs in the folder, also those of earlier calls."""
+    for key in ("network", "method"):  # empty means all
+        options[key] = list(dict.fromkeys((*before[key], *options[key]))) if before[key] and options[key] else []
+    options["seeds"] = max(options["seeds"], before["seeds"])
+    options["baselines"] = options["baselines"] or before["baselines"]
+
+
+def make_executor(plan: Plan) -> Executor | None:
+    """Return the executor for --submit; None for processes of this machine.
+
+    Raises:
+        InputError: submitit is not installed, or does not accept an option.
+    """
     if plan.options.submit == "none":
         if plan.options.submit_option:
             raise InputError("--submit-option is for submitit; add --submit slurm or --submit local")
@@ -107,16 +105,20 @@ def _executor(plan: Plan) -> Executor | None:
     return Submitit(plan.folder / "submitit", plan.options.submit, plan.options.submit_option)
 
 
-def _raise_failures(cells: Sequence[Cell]) -> None:
-    """Raise with every reason once, and what it struck."""
-    struck: dict[str, list[str]] = {}
-    for cell in cells:
-        for seed, why in sorted(cell.failures.items()):
-            struck.setdefault(why, []).append(f"{cell.label}, seed {seed}")
-    if struck:
-        count = sum(map(len, struck.values()))
+def raise_failures(plan: Plan) -> None:
+    """Raise if runs failed, with each reason once.
+
+    Raises:
+        MachineError: see above.
+    """
+    runs_by_reason: dict[str, list[str]] = {}
+    for cell in plan.cells:
+        for seed, reason in sorted(cell.failures.items()):
+            runs_by_reason.setdefault(reason, []).append(f"{cell.label}, seed {seed}")
+    if runs_by_reason:
+        count = sum(map(len, runs_by_reason.values()))
         more = lambda runs: f" and {len(runs) - 1} more" if len(runs) > 1 else ""  # noqa: E731
-        reasons = "; ".join(f"{runs[0]}{more(runs)}: {why}" for why, runs in struck.items())
+        reasons = "; ".join(f"{runs[0]}{more(runs)}: {reason}" for reason, runs in runs_by_reason.items())
         raise MachineError(
             f"{count} runs failed (the same command tries them again; failures.json lists them): {reasons}"
         )

@@ -1,8 +1,9 @@
-"""A checkpoint as a file: tensors and plain values with every random state, a schema, and a checksum of itself.
+"""Checkpoints: files of tensors and plain values with every random state, a schema and a checksum of themselves.
 
-The SHA-256 of all that comes before it stands in the comment at the archive's end, which torch passes over. It is part
-of the file, so that it travels with it and is written in the same atomic step; torch itself does not notice flipped
-bits. last.pt is the newest, last-1.pt the one before, and so on; best.pt is the best on validation.
+last.pt is the newest, last-1.pt the one before it, and so on; best.pt is the best on validation.
+
+The SHA-256 of everything before it is the comment at the end of the zip archive, which torch ignores. It is part of
+the file, so it is copied with it and written in the same atomic step; torch alone does not notice flipped bits.
 Schema 1 had no checksum.
 """
 
@@ -13,85 +14,87 @@ import os
 import random
 import warnings
 import zipfile
+from collections.abc import Mapping
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import numpy as np
 import torch
 
 from codistill.config.config import Checkpoint
+from codistill.runs.records import CheckpointState
 from codistill.utils.errors import InputError
 from codistill.utils.safe_load import load_tensors
 
 SCHEMA = 2
 _MARK = b"codistill sha256 "
-_COMMENT = len(_MARK) + 64
+_COMMENT_LENGTH = len(_MARK) + 64
 
 
 class CorruptCheckpointError(InputError):
-    """A checkpoint is truncated, has flipped bits or is none; an older one may do."""
+    """A checkpoint is truncated, has flipped bits or is no checkpoint; an older one may be good."""
 
 
-class _Hashed:
-    """Passes on what is written and hashes it; the last two bytes, the length of the archive's comment, are held."""
+class _HashingStream:
+    """Hashes what is written through it; the last two bytes, the length of the zip comment, are replaced at the end."""
 
     def __init__(self, stream: IO[bytes]) -> None:
-        self.stream, self.digest, self.held = stream, hashlib.sha256(), b""
+        self.stream, self.digest, self.last_two = stream, hashlib.sha256(), b""
 
     def write(self, data: bytes) -> int:
         view = memoryview(data).cast("B")
         if len(view) < 2:
-            view = memoryview(self.held + bytes(view))
+            view = memoryview(self.last_two + bytes(view))
         else:
-            self._pass(self.held)
-        self._pass(view[:-2])
-        self.held = bytes(view[-2:])
+            self._write_and_hash(self.last_two)
+        self._write_and_hash(view[:-2])
+        self.last_two = bytes(view[-2:])
         return len(data)
 
     def flush(self) -> None:
-        """Do nothing yet: `end` is still to come."""
+        """Do nothing: the last bytes are not known before `write_checksum`."""
 
-    def end(self) -> None:
-        self._pass(_COMMENT.to_bytes(2, "little") + _MARK)
+    def write_checksum(self) -> None:
+        self._write_and_hash(_COMMENT_LENGTH.to_bytes(2, "little") + _MARK)
         self.stream.write(self.digest.hexdigest().encode())
 
-    def _pass(self, data: bytes | memoryview) -> None:
+    def _write_and_hash(self, data: bytes | memoryview) -> None:
         self.digest.update(data)
         self.stream.write(data)
 
 
-def write_checkpoint(state: dict[str, Any], stream: IO[bytes]) -> None:
-    """Write a state with this process's random states; the checksum comes last."""
-    hashed = _Hashed(stream)
-    torch.save({"schema": SCHEMA, **state, "rng": rng_state()}, hashed)  # pyrefly: ignore
-    hashed.end()
+def write_checkpoint(state: Mapping[str, Any], stream: IO[bytes]) -> None:
+    """Write a state with this process's random states, the schema and the checksum."""
+    hashing = _HashingStream(stream)
+    torch.save({"schema": SCHEMA, **state, "rng": rng_state()}, hashing)  # pyrefly: ignore
+    hashing.write_checksum()
 
 
-def load_checkpoint(path: Path) -> dict[str, Any]:
-    """Read a checkpoint without running code from it.
+def load_checkpoint(path: Path) -> CheckpointState:
+    """Read a checkpoint onto the CPU without running code from it.
 
     Raises:
-        DamagedError: it is damaged or no checkpoint.
-        InputError: it is missing, or was written by a newer codistill.
+        CorruptCheckpointError: it is damaged or no checkpoint.
+        InputError: it does not exist, or was written by a newer codistill.
     """
     try:
-        summed = _holds_checksum(path)
+        has_checksum = _verify_checksum(path)
         state = load_tensors(path)
         if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
             raise ValueError("it is no checkpoint of codistill")
-        if not summed:
-            _check_older(path, state["schema"])
+        if not has_checksum:
+            _verify_without_checksum(path, state["schema"])
     except FileNotFoundError:
-        raise InputError(f"{path} does not exist; is {path.parent} a run folder whose training has begun?") from None
+        raise InputError(f"{path} does not exist; give a run folder whose training has written a checkpoint") from None
     except (OSError, ValueError, zipfile.BadZipFile) as error:
         raise CorruptCheckpointError(f"{path} is damaged or no checkpoint ({error})") from None
     if state["schema"] > SCHEMA:
         raise InputError(f"{path} was written by a newer codistill (schema {state['schema']}); upgrade codistill")
-    return state
+    return cast(CheckpointState, state)
 
 
-def _holds_checksum(path: Path) -> bool:
-    """Say whether a file ends in a checksum, and raise ValueError where it is not the file's."""
+def _verify_checksum(path: Path) -> bool:
+    """Return whether a file ends in a checksum; raise ValueError if the checksum is wrong."""
     with open(path, "rb") as stream:
         length = os.fstat(stream.fileno()).st_size - 64
         stream.seek(max(length - len(_MARK), 0))
@@ -104,52 +107,51 @@ def _holds_checksum(path: Path) -> bool:
             digest.update(part)
             left -= len(part)
     if tail[len(_MARK) :] != digest.hexdigest().encode():
-        raise ValueError("its checksum does not fit its content")
+        raise ValueError("its checksum does not match its content")
     return True
 
 
-def _check_older(path: Path, schema: int) -> None:
-    """Raise ValueError where a file without a checksum should have one, or differs from the sums that zip keeps."""
+def _verify_without_checksum(path: Path, schema: int) -> None:
+    """Raise ValueError if a file without a checksum should have one, or fails the CRC-32 sums of its zip archive."""
     if schema != 1:
         if schema <= SCHEMA:
             raise ValueError("its checksum is missing")
         return
     with zipfile.ZipFile(path) as archive:
-        if (bad := archive.testzip()) is not None:
-            raise ValueError(f"{bad} in it does not fit its checksum")
+        if (damaged := archive.testzip()) is not None:
+            raise ValueError(f"{damaged} in it does not match its checksum")
 
 
-def checkpoints(folder: Path) -> list[Path]:
-    """Return a run's checkpoints, the newest first."""
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Return the last*.pt files of a run folder, newest first."""
     numbered = {int(p.stem[5:]): p for p in folder.glob("last-*.pt") if p.stem[5:].isdecimal()}
     newest = [folder / "last.pt"] if (folder / "last.pt").exists() else []
     return [*newest, *(numbered[n] for n in sorted(numbered))]
 
 
-def shift(folder: Path, keep: int) -> None:
-    """Make room for a new last.pt: each kept checkpoint gets the next number, and `keep` - 1 of them stay."""
-    older = checkpoints(folder)
+def rotate(folder: Path, keep: int) -> None:
+    """Rename last.pt to last-1.pt, last-1.pt to last-2.pt and so on, of which `keep` - 1 files stay."""
+    older = list_checkpoints(folder)
     for path in older[max(keep - 1, 0) :]:
-        if path.name != "last.pt":  # that one is replaced by its successor
+        if path.name != "last.pt":  # the new last.pt replaces it
             path.unlink()
     for number, path in reversed([*enumerate(older[: keep - 1], 1)]):
         if path.name != f"last-{number}.pt":
             os.replace(path, folder / f"last-{number}.pt")
 
 
-def load_newest(folder: Path, set_aside: bool = False) -> dict[str, Any] | None:
-    """Return the newest good checkpoint of a run, its path under `file`; None where there is none yet.
+def load_newest(folder: Path, *, rename_damaged: bool = False) -> CheckpointState | None:
+    """Return the newest good checkpoint of a run, with its path as `file`; None where there is none yet.
 
     Args:
         folder: The run folder.
-        set_aside: Give damaged ones another name, so that they take no good one's place.
+        rename_damaged: Rename damaged ones to damaged-*.pt, so that they do not count among those kept.
 
     Raises:
         InputError: all are damaged, or the newest good one was written by a newer codistill.
     """
     damaged: list[tuple[Path, CorruptCheckpointError]] = []
-    found = checkpoints(folder)
-    for path in found:
+    for path in list_checkpoints(folder):
         try:
             state = load_checkpoint(path)
         except CorruptCheckpointError as error:
@@ -157,41 +159,37 @@ def load_newest(folder: Path, set_aside: bool = False) -> dict[str, Any] | None:
             continue
         for bad, error in damaged:
             warnings.warn(f"{error}; the one before it is used", stacklevel=2)
-            if set_aside:
+            if rename_damaged:
                 os.replace(bad, folder / f"damaged-{bad.name}")
-        return state | {"file": str(path)}
+        state["file"] = str(path)
+        return state
     if damaged:
-        raise InputError(f"{damaged[0][1]}, and the run holds no other; train it anew in another --out")
+        raise InputError(f"{damaged[0][1]}, and the run has no other; train it again in another --out")
     return None
 
 
-def load_state(path: Path, checkpoint: Checkpoint = "last") -> dict[str, Any]:
+def load_run_checkpoint(folder: Path, checkpoint: Checkpoint = "last") -> CheckpointState:
     """Return a run's checkpoint: the newest good one, or the best on validation.
 
     Raises:
         InputError: it is missing or damaged.
     """
     if checkpoint == "best":
-        if not (path / "best.pt").exists():
-            raise InputError(f"--checkpoint best: {path} has no best.pt; only runs with a validation part keep one")
-        return load_checkpoint(path / "best.pt")
-    return load_newest(path) or load_checkpoint(path / "last.pt")  # which says that there is none
+        if not (folder / "best.pt").exists():
+            raise InputError(f"--checkpoint best: {folder} has no best.pt; only runs with a validation part keep one")
+        return load_checkpoint(folder / "best.pt")
+    return load_newest(folder) or load_checkpoint(folder / "last.pt")  # the latter raises: there is none
 
 
 def rng_state() -> dict[str, Any]:
     """Return every random state as tensors and plain values."""
-    name, keys, position, has_gauss, cached = np.random.get_state()  # type: ignore[misc]
+    name, keys, position, has_gauss, cached = np.random.get_state()
     version, internal, gauss = random.getstate()
+    key_tensor = torch.from_numpy(np.asarray(keys).astype(np.int64))
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
         "python": [version, list(internal), gauss],
-        "numpy": [
-            name,
-            torch.from_numpy(np.asarray(keys).astype(np.int64)),
-            int(position),
-            int(has_gauss),
-            float(cached),
-        ],
+        "numpy": [name, key_tensor, int(position), int(has_gauss), float(cached)],
     }
     if torch.cuda.is_available():
         state["cuda"] = torch.cuda.get_rng_state_all()
@@ -201,14 +199,14 @@ def rng_state() -> dict[str, Any]:
 
 
 def restore_rng(state: dict[str, Any]) -> None:
-    """Put every random state back."""
+    """Set every random state to what `rng_state` returned."""
     torch.set_rng_state(state["torch"])
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     name, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((name, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     if "cuda" in state and torch.cuda.is_available():
-        for index, one in enumerate(state["cuda"][: torch.cuda.device_count()]):
-            torch.cuda.set_rng_state(one, index)
+        for index, cuda_state in enumerate(state["cuda"][: torch.cuda.device_count()]):
+            torch.cuda.set_rng_state(cuda_state, index)
     if "mps" in state and torch.backends.mps.is_available():
         torch.mps.set_rng_state(state["mps"])

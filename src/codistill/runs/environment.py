@@ -1,4 +1,4 @@
-"""What a run ran on: versions, hardware, commit, command."""
+"""The environment of a run: versions, hardware, git commit, command."""
 
 from __future__ import annotations
 
@@ -13,20 +13,16 @@ from typing import Any
 import numpy as np
 import torch
 
-from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 
-
-def environment(config: Config) -> dict[str, Any]:
-    """Describe what the run ran on."""
+def describe_environment() -> dict[str, Any]:
+    """Return what environment.json holds."""
     import torchvision
 
     from codistill import __version__
 
-    assert isinstance(config.method, MethodConfig)
     return {
         "codistill": __version__,
-        "git_commit": _git_commit(),
+        "git_commit": _find_git_commit(),
         "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
@@ -40,14 +36,17 @@ def environment(config: Config) -> dict[str, Any]:
     }
 
 
-def _git_commit() -> str | None:
-    """Return the commit of the checkout codistill runs from, with a `+` if it was changed; None outside one."""
-    folder = Path(__file__).parent
+def _find_git_commit() -> str | None:
+    """Return the commit of the checkout that codistill runs from, with `+` if it has changes; None outside one."""
     try:
-        run = lambda *args: subprocess.run(["git", "-C", str(folder), *args], capture_output=True, text=True, timeout=5)  # noqa: E731
-        commit = run("rev-parse", "HEAD")
+        commit = _run_git("rev-parse", "HEAD")
         if commit.returncode:
             return None
-        return commit.stdout.strip() + ("+" if run("status", "--porcelain", "-uno").stdout.strip() else "")
+        return commit.stdout.strip() + ("+" if _run_git("status", "--porcelain", "-uno").stdout.strip() else "")
     except (OSError, subprocess.SubprocessError):
         return None
+
+
+def _run_git(*words: str) -> subprocess.CompletedProcess[str]:
+    command = ["git", "-C", str(Path(__file__).parent), *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)

@@ -1,221 +1,187 @@
-"""The run folder: resolved config, environment, metrics, checkpoints; everything written atomically.
+"""The run folder: resolved config, environment, metrics, checkpoints; every file is written atomically.
 
 config.json        what --config takes to repeat the run
-data.json          classes, channels, size and normalising of the images: what predict needs; and their checksum
+data.json          classes, channels, size and normalization of the images, which predict needs; their checksum
 environment.json   versions, hardware, git commit, command
-metrics.jsonl      one line an epoch
-last.pt            the newest checkpoint: weights, optimiser, position, every random state (checkpoint.py)
+metrics.jsonl      one line per epoch
+last.pt            the newest checkpoint: weights, optimizers, position, every random state (checkpoint.py)
 last-1.pt ...      those before it (--keep-checkpoints);  best.pt: the best epoch on validation, where there is one
-run.lock           held by the process that trains; the system lets go of it when the process dies
-details.json       what a report draws: reliability by bins, confusion of the deployed member
-result.json        the final figures; it exists exactly when the run is complete
+run.lock           locked by the process that trains; the system releases the lock when that process dies
+details.json       what a report draws: reliability by bins, confusion matrix of the deployed member
+result.json        the final figures; it exists if and only if the run is complete
 """
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
-import platform
 import re
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import IO, Any
+from typing import Any, cast
 
 from codistill.config.config import Config
-from codistill.runs.checkpoint import load_newest, shift, write_checkpoint
-from codistill.runs.environment import environment
+from codistill.runs.checkpoint import load_newest, rotate, write_checkpoint
+from codistill.runs.environment import describe_environment
+from codistill.runs.records import CheckpointState, EpochLine
+from codistill.utils import files
 from codistill.utils.errors import InputError, MachineError
-from codistill.utils.files import _FULL, _locked, read_json, read_lines, write_atomically, write_json
-
-# What may differ between a run and its continuation without changing its result.
-_FREE = {
-    *("out", "resume", "data_dir", "checkpoint_every_epochs", "checkpoint_every_steps", "tracker", "device"),
-    *("mesh", "collective_timeout", "checkpoint_activations", "execution", "keep_checkpoints", "skip_nonfinite"),
-    *("data_workers", "skip_corrupt"),
-}
-_locks: set[IO[str]] = set()  # those that this process holds
+from codistill.utils.files import read_json, read_lines, write_atomically, write_json, write_text
 
 
-def _drop_locks() -> None:
-    """Close a forked child's copies: a process that decodes may outlive its trainer, and must not hold its folder.
+def open_run(path: str | Path, flag: str = "", *, without_initial_weights: bool = False) -> Config:
+    """Read the config of a run folder.
 
-    The parent's lock stays, for closing one of several copies lets go of nothing.
+    Args:
+        path: The run folder.
+        flag: The option that names the folder, for the message.
+        without_initial_weights: Resolve the config with `pretrained` and `weights` off, for a network whose weights
+            come from a checkpoint.
+
+    Raises:
+        InputError: it is no run folder, or its config is damaged.
     """
-    while _locks:
-        with suppress(OSError):
-            _locks.pop().close()
-
-
-if hasattr(os, "register_at_fork"):  # POSIX
-    os.register_at_fork(after_in_child=_drop_locks)
+    if not (Path(path) / "config.json").exists():
+        raise InputError(f"{flag + ' ' if flag else ''}{path} is no run folder (it has no config.json)")
+    config = Config.from_file(path)
+    return dataclasses.replace(config, pretrained=False, weights=None).resolved() if without_initial_weights else config
 
 
 class RunFolder:
     """One run's folder.
 
     Args:
-        config: The resolved config; `config.out` names the folder.
-        resume: Whether to continue what the folder holds.
+        config: The resolved config; `out`, or a path in `resume`, names the folder.
 
     Raises:
-        InputError: the folder holds another run, or this one and `resume` is not asked for.
+        InputError: the folder holds another run, or this one and `resume` is not set.
     """
 
     def __init__(self, config: Config) -> None:
-        assert config.out is not None
-        resume = config.resume
-        self.path = Path(resume if resume not in (None, "auto") else config.out)
+        self.path = Path(str(config.out if config.resume in (None, "auto") else config.resume))
         self.config = config
         self.checkpoint_path = self.path / "last.pt"
-        self._check()
+        self._check_folder()
 
-    def _check(self) -> None:
-        """Raise where the folder cannot be this run's."""
-        resume, held = self.config.resume, self.path / "config.json"
-        if resume not in (None, "auto") and not held.exists():
+    def _check_folder(self) -> None:
+        """Raise InputError if the folder cannot be used for this run."""
+        resume, config_path = self.config.resume, self.path / "config.json"
+        if resume not in (None, "auto") and not config_path.exists():
             raise InputError(f"--resume {resume}: there is no run there (no config.json)")
-        if held.exists():
-            self._compare(Config.from_file(held), asked=resume is not None)
-        elif self.path.exists() and (not self.path.is_dir() or not all(map(_own_beginning, self.path.iterdir()))):
+        if config_path.exists():
+            self._compare_config(Config.from_file(config_path))
+        elif self.path.exists() and (not self.path.is_dir() or not all(map(_is_leftover, self.path.iterdir()))):
             raise InputError(f"--out {self.path} exists and is no run of codistill; name a new or empty folder")
 
+    def _compare_config(self, saved: Config) -> None:
+        """Raise InputError if the folder's config is another run's, or this run's and `resume` is not set."""
+        old, new = saved.to_dict(), self.config.to_dict()
+        keys = sorted(new, key=lambda k: k == "method")  # last: its ramp follows from the epochs
+        differing = [k for k in keys if k not in Config.NOT_IDENTITY and json.dumps(new[k]) != json.dumps(old.get(k))]
+        if differing:
+            key, was, now = _find_difference(differing[0], old, new)
+            raise InputError(
+                f"{'--out' if self.config.resume is None else '--resume'}: {self.path} holds another run "
+                f"(--{key.replace('_', '-')} was {was}, now {now}); name another --out, or repeat the run with its "
+                "own options"
+            )
+        if self.config.resume is None:
+            raise InputError(
+                f"--out {self.path} holds this run already; continue it with --resume auto, or name another"
+            )
+
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Keep other processes out of the folder; the lock dies with its process, however that ends.
+    def lock(self) -> Iterator[None]:
+        """Keep other processes out of the folder; the lock is released when the process dies, however that happens.
 
         Raises:
             InputError: another process trains there, or the folder cannot be written to.
             MachineError: the disk is full.
         """
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-            stream = open(self.path / "run.lock", "a+")  # noqa: SIM115
-        except OSError as error:
-            kind = MachineError if error.errno in _FULL else InputError
-            raise kind(
-                f"--out {self.path} cannot be written to ({error.strerror or error}); name another folder"
-            ) from None
-        with stream:
-            if not _locked(stream):
-                stream.seek(0)
-                by = f" by {name}" if (name := stream.read().strip()) else ""
-                raise InputError(f"--out {self.path} is in use{by}; wait for that run's end, or name another --out")
-            with suppress(OSError):  # a full disk: the name is a courtesy
-                stream.truncate(0)
-                stream.write(f"process {os.getpid()} on {platform.node()}\n")
-                stream.flush()
-            self._check()  # anew: the process that held it may have written what is there
-            for leftover in self.path.glob(".*.tmp"):  # a killed process was writing it
-                leftover.unlink(missing_ok=True)
-            _locks.add(stream)
+        with ExitStack() as stack:
             try:
-                yield
-            finally:
-                _locks.discard(stream)
-
-    def _compare(self, held: Config, asked: bool) -> None:
-        theirs, ours = held.to_dict(), self.config.to_dict()
-        keys = sorted(ours, key=lambda k: k == "method")  # last: its ramp follows from the epochs
-        differing = [k for k in keys if k not in _FREE and json.dumps(ours[k]) != json.dumps(theirs.get(k))]
-        if differing:
-            key = differing[0]
-            flag = "--resume" if asked else "--out"
-            was, now = theirs.get(key), ours[key]
-            if key == "method" and isinstance(was, dict) and was.get("name") == now.get("name"):
-                key = "method." + next(k for k in now if now[k] != was.get(k))
-                was, now = was.get(key[7:]), now[key[7:]]
-            else:
-                was, now = (v.get("name") if isinstance(v, dict) else v for v in (was, now))
-            raise InputError(
-                f"{flag}: {self.path} holds another run (--{key.replace('_', '-')} was {was}, now {now}); "
-                "name another --out, or repeat the run with its own options"
-            )
-        if not asked:
-            raise InputError(
-                f"--out {self.path} holds this run already; continue it with --resume auto, or name another"
-            )
+                stack.enter_context(files.lock(self.path / "run.lock"))
+            except files.LockedError as error:
+                by = f" by {error}" if str(error) else ""
+                raise InputError(
+                    f"--out {self.path} is in use{by}; wait for that run's end, or name another --out"
+                ) from None
+            except OSError as error:
+                kind = MachineError if error.errno in files.DISK_FULL else InputError
+                raise kind(
+                    f"--out {self.path} cannot be written to ({error.strerror or error}); name another folder"
+                ) from None
+            self._check_folder()  # again: the process that had the lock may have written a run
+            for leftover in self.path.glob(".*.tmp"):  # of a killed process
+                leftover.unlink(missing_ok=True)
+            yield
 
     @property
     def complete(self) -> bool:
         """Whether the run has ended and its result is written."""
         return (self.path / "result.json").exists()
 
-    def begin(self) -> None:
-        """Write what describes the run, once."""
-        if not (self.path / "config.json").exists():  # first: it says whose folder this is
+    def write_metadata(self) -> None:
+        """Write config.json and environment.json, if they are not there."""
+        if not (self.path / "config.json").exists():  # first: it marks the folder as this run's
             write_json(self.path / "config.json", self.config.to_dict() | {"resume": None})
         if not (self.path / "environment.json").exists():
-            write_json(self.path / "environment.json", environment(self.config))
+            write_json(self.path / "environment.json", describe_environment())
+
+    def write_data_info(self, info: Mapping[str, Any]) -> None:
+        """Write data.json, if it is not there."""
+        if not (self.path / "data.json").exists():
+            write_json(self.path / "data.json", info)
 
     def read(self, name: str) -> Any:
-        """Return what one of the folder's JSON files holds, None where there is none yet."""
+        """Return the content of one of the folder's JSON files, None if it does not exist."""
         return read_json(self.path / name)
 
-    def describe(self, about: dict[str, Any]) -> None:
-        """Write what the networks take and name (data.json), once."""
-        if not (self.path / "data.json").exists():
-            write_json(self.path / "data.json", about)
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Append one line to metrics.jsonl."""
+    def append_metrics(self, line: EpochLine) -> None:
+        """Append one epoch to metrics.jsonl."""
         try:
             with open(self.path / "metrics.jsonl", "a") as stream:
                 stream.write(json.dumps(line) + "\n")
                 stream.flush()
-                os.fsync(stream.fileno())  # before the checkpoint that says that the epoch is over
+                os.fsync(stream.fileno())  # before the checkpoint that counts this epoch as done
         except OSError as error:
             raise MachineError(f"cannot write {self.path / 'metrics.jsonl'}: {error.strerror}") from None
 
-    def lines(self) -> list[dict[str, Any]]:
+    def read_metrics(self) -> list[EpochLine]:
         """Read metrics.jsonl."""
-        return read_lines(self.path / "metrics.jsonl")
+        return cast(list[EpochLine], read_lines(self.path / "metrics.jsonl"))
 
     def truncate_metrics(self, epochs: int) -> None:
-        """Drop the lines of epochs after the first `epochs`: a resumed run writes them again."""
-        kept = [line for line in self.lines() if line["epoch"] < epochs]
-        text = "".join(json.dumps(line) + "\n" for line in kept)
-        write_atomically(self.path / "metrics.jsonl", lambda stream: stream.write(text.encode()))
+        """Keep the first `epochs` epochs of metrics.jsonl; a resumed run writes the others again."""
+        kept = [line for line in self.read_metrics() if line["epoch"] < epochs]
+        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
 
-    def save(self, state: dict[str, Any]) -> None:
-        """Write a checkpoint, with every random state, atomically; the ones before it are kept as asked for."""
-        make_room = lambda: shift(self.path, self.config.keep_checkpoints)  # noqa: E731
-        write_atomically(self.checkpoint_path, lambda stream: write_checkpoint(state, stream), make_room)
+    def save(self, state: Mapping[str, Any]) -> None:
+        """Write last.pt, with every random state; `keep_checkpoints` - 1 older ones are kept."""
+        rotate_older = lambda: rotate(self.path, self.config.keep_checkpoints)  # noqa: E731
+        write_atomically(self.checkpoint_path, lambda stream: write_checkpoint(state, stream), rotate_older)
 
-    def save_best(self, state: dict[str, Any]) -> None:
-        """Write the checkpoint of the best epoch on validation."""
+    def save_best(self, state: Mapping[str, Any]) -> None:
+        """Write best.pt, the checkpoint of the best epoch on validation."""
         write_atomically(self.path / "best.pt", lambda stream: write_checkpoint(state, stream))
 
-    def load(self) -> dict[str, Any] | None:
-        """Return the newest good checkpoint, or None where there is none yet; damaged ones are set aside."""
-        return load_newest(self.path, set_aside=True)
+    def load(self) -> CheckpointState | None:
+        """Return the newest good checkpoint, None if there is none yet; damaged ones are renamed."""
+        return load_newest(self.path, rename_damaged=True)
 
 
-class SilentFolder(RunFolder):
-    """The run folder as ranks other than the first see it: they check and write nothing."""
-
-    def __init__(self, config: Config) -> None:
-        assert config.out is not None
-        self.path = Path(config.resume if config.resume not in (None, "auto") else config.out)
-        self.config = config
-        self.checkpoint_path = self.path / "last.pt"
-
-    def begin(self) -> None:
-        """Write nothing."""
-
-    def log(self, line: dict[str, Any]) -> None:
-        """Write nothing."""
-
-    def truncate_metrics(self, epochs: int) -> None:
-        """Write nothing."""
-
-    def save(self, state: dict[str, Any]) -> None:
-        """Write nothing."""
-
-    def save_best(self, state: dict[str, Any]) -> None:
-        """Write nothing."""
-
-
-def _own_beginning(path: Path) -> bool:
-    """Say whether a file is what a run leaves that was killed before it had described itself."""
+def _is_leftover(path: Path) -> bool:
+    """Return whether a file is one that a run leaves if it is killed before its config is written."""
     return path.name == "run.lock" or re.fullmatch(r"\.config\.json\.\w+\.tmp", path.name) is not None
+
+
+def _find_difference(key: str, old: dict[str, Any], new: dict[str, Any]) -> tuple[str, Any, Any]:
+    """Return the differing option's name, and its value in the old and the new config."""
+    was, now = old.get(key), new[key]
+    if key == "method" and isinstance(was, dict) and was.get("name") == now.get("name"):
+        option = next(k for k in now if now[k] != was.get(k))
+        return f"method.{option}", was.get(option), now[option]
+    was, now = (value.get("name") if isinstance(value, dict) else value for value in (was, now))
+    return key, was, now

@@ -1,18 +1,24 @@
-"""Passes a run's metrics on to a viewer: TensorBoard, or what has the shape of wandb (wandb itself, trackio)."""
+"""Sends a run's metrics to a viewer: TensorBoard, or a module with wandb's interface (wandb itself, trackio)."""
 
 from __future__ import annotations
 
 import importlib
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from codistill.config.config import Config
+from codistill.runs.records import EpochLine
 from codistill.utils.errors import InputError
 
 
-def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]:
-    """Return (path, number) pairs of nested figures."""
+def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
+    """Return the numbers in nested dictionaries and lists as (path, number) pairs.
+
+    >>> flatten({"train": {"loss": 2, "top1": [50.0, 60.0]}})
+    [('train/loss', 2.0), ('train/top1/0', 50.0), ('train/top1/1', 60.0)]
+    """
     pairs = []
     for name, value in values.items():
         if isinstance(value, dict):
@@ -25,7 +31,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> list[tuple[str, float]]
 
 
 class Tracker:
-    """Hears every epoch's line; `none` does nothing.
+    """Logs every epoch's metrics; `none` logs nothing.
 
     Args:
         kind: The viewer.
@@ -52,13 +58,13 @@ class Tracker:
             self.writer = module.SummaryWriter(str(folder / "tensorboard"))
             return
         self.module = module
-        about: dict[str, Any] = {"project": "codistill", "name": str(folder), "config": config.to_dict()}
-        if kind == "wandb":  # it would ask for an account
-            about |= {"dir": str(folder), "mode": os.environ.get("WANDB_MODE", "offline")}
-        module.init(**about)
+        kwargs: dict[str, Any] = {"project": "codistill", "name": str(folder), "config": config.to_dict()}
+        if kind == "wandb":  # which would ask for an account
+            kwargs |= {"dir": str(folder), "mode": os.environ.get("WANDB_MODE", "offline")}
+        module.init(**kwargs)
 
-    def log(self, line: dict[str, Any]) -> None:
-        """Write every number of `line`, at its epoch."""
+    def log(self, line: EpochLine) -> None:
+        """Log every number of an epoch."""
         if self.writer is not None:
             for name, value in flatten(line):
                 self.writer.add_scalar(name, value, line["epoch"])

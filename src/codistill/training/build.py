@@ -1,7 +1,4 @@
-"""Everything a run works with, built from its config: device, data, peers, method, optimiser.
-
-`setup` builds it, `load_run` builds it and fills in the weights of a run folder.
-"""
+"""Building a run from its config: `build_run`; and from a run folder, with its weights: `load_run`."""
 
 from __future__ import annotations
 
@@ -15,25 +12,28 @@ import numpy as np
 import torch
 from torch import nn
 
-from codistill.config.config import Checkpoint, Config, Device, names_of
-from codistill.config.methods import KDConfig, MethodConfig
-from codistill.data import ImageSet
+from codistill.config.config import Checkpoint, Config, Device
+from codistill.config.methods import TeacherConfig
+from codistill.data import ImageSet, Loader, Splits
+from codistill.data.image_set import Provenance
 from codistill.data.loader import Augmentation
-from codistill.data.mixup import mixes_images
-from codistill.distributed.mesh import Mesh
+from codistill.distributed.mesh import Mesh, SingleProcess
 from codistill.distributed.peers import MeshPeers
-from codistill.distributed.sync_batchnorm import synchronise
+from codistill.distributed.process_mesh import ProcessMesh
+from codistill.distributed.sync_batchnorm import convert_batchnorm
 from codistill.methods import Method, build_method
 from codistill.peers.base import Peers
 from codistill.peers.branches import BranchPeers
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.from_config import build_peers
-from codistill.runs.checkpoint import load_state
-from codistill.training.execution import choose_execution, stack
+from codistill.runs.checkpoint import load_run_checkpoint
+from codistill.runs.run_folder import open_run
+from codistill.training.execution import choose_execution, stack_peers
 from codistill.training.loaders import load_images, make_loader
 from codistill.training.nonfinite_guard import FiniteGuard
-from codistill.training.optim import freeze, make_optimizers
-from codistill.training.run import Run
+from codistill.training.optim import freeze_modules, make_optimizers
+from codistill.training.run import Run, zero_sums
+from codistill.training.state import restore_state
 from codistill.training.teacher import load_teacher
 from codistill.utils.allow_import import check_imports
 from codistill.utils.device import DTYPES, accumulation_dtype, pick_device
@@ -41,120 +41,149 @@ from codistill.utils.errors import InputError
 from codistill.utils.files import read_json
 
 
-def setup(
+def build_run(
     config: Config,
     teacher: nn.Module | None = None,
+    *,
     execution: str | None = None,
     mesh: Mesh | None = None,
-    fresh: bool = True,
+    load_weights: bool = True,
     data: ImageSet | None = None,
-    held: dict[str, Any] | None = None,
+    data_info: dict[str, Any] | None = None,
 ) -> Run:
-    """Build data, peers, method and optimiser of a resolved config.
+    """Build data, peers, method and optimizers of a resolved config.
 
     Args:
         config: A resolved config.
         teacher: A trained network for a method that needs one, instead of the one its config names.
-        execution: What an earlier part of this run chose, where the config leaves the choice open.
-        mesh: The place among several processes, where there are.
-        fresh: Whether `pretrained` and `weights` are to be read; not where a checkpoint is loaded anyway.
+        execution: How the peers ran in an earlier part of this run, used where the config leaves the choice open.
+        mesh: The ranks that train; default this process alone.
+        load_weights: Read `pretrained` and `weights`; False where a checkpoint will be loaded anyway.
         data: Images given from Python, instead of those that the config names.
-        held: What the run's folder says of its images already (data.json).
+        data_info: The content of the run folder's data.json, where it exists.
 
     Raises:
-        InputError: some part of the config cannot be had.
+        InputError: some part of the config cannot be used.
     """
-    assert isinstance(config.method, MethodConfig)
-    device = pick_device(config.device) if mesh is None else mesh.device
-    if config.dtype == "float64" and accumulation_dtype(device) is not torch.float64:
-        raise InputError(f"--dtype float64: {device.type} has none; give --device cpu, or another --dtype")
-    torch.use_deterministic_algorithms(config.deterministic)
-    if config.deterministic and device.type == "cuda":  # else its matrix products refuse; read at their first use
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.manual_seed(config.seed)
-    np.random.seed(config.seed)  # networks and data of users may draw from these
-    random.seed(config.seed)
-    data, splits = load_images(config, data, held)
-    peers, method = _peers_and_method(config, data, mesh, fresh)
-    peers.to(device=device, dtype=DTYPES[config.dtype])
-    if device.type == "mps":  # where convolutions of channels_last ran backward 30 times slower (pytorch #193349)
-        config = dataclasses.replace(config, channels_last=False)
-    if config.channels_last:
-        peers.to(memory_format=torch.channels_last)  # pyrefly: ignore
-    method.to(device, DTYPES[config.dtype])
+    assert config.peers is not None
+    mesh = SingleProcess(pick_device(config.device), config.peers) if mesh is None else mesh
+    config = adapt_to_device(config, mesh.device)
+    seed_everything(config, mesh.device)
+    data, splits = load_images(config, data, data_info)
+    peers, method = build_networks(config, data, mesh, load_weights=load_weights)
     if "teacher" in method.needs:
-        assert isinstance(config.method, KDConfig)
-        teacher = load_teacher(config.method, data, config.model) if teacher is None else teacher
-        teacher.to(device=device, dtype=DTYPES[config.dtype]).eval().requires_grad_(False)
-        if config.channels_last:
-            teacher.to(memory_format=torch.channels_last)  # pyrefly: ignore
+        teacher = build_teacher(config, data, mesh.device, teacher)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
-    local = peers.local if isinstance(peers, MeshPeers) else peers
-    frozen = freeze(local, config.freeze)
+    frozen = freeze_modules(peers.local, config.freeze)
     if ema is not None:
         frozen += ema.counterparts(peers, frozen)
     if isinstance(peers, MeshPeers):
         peers.count_trained()
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
-    vary = config.augment
-    augmentation = Augmentation(data.pad * vary, data.flip and vary, config.cutout, data.from_files and vary)
-    views = peers.num_peers if "views" in method.needs else 1
-    part = (data.x_train[splits.train], data.y_train[splits.train])
-    loader = make_loader(config, data, part, device, augmentation, views)
-    if mesh is not None:
-        place = (0, 1) if mixes_images(config) else (mesh.data_index, mesh.num_data)
-        loader.share(*place, mesh.own)
-        execution = "loop"
-    batch = loader.first()
-    if execution is None or (mesh is None and config.execution in ("loop", "stacked")):
-        execution = choose_execution(config, peers, method, batch)
+    loader = build_loader(config, data, splits, method, mesh)
+    execution = choose_execution(config, peers, method, execution) if mesh.world == 1 else "loop"
     if execution == "stacked":
-        stack(peers, ema, batch)
-    if config.accumulate > 1 and (method.needs_full_batch or method.update == "alternating"):
-        why = "steps one member after the other" if method.update == "alternating" else "hears the whole batch at once"
-        raise InputError(f"--accumulate: {method.name} {why} as it is set up here; drop --accumulate")
-    optimizers = make_optimizers(config, local, method, method.update == "alternating")
-    guard = FiniteGuard([peers, method, *([ema] if ema else [])], optimizers, device, mesh, config.skip_nonfinite)
-    return Run(
-        config,
-        device,
-        data,
-        splits,
-        loader,
-        peers,
-        method,
-        optimizers,
-        guard,
-        teacher,
-        ema,
-        execution,
-        frozen,
+        stack_peers(peers, ema, loader.sample_batch())
+    optimizers = make_optimizers(config, peers.local, method)
+    guarded = [peers, method] if ema is None else [peers, method, ema]
+    run = Run(
+        config=config,
         mesh=mesh,
+        data=data,
+        splits=splits,
+        loader=loader,
+        peers=peers,
+        method=method,
+        optimizers=optimizers,
+        guard=FiniteGuard(guarded, optimizers, mesh, config.skip_nonfinite),
+        teacher=teacher,
+        ema=ema,
+        execution=execution,
+        frozen=frozen,
     )
+    run.progress.sums = zero_sums(run)
+    return run
 
 
-def _peers_and_method(config: Config, data: ImageSet, mesh: Mesh | None, fresh: bool) -> tuple[Peers, Method]:
-    """Build the peers (on a mesh the rank's own) and the method that hears all of them."""
-    assert isinstance(config.method, MethodConfig)
-    start = config if fresh else dataclasses.replace(config, pretrained=False, weights=None)
-    local = build_peers(start, len(data.classes), data.channels, data.image_size, mesh.own if mesh else None)
+def adapt_to_device(config: Config, device: torch.device) -> Config:
+    """Return the config as the device can run it.
+
+    Raises:
+        InputError: the device lacks the dtype.
+    """
+    if config.dtype == "float64" and accumulation_dtype(device) is not torch.float64:
+        raise InputError(f"--dtype float64: {device.type} has none; give --device cpu, or another --dtype")
+    if device.type == "mps":  # where convolutions of channels_last ran backward 30 times slower (pytorch #193349)
+        return dataclasses.replace(config, channels_last=False)
+    return config
+
+
+def seed_everything(config: Config, device: torch.device) -> None:
+    """Seed torch, NumPy and Python, and switch deterministic algorithms on or off."""
+    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic and device.type == "cuda":  # else its matrix products refuse; read at their first use
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.manual_seed(config.seed)
+    np.random.seed(config.seed)  # users' networks and data may draw from these
+    random.seed(config.seed)
+
+
+def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: bool) -> tuple[Peers, Method]:
+    """Build this rank's peers, and the method that trains all of them, on the device.
+
+    Raises:
+        InputError: the method cannot run in microbatches, and `--accumulate` asks for them.
+    """
+    source = config if load_weights else dataclasses.replace(config, pretrained=False, weights=None)
+    classes, size = len(data.classes), data.image_size
+    local = build_peers(source, classes, data.channels, size, mesh.local_members if mesh.num_peer > 1 else None)
     for index in range(local.num_peers):
-        local.member(index).recompute = config.checkpoint_activations
+        local.member(index).checkpoint_activations = config.checkpoint_activations
     local.autocast = torch.bfloat16 if config.dtype == "bfloat16" else None
-    if mesh is None:
-        peers = local
-        method = build_method(config.method, peers, config.seed)
-    else:
-        if config.sync_bn and mesh.num_data > 1:
-            synchronise(local, mesh)
-        peers = MeshPeers(local, mesh)
-        peers.autocast = local.autocast
-        method = build_method(config.method, peers, config.seed)
-        peers.serve("features" in method.needs, method.needs_full_batch)
+    if mesh.sync_bn and mesh.num_data > 1 and isinstance(mesh, ProcessMesh):
+        convert_batchnorm(local, mesh)
+    peers = MeshPeers(local, mesh) if isinstance(mesh, ProcessMesh) else local
+    method = build_method(config.method, peers, config.seed)
+    if isinstance(peers, MeshPeers):
+        peers.require(features="features" in method.needs, needs_full_batch=method.needs_full_batch)
     if isinstance(local, BranchPeers):
         local.set_rescale(method.rescale_trunk)
+    if config.accumulate > 1 and (method.needs_full_batch or method.update_mode == "alternating"):
+        reason = "updates one member after the other" if method.update_mode == "alternating" else "needs the full batch"
+        raise InputError(f"--accumulate: {method.name} {reason} as it is configured here; drop --accumulate")
+    _to_device(peers, config, mesh.device)
+    method.to(mesh.device, DTYPES[config.dtype])
     return peers, method
+
+
+def build_teacher(config: Config, data: ImageSet, device: torch.device, teacher: nn.Module | None) -> nn.Module:
+    """Return the trained teacher, given or read from the file that the config names, in evaluation mode."""
+    assert isinstance(config.method, TeacherConfig)
+    teacher = load_teacher(config.method, data, config.model) if teacher is None else teacher
+    _to_device(teacher, config, device)
+    return teacher.eval().requires_grad_(False)
+
+
+def _to_device(module: nn.Module, config: Config, device: torch.device) -> None:
+    """Move a module to the device, the dtype and the memory format of a run."""
+    module.to(device=device, dtype=DTYPES[config.dtype])
+    if config.channels_last:
+        module.to(memory_format=torch.channels_last)  # pyrefly: ignore
+
+
+def build_loader(config: Config, data: ImageSet, splits: Splits, method: Method, mesh: Mesh) -> Loader:
+    """Return the loader of the training images; on a mesh each rank gets its rows and its members' views."""
+    augment = config.augment
+    augmentation = Augmentation(data.pad * augment, data.flip and augment, config.cutout, data.from_files and augment)
+    views = method.num_peers if "views" in method.needs else 1
+    images, labels = data.x_train[splits.train], data.y_train[splits.train]
+    loader = make_loader(config, data, (images, labels), mesh.device, augmentation, views)
+    if mesh.world > 1:
+        # Mixing needs the full batch on every rank; the step takes the rank's rows afterwards.
+        shard = (0, 1) if config.mixup or config.cutmix else (mesh.data_index, mesh.num_data)
+        loader.shard(*shard, mesh.local_members)
+    return loader
 
 
 def load_run(
@@ -165,37 +194,35 @@ def load_run(
     allow_import: bool = False,
     data: ImageSet | None = None,
 ) -> Run:
-    """Build the peers of a run folder with the weights of a checkpoint, for evaluation and export.
+    """Build the run of a run folder with the weights of a checkpoint, for evaluation and export.
 
     Args:
         path: The run folder.
-        data_dir: Where the data lies now; default where the run found it.
+        data_dir: Where the data is now; default where it was when the run was trained.
         device: Where to run.
         checkpoint: The newest good one, or the best on validation.
         allow_import: Run the code that the folder names, where its network is one's own (package.module:callable).
         data: The images, where they were given from Python.
 
     Raises:
-        InputError: there is no such run, its checkpoint is missing or damaged, its images are not what they were,
-            or it names code.
+        InputError: there is no such run, its checkpoint is missing or damaged, its images have changed, or it names
+            code.
     """
     path = Path(path)
-    if not (path / "config.json").exists():
-        raise InputError(f"{path} is no run folder (it has no config.json)")
-    config = Config.from_file(path)
-    check_imports(names_of(config), path, allow_import)
+    config = open_run(path)
+    check_imports(config.network_names(), path, allow_import)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
-    state = load_state(path, checkpoint)
-    held = read_json(path / "data.json", "mean", "std")
-    run = setup(config, execution=state.get("execution"), fresh=False, data=data, held=held)
-    run.load_state(state)
+    state = load_run_checkpoint(path, checkpoint)
+    data_info = read_json(path / "data.json", "mean", "std")
+    run = build_run(config, execution=state.get("execution"), load_weights=False, data=data, data_info=data_info)
+    restore_state(run, state)
     return run
 
 
 def load_without_images(
     path: str | Path, device: Device = "auto", why: str = "", checkpoint: Checkpoint = "last"
 ) -> Run:
-    """Load a run whose own images are not to be had, or not wanted; noise of their shape stands in for them.
+    """Load a run with noise of the right shape instead of its images, which are missing or not needed.
 
     Args:
         path: The run folder.
@@ -204,14 +231,22 @@ def load_without_images(
         checkpoint: The newest good one, or the best on validation.
 
     Raises:
-        InputError: there is no such run, or it does not say of what shape its images were.
+        InputError: there is no such run, or its data.json does not state the images' shape.
     """
-    held = read_json(Path(path) / "data.json", "name", "image_size", "channels", "classes")
-    if held is None:
+    data_info = read_json(Path(path) / "data.json", "name", "image_size", "channels", "classes")
+    if data_info is None:
         return load_run(path, device=device, checkpoint=checkpoint)
-    size = held["image_size"]
-    noise = np.random.default_rng(0).integers(0, 256, (64, size, size, held["channels"]), dtype=np.uint8)
-    labels = np.arange(64) % len(held["classes"])
-    parts, classes, fit = (noise, labels, noise, labels), tuple(held["classes"]), held.get("fit", "stretch")
-    stand_in = ImageSet(held["name"], *parts, classes, fit=fit, stand_in=why or "not asked for")
-    return load_run(path, device=device, checkpoint=checkpoint, data=stand_in)
+    size, classes = data_info["image_size"], tuple(data_info["classes"])
+    noise = np.random.default_rng(0).integers(0, 256, (64, size, size, data_info["channels"]), dtype=np.uint8)
+    labels = np.arange(64) % len(classes)
+    placeholder = ImageSet(
+        data_info["name"],
+        noise,
+        labels,
+        noise,
+        labels,
+        classes,
+        resize_mode=data_info.get("fit", "stretch"),
+        provenance=Provenance(placeholder_reason=why or "not asked for"),
+    )
+    return load_run(path, device=device, checkpoint=checkpoint, data=placeholder)

@@ -1,14 +1,9 @@
-"""Which way the peers run in training: a loop over members, or all stacked into one network.
-
-On a CPU the loop wins but for very small networks and batches, so `auto` takes it; `measure` times both on copies.
-"""
+"""How the peers run in training: one after the other (`loop`), or all of them as one network (`stacked`)."""
 
 from __future__ import annotations
 
-import copy
-import time
+from typing import Literal, cast
 
-import torch
 from torch import Tensor
 
 from codistill.config.config import Config
@@ -17,72 +12,48 @@ from codistill.peers.base import Peers
 from codistill.peers.branches import BranchPeers
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.stacked import StackedPeers
-from codistill.utils.device import synchronize
 from codistill.utils.errors import InputError
 
-STEPS = 5
+Execution = Literal["loop", "stacked"]
 
 
-def choose_execution(config: Config, peers: Peers, method: Method, views_VBCHW: Tensor) -> str:
-    """Return `loop` or `stacked`, as the config asks, by rule or by measuring; weights, buffers and RNG stay untouched.
+def choose_execution(config: Config, peers: Peers, method: Method, saved: str | None = None) -> Execution:
+    """Return how the peers run: as the config asks, else as the checkpoint did, else as a loop.
+
+    Args:
+        config: A resolved config; `auto`, and its old name `measure`, leave the choice open.
+        peers: What is to run.
+        method: What trains them.
+        saved: The execution of the checkpoint that is continued or loaded, if there is one.
 
     Raises:
-        InputError: `stacked` is asked for and cannot be had.
+        InputError: `stacked` is asked for and impossible.
     """
-    if config.execution in ("auto", "loop"):
-        return "loop"
-    obstacle = why_not_stackable(config, peers, method)
-    if config.execution == "stacked":
-        if obstacle:
-            raise InputError(f"--execution stacked: {obstacle}; use --execution loop")
-        return "stacked"
-    if obstacle:
-        return "loop"
-    loop = copy.deepcopy(peers)
-    stacked = copy.deepcopy(peers)
-    try:
-        stacked.runner = StackedPeers(stacked, views_VBCHW[0][:2])
-    except InputError:
-        return "loop"
-    seconds = time_interleaved([loop, stacked], views_VBCHW)
-    return "stacked" if seconds[1] < seconds[0] else "loop"
+    if config.execution not in ("loop", "stacked"):
+        return cast(Execution, saved or "loop")
+    if config.execution == "stacked" and (reason := why_not_stackable(config, peers, method)) is not None:
+        raise InputError(f"--execution stacked: {reason}; use --execution loop")
+    return config.execution
 
 
 def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | None:
-    """Return why these peers cannot be stacked, in words."""
+    """Return why these peers cannot be stacked, None if nothing is known against it."""
     if peers.num_peers == 1:
-        return "one peer has nobody to be stacked with"
-    if config.freeze or config.head_lr != 1.0:
-        return "--freeze and --head-lr mean single modules, and stacked ones hold all members' numbers in one"
-    if method.update == "alternating":
+        return "one peer cannot be stacked"
+    if config.freeze or config.head_lr_scale != 1.0:
+        return "--freeze and --head-lr-scale apply to single modules, and stacked modules hold all members' parameters"
+    if method.update_mode == "alternating":
         return "alternating updates step one member at a time"
     if isinstance(peers, BranchPeers) and "views" in method.needs:
-        return "branches with a view each run their trunk once a view"
+        return "branches with a view each run their trunk once per view"
     return None
 
 
-def time_interleaved(contenders: list[Peers], views_VBCHW: Tensor) -> list[float]:
-    """Return the median seconds of a forward and backward of each, taken in turn after a warm-up."""
-    seconds: list[list[float]] = [[] for _ in contenders]
-    device = views_VBCHW.device
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        for turn in range(STEPS + 1):
-            for peers, spent in zip(contenders, seconds):
-                peers.train()
-                began = time.perf_counter()
-                peers(views_VBCHW).logits_PBC.sum().backward()
-                synchronize(device)
-                peers.zero_grad(set_to_none=True)
-                if turn:
-                    spent.append(time.perf_counter() - began)
-    return [sorted(spent)[len(spent) // 2] for spent in seconds]
-
-
-def stack(peers: Peers, ema: MeanTeacher | None, views_VBCHW: Tensor) -> None:
-    """Make the peers (and their mean teachers) run stacked."""
-    example = views_VBCHW[0][:2]
-    peers.runner = StackedPeers(peers, example)
+def stack_peers(peers: Peers, ema: MeanTeacher | None, views_VBCHW: Tensor) -> None:
+    """Make the peers (and their mean teachers) run stacked; two images of `views_VBCHW` test that outputs agree."""
+    example_BCHW = views_VBCHW[0][:2]
+    peers.stacked_runner = StackedPeers(peers, example_BCHW)
     if ema is not None:
-        ema.peers.runner = StackedPeers(ema.peers, example)
-        for parameter in ema.peers.runner.parameters:
+        ema.peers.stacked_runner = StackedPeers(ema.peers, example_BCHW)
+        for parameter in ema.peers.stacked_runner.parameters:
             parameter.requires_grad_(False)

@@ -1,4 +1,4 @@
-"""What a run is fed with, from its config: its set as the networks take it, the splits, and loaders."""
+"""A run's data, from its config: the data set as the networks take it, its splits, and loaders."""
 
 from __future__ import annotations
 
@@ -9,37 +9,47 @@ import numpy as np
 import torch
 
 from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 from codistill.data import DeviceLoader, FileLoader, ImageSet, Loader, Splits, load_set, make_splits
-from codistill.data.datasets import check_set
-from codistill.data.image_files import ImageFiles
-from codistill.data.loader import Augmentation
-from codistill.data.normalization import normalised
-from codistill.models.external import pretrained_statistics, takes_colour_alone
+from codistill.data.lazy_images import LazyImages
+from codistill.data.loader import Augmentation, LoaderOptions
+from codistill.data.normalization import with_normalization
+from codistill.models.external import pretrained_statistics, takes_only_rgb
 from codistill.training.run import Run
 from codistill.utils.device import DTYPES
 from codistill.utils.errors import InputError
 
 
-def load_images(config: Config, data: ImageSet | None, held: dict[str, Any] | None) -> tuple[ImageSet, Splits]:
-    """Load the set as the networks take it, and split it."""
-    assert isinstance(config.method, MethodConfig)
+def load_images(config: Config, data: ImageSet | None, data_info: dict[str, Any] | None) -> tuple[ImageSet, Splits]:
+    """Load the data set as the networks take it, and split it.
+
+    Args:
+        config: A resolved config.
+        data: Images given from Python, instead of those that the config names.
+        data_info: The content of the run folder's data.json, where it exists.
+
+    Raises:
+        InputError: the data set cannot be used, or is not what data.json describes.
+    """
     if data is None:
-        data = load_set(config.data, config.data_dir, config.image_size, config.data_pipeline, config.skip_corrupt)
-    elif not data.stand_in:
-        check_set(data)
-    if not data.stand_in:
-        data = data.with_channels(channels_taken(config, data.channels))
-        if held is not None and held.get("checksum", data.checksum()) != data.checksum():
+        data = load_set(
+            config.data, config.data_dir, config.image_size, config.data_pipeline, skip_corrupt=config.skip_corrupt
+        )
+    elif not data.provenance.placeholder_reason:
+        data.check()
+    if not data.provenance.placeholder_reason:
+        data = data.with_channels(num_input_channels(config, data.channels))
+        if data_info is not None and data_info.get("checksum", data.checksum()) != data.checksum():
             raise InputError(
                 f"--data {config.data} is not what it was when the run began: other files, labels or numbers, so its "
                 "splits would mix; put it back as it was, or start a run of another name"
             )
-    asked = config.pretrained and config.normalise is None and held is None  # a library, or a hub, need not be there
-    data = normalised(data, config.normalise, pretrained_statistics(config.model) if asked else {}, held)
-    if data.stand_in:
-        nothing = np.arange(0)
-        return data, Splits(np.arange(len(data.y_train)), nothing, nothing)
+    # Where data.json has the statistics, neither the library nor the hub of the pretrained weights is needed.
+    use_pretrained = config.pretrained and config.normalize is None and data_info is None
+    statistics = pretrained_statistics(config.model) if use_pretrained else {}
+    data = with_normalization(data, config.normalize, statistics, data_info)
+    if data.provenance.placeholder_reason:
+        empty = np.arange(0)
+        return data, Splits(np.arange(len(data.y_train)), empty, empty)
     holdout_fraction = getattr(config.method, "holdout_fraction", 0.0) if config.method.needs_holdout() else 0.0
     splits = make_splits(data, config.val_fraction, holdout_fraction, config.train_per_class)
     if config.batch_size > len(splits.train):
@@ -49,11 +59,11 @@ def load_images(config: Config, data: ImageSet | None, held: dict[str, Any] | No
     return data, splits
 
 
-def channels_taken(config: Config, channels: int) -> int:
-    """Return the channels that the networks take: as asked for, 3 where one knows no other, or the data set's."""
+def num_input_channels(config: Config, channels: int) -> int:
+    """Return the networks' input channels: as configured, 3 where a network takes RGB only, or the data set's."""
     if config.channels is not None:
         return config.channels
-    return 3 if any(takes_colour_alone(name, config.pretrained) for name in config.model) else channels
+    return 3 if any(takes_only_rgb(name, pretrained=config.pretrained) for name in config.model) else channels
 
 
 def make_loader(
@@ -64,26 +74,35 @@ def make_loader(
     augmentation: Augmentation | None = None,
     views: int = 1,
 ) -> Loader:
-    """Return batches of `part`, normalised by the statistics of `data`; in order, where nothing is augmented."""
-    options: dict[str, Any] = {
-        "batch_size": config.batch_size if augmentation else max(config.batch_size, 256),
-        "augmentation": augmentation,
-        "views": views,
-        "seed": config.seed,
-        "balanced": config.balanced_sampling and augmentation is not None,
-        "device": device,
-        "dtype": DTYPES[config.dtype],
-        "channels_last": config.channels_last,
-    }
+    """Return a loader of `part`, normalized by the statistics of `data`; in order, where nothing is augmented.
+
+    Args:
+        config: A resolved config.
+        data: The data set whose statistics are used.
+        part: Images and labels.
+        device: Where batches go.
+        augmentation: Of training images; None for evaluation.
+        views: Augmented views per image.
+    """
+    options = LoaderOptions(
+        batch_size=config.batch_size if augmentation else max(config.batch_size, 256),
+        augmentation=augmentation,
+        views=views,
+        seed=config.seed,
+        balanced=config.balanced_sampling and augmentation is not None,
+        device=device,
+        dtype=DTYPES[config.dtype],
+        channels_last=config.channels_last,
+    )
     images, labels = part
-    if not isinstance(images, ImageFiles):
-        return DeviceLoader(images, labels, data.mean, data.std, **options)
-    workers = decoding_processes(config)
-    return FileLoader(images, labels, data.mean, data.std, workers=workers, skip_corrupt=config.skip_corrupt, **options)
+    if not isinstance(images, LazyImages):
+        return DeviceLoader(images, labels, data.mean, data.std, options)
+    workers = num_decoding_processes(config)
+    return FileLoader(images, labels, data.mean, data.std, options, workers=workers, skip_corrupt=config.skip_corrupt)
 
 
-def decoding_processes(config: Config) -> int:
-    """Return how many processes decode image files: as asked for, or this process's share of the CPUs, 8 at most."""
+def num_decoding_processes(config: Config) -> int:
+    """Return how many processes decode image files: as configured, or this process's CPUs, 8 at most."""
     if config.data_workers is not None:
         return config.data_workers
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -91,7 +110,7 @@ def decoding_processes(config: Config) -> int:
 
 
 def curve_loader(run: Run) -> Loader | None:
-    """Return the set that is looked at during training: validation, or the test set under the papers' protocol."""
+    """Return the images evaluated during training: validation, or the test set under the papers' protocol."""
     if run.config.protocol == "paper":
         return test_loader(run)
     if not len(run.splits.val):
@@ -100,18 +119,18 @@ def curve_loader(run: Run) -> Loader | None:
 
 
 def test_loader(run: Run) -> Loader:
-    """Return the test set."""
-    return _sharded(run, run.data.x_test, run.data.y_test)
+    """Return the loader of the test set."""
+    return _make_sharded_loader(run, run.data.x_test, run.data.y_test)
 
 
 def part_loader(run: Run, part: Any) -> Loader:
-    """Return a part of the training set (indices), in order and as it is."""
-    return _sharded(run, run.data.x_train[part], run.data.y_train[part])
+    """Return a loader of a part of the training set (indices), in order and not augmented."""
+    return _make_sharded_loader(run, run.data.x_train[part], run.data.y_train[part])
 
 
-def _sharded(run: Run, images: Any, labels: Any) -> Loader:
-    """Return a loader that keeps the order; on a mesh, of this rank's part of the samples, every one on one rank."""
-    if run.mesh is not None:
-        first, last = run.mesh.shard(len(labels))[run.mesh.data_index :][:2]
+def _make_sharded_loader(run: Run, images: Any, labels: Any) -> Loader:
+    """Return a loader in order; on a mesh, of this data rank's shard of the samples."""
+    if run.mesh.num_data > 1:
+        first, last = run.mesh.shard_bounds(len(labels))[run.mesh.data_index :][:2]
         images, labels = images[first:last], labels[first:last]
     return make_loader(run.config, run.data, (images, labels), run.device)

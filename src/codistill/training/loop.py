@@ -1,44 +1,61 @@
-"""One visible loop: views -> peers -> method -> backward -> step -> method.after_step -> metrics.
+"""The training loop: `train` runs a config in its run folder, `fit` trains what is built.
 
-`fit` trains, `validate` measures, `train` does it all in a run folder.
+An epoch is `run_epoch`, whose steps are `train_step` (codistill.training.step), and `end_epoch`. On several ranks every
+rank runs this code; files are written by the main rank alone.
 Shapes: P peers, V views, B batch, C classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from codistill.config.config import Config
 from codistill.data import ImageSet, Loader
 from codistill.distributed.launch import init_mesh, resume_after_restart
-from codistill.evaluation.evaluate import collect, validate
+from codistill.evaluation.evaluate import evaluate_peers
 from codistill.peers.base import Peers
-from codistill.runs.run_folder import RunFolder, SilentFolder
+from codistill.runs.records import CheckpointState, EpochLine
+from codistill.runs.run_folder import RunFolder
 from codistill.runs.trackers import Tracker
-from codistill.training.build import load_run, setup
+from codistill.training.build import build_run, load_run
 from codistill.training.loaders import curve_loader, test_loader
 from codistill.training.optim import learning_rate_at, set_learning_rate
 from codistill.training.reporter import Reporter
-from codistill.training.run import Run
-from codistill.training.step import of_samples, outputs_of, train_step
-from codistill.training.student import deployed_figures, deployed_network
-from codistill.training.summary import MOST_CLASSES_IN_DETAIL, cost, describe, details, holdout_outputs, outcome
+from codistill.training.run import Run, zero_sums
+from codistill.training.state import checkpoint_state, restore_state
+from codistill.training.step import forward_all, is_per_sample, train_step
+from codistill.training.student import deployed_network
+from codistill.training.summary import (
+    MAX_CLASSES_IN_DETAIL,
+    collect_details,
+    describe_run,
+    evaluate_run,
+    holdout_outputs,
+    measure_cost,
+    run_result,
+)
 from codistill.utils.cpu_memory import keep_freed_memory, release_kept_memory
-from codistill.utils.device import accumulation_dtype, peak_megabytes, pick_device, reset_peak_memory
-from codistill.utils.errors import InputError, MachineError, OtherRankFailedError, UnreadableError
-from codistill.utils.failures import out_of_memory
+from codistill.utils.device import peak_megabytes, pick_device, reset_peak_memory
+from codistill.utils.errors import (
+    InputError,
+    MachineError,
+    OtherRankFailedError,
+    Stopped,
+    UnreadableError,
+    out_of_memory,
+)
 from codistill.utils.files import write_json
-from codistill.utils.signals import Stopped, caught_signals
+from codistill.utils.signals import catch_signals
 
 
 @dataclass
@@ -47,202 +64,35 @@ class Result:
 
     folder: Path
     figures: dict[str, Any]
-    """What result.json holds."""
+    """The content of result.json."""
     training: Run
 
     @property
     def peers(self) -> Peers:
-        """All members, as they ended (on a mesh: those of this rank)."""
+        """All members after training (on a mesh: those of this rank)."""
         return self.training.peers
 
     @property
     def student(self) -> nn.Module:
         """The one plain network that is deployed; on a mesh it is read from the run folder."""
-        return deployed_network(self.training if self.training.mesh is None else load_run(self.folder))
-
-
-def fit(run: Run, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> None:
-    """Train from where `run` stands to the last epoch; checkpoints and metrics go to `folder`.
-
-    Raises:
-        Stopped: a signal asked for it; the checkpoint is written.
-        MachineError: the loss became infinite or NaN; weights before that step are kept in the checkpoint.
-    """
-    curve = curve_loader(run)
-    run.guard.steps_before = run.epoch * len(run.loader) + run.step
-    with caught_signals() as caught:
-        while run.epoch < run.config.epochs:
-            if run.step == 0:
-                run.sums = zero_sums(run)
-            with _kept(run, folder):
-                _run_epoch(run, folder, reporter, caught)
-                line = _close_epoch(run, curve)
-            better = run.best_validation is not None and run.best_validation["epoch"] == run.epoch
-            folder.log(line)
-            tracker.log(line)
-            reporter.epoch(line)
-            run.epoch, run.step = run.epoch + 1, 0
-            stop = _stop_asked(run, caught)
-            due = (
-                run.epoch % run.config.checkpoint_every_epochs == 0
-                or run.epoch == run.config.epochs
-                or stop is not None
-            )
-            _save(run, folder, due, better)
-            if stop and run.epoch < run.config.epochs:
-                raise Stopped(stop)
-
-
-def _stop_asked(run: Run, caught: list[str]) -> str | None:
-    """Return the name of the signal that asks for an end; on a mesh the host waits for all ranks' answer."""
-    if run.mesh is not None:
-        return run.mesh.first_signal(caught)
-    return caught[0] if caught else None
-
-
-def _save(run: Run, folder: RunFolder, due: bool = True, best: bool = False) -> None:
-    """Write a checkpoint where it is `due`, and the `best` one first; on a mesh all ranks go on once it is written."""
-    if not (due or best):
-        return
-    state = run.state() or {}
-    write = lambda: (folder.save_best(state) if best else None, folder.save(state) if due else None)  # noqa: E731
-    _call(write) if run.mesh is None else run.mesh.run_on_main_rank(write)
-
-
-@contextmanager
-def _kept(run: Run, folder: RunFolder) -> Iterator[None]:
-    """Where an image file cannot be read, write a checkpoint of the steps before it (on a mesh only one rank knows)."""
-    try:
-        yield
-    except UnreadableError as error:
-        if run.mesh is None:
-            _look(run, folder)
-            _save(run, folder)
-        raise InputError(
-            f"{str(error).removesuffix('; mend or remove it')}; mend it, or let others stand in for such files with "
-            f"--skip-corrupt, and go on from {folder.checkpoint_path} with --resume auto"
-        ) from None
-
-
-def _run_epoch(run: Run, folder: RunFolder, reporter: Reporter, caught: list[str]) -> None:
-    """Do the rest of an epoch's steps."""
-    config, steps = run.config, len(run.loader)
-    began, before = time.perf_counter(), run.seconds
-    weight = run.method.weight_at(run.epoch)
-    run.peers.train()
-    run.method.train()
-    for module in run.frozen:
-        module.eval()  # their running statistics and dropout stand still too
-    for views_VBCHW, targets_B in run.loader.epoch(run.epoch, run.step):
-        rate = learning_rate_at(config, run.epoch, run.step, steps)
-        for optimizer in run.optimizers:
-            set_learning_rate(optimizer, rate)
-        train_step(run, views_VBCHW, targets_B, weight)
-        run.step += 1
-        last = run.step == steps
-        due = bool(config.checkpoint_every_steps and run.step % config.checkpoint_every_steps == 0)
-        look = last or due or run.step % config.log_every_steps == 0
-        # On a mesh ranks hear of each other's signals only where they look.
-        stop = _stop_asked(run, caught) if look or run.mesh is None else None
-        if look or stop:
-            _look(run, folder)
-            reporter.step(run.epoch, run.step, _sums(run)["loss"].item() / (run.step * config.batch_size))
-        run.seconds = before + time.perf_counter() - began
-        if (due or stop) and not last:
-            _save(run, folder)
-        if stop and not last:
-            raise Stopped(stop)
-
-
-def _sums(run: Run) -> dict[str, Tensor]:
-    """Return the epoch's sums, over all ranks."""
-    return run.sums if run.mesh is None else {name: run.mesh.sum_along_data(value) for name, value in run.sums.items()}
-
-
-def _look(run: Run, folder: RunFolder) -> None:
-    """Read the guard's flag: this waits for the device."""
-    bad = run.guard.look()
-    if bad is None:
-        return
-    steps_done, terms = bad
-    run.epoch, run.step = divmod(steps_done, len(run.loader))
-    _save(run, folder)
-    if run.mesh is not None and run.mesh.rank:
-        raise OtherRankFailedError(1)
-    values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-    raise MachineError(
-        f"the loss stopped being finite at epoch {run.epoch}, step {run.step} ({values}); the weights before it are "
-        f"kept in {folder.checkpoint_path}; lower --lr (now {learning_rate_at(run.config, run.epoch):g}) or add "
-        "--warmup-epochs, or pass over such steps with --skip-nonfinite N --resume auto"
-    )
-
-
-def zero_sums(run: Run) -> dict[str, Tensor]:
-    """Return the sums with which an epoch begins."""
-    zeros = torch.zeros(run.peers.num_peers, dtype=accumulation_dtype(run.device), device=run.device)
-    return {"loss": zeros.sum(), "hits_P": zeros.clone(), "distill_P": zeros.clone()}
-
-
-def _close_epoch(run: Run, curve: Loader | None) -> dict[str, Any]:
-    """Return the epoch's line: schedule, training figures, and the curve's set where it is due."""
-    if run.mesh is not None:
-        run.mesh.align([run.peers, *([run.ema] if run.ema else [])], run.method)
-    if "holdout" in run.method.needs:
-        run.method.update_on_holdout(*holdout_outputs(run))
-        run.guard.take()  # the method's new numbers are good ones
-    sums = dict(_sums(run))
-    count = max(run.loader.num_samples - int(sums.pop("skipped", 0)), 1)
-    line: dict[str, Any] = {
-        "epoch": run.epoch,
-        "lr": learning_rate_at(run.config, run.epoch),
-        "weight": run.method.weight * run.method.weight_at(run.epoch),
-        "train": {
-            "loss": sums["loss"].item() / count,
-            "top1": (sums["hits_P"] * 100 / count).tolist(),
-            "distill": (sums["distill_P"] / count).tolist(),
-        },
-    }
-    if run.guard.limit:
-        line["skipped_steps"] = int(run.guard.skipped)
-    inspected = {name: total for name, total in sums.items() if of_samples(name)}
-    if inspected:  # means over the epoch's samples
-        line["method"] = {name.rpartition("_")[0]: (total / count).tolist() for name, total in inspected.items()}
-    due = (run.epoch + 1) % run.config.eval_every_epochs == 0 or run.epoch + 1 == run.config.epochs
-    if curve is not None and due:
-        part = "test" if run.config.protocol == "paper" else "val"
-        figures = measure(run, curve)
-        line |= {part: figures["members"], f"{part}_student": figures["student"]}
-        if figures["ema"] is not None:
-            line[f"{part}_ema"] = figures["ema"]
-        held = run.best if part == "test" else run.best_validation
-        if held is None or figures["student"]["top1"] > held["top1"]:  # of equal ones the first
-            best = figures["student"] | {"epoch": run.epoch}
-            run.best, run.best_validation = (best, None) if part == "test" else (None, best)
-    return line
-
-
-def measure(run: Run, loader: Loader) -> dict[str, Any]:
-    """Return the figures of the `members`, of their mean teachers (`ema`, else None) and of the deployed `student`."""
-    members = validate(run.peers, run.method, loader, run.mesh)
-    ema = validate(run.ema.peers, run.method, loader, run.mesh) if run.ema is not None else None
-    return {"members": members, "ema": ema, "student": deployed_figures(run, members, ema)}
+        return deployed_network(self.training if self.training.mesh.world == 1 else load_run(self.folder))
 
 
 def train(
     config: Config, reporter: Reporter | None = None, teacher: nn.Module | None = None, data: ImageSet | None = None
 ) -> Result:
-    """Train one run in its folder and read the test set once, at the end.
+    """Train one run in its folder and evaluate it on the test set once, at the end.
 
-    On a CPU with glibc this process keeps the memory it frees from here on (see `allocator`).
+    On a CPU with glibc this process keeps the memory it frees until training ends (see `utils.cpu_memory`).
 
     Args:
         config: What to train.
-        reporter: Told of the progress; default silent.
+        reporter: Called as training advances; default silent.
         teacher: A trained network, for kd; default the one its config names.
         data: Images from Python (`ImageSet.from_dataset`); default those that the config names.
 
     Returns:
-        The peers as they ended, the deployed student, and the figures that result.json holds.
+        The peers after training, the deployed student, and the figures that result.json holds.
 
     Raises:
         InputError: the config or the data cannot be used, or another process uses the run folder.
@@ -252,33 +102,32 @@ def train(
     >>> result = train(Config("okddip", "resnet8", "digits", epochs=60))   # doctest: +SKIP
     """
     config = config if data is None else dataclasses.replace(config, data=data.name)
-    reporter, config = reporter or Reporter(), resume_after_restart(config.resolved())
-    device = pick_device(config.device)
-    mesh = init_mesh(config, device)
+    config = resume_after_restart(config.resolved())
+    mesh = init_mesh(config, pick_device(config.device))
     with ExitStack() as stack:
-        if device.type == "cpu" and keep_freed_memory():
+        if mesh.device.type == "cpu" and keep_freed_memory():
             stack.callback(release_kept_memory)
-        if mesh is None:
-            folder = RunFolder(config)
-            stack.enter_context(folder.held())
-            state = _held(folder)
-            execution, held = None if state is None else state.get("execution"), folder.read("data.json")
-            run = setup(config, teacher, execution, fresh=state is None, data=data, held=held)
-            return _train(run, state, folder, reporter)
-        stack.enter_context(mesh.watched())
+        stack.enter_context(mesh.report_failures())
         folder = mesh.run_on_main_rank(lambda: RunFolder(config))
-        mesh.run_on_main_rank(lambda: stack.enter_context(folder.held()))
-        state = mesh.run_on_main_rank(lambda: _held(folder))
-        held = mesh.run_on_main_rank(lambda: folder.read("data.json"))
-        run = mesh.run_on_all_ranks(
-            lambda: setup(config, teacher, mesh=mesh, fresh=state is None, data=data, held=held)
+        mesh.run_on_main_rank(lambda: stack.enter_context(folder.lock()))
+        state = mesh.run_on_main_rank(lambda: load_checkpoint_or_none(folder))
+        data_info = mesh.run_on_main_rank(lambda: folder.read("data.json"))
+        build = partial(
+            build_run,
+            config,
+            teacher,
+            execution=None if state is None else state.get("execution"),
+            mesh=mesh,
+            load_weights=state is None,
+            data=data,
+            data_info=data_info,
         )
-        if mesh.rank:
-            folder, reporter = SilentFolder(config), Reporter()
-        return _train(run, state, folder, reporter)
+        run = mesh.run_on_all_ranks(build)
+        reporter = Reporter() if reporter is None or mesh.rank else reporter
+        return run_training(run, state, folder, reporter)
 
 
-def _held(folder: RunFolder) -> dict[str, Any] | None:
+def load_checkpoint_or_none(folder: RunFolder) -> CheckpointState | None:
     """Return the newest good checkpoint, None where there is none yet.
 
     Raises:
@@ -288,67 +137,233 @@ def _held(folder: RunFolder) -> dict[str, Any] | None:
     if folder.complete and (state is None or state["epoch"] < folder.config.epochs):
         raise InputError(
             f"--resume: {folder.path} is complete, but the checkpoint of its last epoch is gone or damaged; put it "
-            "back, or train anew in another --out (its figures are in result.json)"
+            "back, or train again in another --out (its figures are in result.json)"
         )
     return state
 
 
-def _train(run: Run, state: dict[str, Any] | None, folder: RunFolder, reporter: Reporter) -> Result:
-    """Train what is built, from `state` on if there is one."""
-    first, run_on_main_rank = (
-        run.mesh is None or run.mesh.rank == 0,
-        _call if run.mesh is None else run.mesh.run_on_main_rank,
-    )
-    complete = run_on_main_rank(lambda: folder.complete)
+def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, reporter: Reporter) -> Result:
+    """Train a built run to its end, from the checkpoint `state` if there is one, and write its result."""
+    mesh = run.mesh
+    complete = mesh.run_on_main_rank(lambda: folder.complete)
     if state is not None:
-        run.load_state(state) if run.mesh is None else run.mesh.run_on_all_ranks(lambda: run.load_state(state))
+        mesh.run_on_all_ranks(lambda: restore_state(run, state))
     if not complete:
-        run_on_main_rank(
-            lambda: (folder.begin(), folder.describe(run.data.about()), folder.truncate_metrics(run.epoch))
-        )
-    tracker = Tracker(run.config.tracker if first else "none", run.config)
-    notes = describe(run, None if state is None else state["file"])
-    reporter.begin(notes, run.config.epochs, len(run.loader), run.epoch)
+        mesh.run_on_main_rank(lambda: write_metadata(run, folder))
+    tracker = Tracker(run.config.tracker if mesh.rank == 0 else "none", run.config)
+    notes = describe_run(run, None if state is None else state["file"])
+    reporter.begin(notes, run.config.epochs, len(run.loader), run.progress.epoch)
     if not complete:
         reset_peak_memory(run.device)
         try:
             fit(run, folder, reporter, tracker)
-            figures, drawn = _finish(run)
+            figures, details = evaluate_test_set(run)
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error) is None:
                 raise
-            raise _no_memory(run, folder, error) from error
-        run_on_main_rank(lambda: write_json(folder.path / "details.json", drawn))
-        run_on_main_rank(
-            lambda: write_json(folder.path / "result.json", figures)
-        )  # last: it says that the run is complete
+            raise describe_out_of_memory(run, folder, error) from error
+        mesh.run_on_main_rank(lambda: write_json(folder.path / "details.json", details))
+        mesh.run_on_main_rank(lambda: write_json(folder.path / "result.json", figures))  # last: it marks completion
     tracker.close()
-    figures = run_on_main_rank(lambda: folder.read("result.json"))
+    figures = mesh.run_on_main_rank(lambda: folder.read("result.json"))
     reporter.end(figures)
     return Result(folder.path, figures, run)
 
 
-def _no_memory(run: Run, folder: RunFolder, error: Exception) -> MachineError:
-    """Return the sentence for a run that ran out of memory; what it has written is whole."""
-    fits = run.config.topology == "networks" and run.execution == "loop" and not run.config.checkpoint_activations
-    less = "--checkpoint-activations, which takes less and gives the same" if fits else "room"
-    return MachineError(
-        f"{out_of_memory(error)} is out of memory at epoch {run.epoch}, step {run.step}; the checkpoints in "
-        f"{folder.path} are kept: continue with --resume auto and {less}, or train anew with a lower --batch-size or "
-        "--peers"
+def write_metadata(run: Run, folder: RunFolder) -> None:
+    """Write config.json, environment.json and data.json where they are missing; drop metrics that will be redone."""
+    folder.write_metadata()
+    folder.write_data_info(run.data.metadata())
+    folder.truncate_metrics(run.progress.epoch)
+
+
+def fit(run: Run, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> None:
+    """Train from `run.progress` to the last epoch; checkpoints and metrics go to `folder`.
+
+    Raises:
+        Stopped: a signal ended the run; the checkpoint is written.
+        MachineError: the loss became infinite or NaN; the checkpoint holds the weights before that step.
+    """
+    config, progress, curve = run.config, run.progress, curve_loader(run)
+    run.guard.steps_before = run.steps_done
+    with catch_signals() as caught:
+        while progress.epoch < config.epochs:
+            if progress.step == 0:
+                progress.sums = zero_sums(run)
+            with checkpoint_on_unreadable(run, folder):
+                run_epoch(run, folder, reporter, caught)
+                line = end_epoch(run, curve)
+            is_best = progress.best_validation is not None and progress.best_validation["epoch"] == progress.epoch
+            run.mesh.run_on_main_rank(partial(folder.append_metrics, line))
+            tracker.log(line)
+            reporter.epoch(line)
+            progress.epoch, progress.step = progress.epoch + 1, 0
+            stop = run.mesh.first_signal(caught)
+            is_last = progress.epoch == config.epochs
+            due = progress.epoch % config.checkpoint_every_epochs == 0 or is_last or stop is not None
+            save_checkpoint(run, folder, last=due, best=is_best)
+            if stop and not is_last:
+                raise Stopped(stop)
+
+
+def run_epoch(run: Run, folder: RunFolder, reporter: Reporter, caught: list[str]) -> None:
+    """Do the remaining steps of an epoch.
+
+    Args:
+        run: What is trained.
+        folder: Where checkpoints go.
+        reporter: Called every `log_every_steps`.
+        caught: Signals that this process has caught.
+    """
+    config, progress, num_steps = run.config, run.progress, len(run.loader)
+    started, seconds_before = time.perf_counter(), progress.seconds
+    weight = run.method.weight_at(progress.epoch)
+    run.peers.train()
+    run.method.train()
+    for module in run.frozen:
+        module.eval()  # neither their running statistics nor dropout change
+    for views_VBCHW, targets_B in run.loader.epoch(progress.epoch, progress.step):
+        rate = learning_rate_at(config, progress.epoch, progress.step, num_steps)
+        for optimizer in run.optimizers:
+            set_learning_rate(optimizer, rate)
+        train_step(run, views_VBCHW, targets_B, weight)
+        progress.step += 1
+        is_last = progress.step == num_steps
+        due = bool(config.checkpoint_every_steps and progress.step % config.checkpoint_every_steps == 0)
+        log = is_last or due or progress.step % config.log_every_steps == 0
+        # Several ranks exchange their signals only where the host waits anyway.
+        stop = run.mesh.first_signal(caught) if log or run.mesh.world == 1 else None
+        if log or stop:
+            check_finite(run, folder)
+            loss = run.mesh.sum_along_data(progress.sums["loss"]).item()
+            reporter.step(progress.epoch, progress.step, loss / (progress.step * config.batch_size))
+        progress.seconds = seconds_before + time.perf_counter() - started
+        if (due or stop) and not is_last:
+            save_checkpoint(run, folder)
+        if stop and not is_last:
+            raise Stopped(stop)
+
+
+def end_epoch(run: Run, curve: Loader | None) -> EpochLine:
+    """Return the epoch's line of metrics.jsonl: schedule, training figures, and the evaluation on `curve` if due."""
+    config, progress = run.config, run.progress
+    run.mesh.sync_buffers(run.modules_with_buffers, run.method)
+    if "holdout" in run.method.needs:
+        run.method.update_on_holdout(*holdout_outputs(run))
+        run.guard.snapshot()  # the method's new state is a good one
+    sums = {name: run.mesh.sum_along_data(value) for name, value in progress.sums.items()}
+    count = max(run.loader.num_samples - int(sums.pop("skipped", 0)), 1)
+    line: dict[str, Any] = {
+        "epoch": progress.epoch,
+        "lr": learning_rate_at(config, progress.epoch),
+        "weight": run.method.weight * run.method.weight_at(progress.epoch),
+        "train": {
+            "loss": sums["loss"].item() / count,
+            "top1": (sums["hits_P"] * 100 / count).tolist(),
+            "distill": (sums["distill_P"] / count).tolist(),
+        },
+    }
+    if run.guard.limit:
+        line["skipped_steps"] = int(run.guard.skipped)
+    method_means = {n.rpartition("_")[0]: (total / count).tolist() for n, total in sums.items() if is_per_sample(n)}
+    if method_means:
+        line["method"] = method_means
+    due = (progress.epoch + 1) % config.eval_every_epochs == 0 or progress.epoch + 1 == config.epochs
+    if curve is not None and due:
+        line |= evaluate_curve(run, curve)
+    return cast(EpochLine, line)
+
+
+def evaluate_curve(run: Run, curve: Loader) -> dict[str, Any]:
+    """Evaluate the run during training: the part of the epoch's line; the best epoch is kept in `run.progress`."""
+    progress, part = run.progress, "test" if run.config.protocol == "paper" else "val"
+    figures = evaluate_run(run, curve)
+    line = {part: figures["members"], f"{part}_student": figures["student"]}
+    if figures["ema"] is not None:
+        line[f"{part}_ema"] = figures["ema"]
+    best = progress.best if part == "test" else progress.best_validation
+    if best is None or figures["student"]["top1"] > best["top1"]:  # of equal ones the first
+        best = figures["student"] | {"epoch": progress.epoch}
+        progress.best, progress.best_validation = (best, None) if part == "test" else (None, best)
+    return line
+
+
+def check_finite(run: Run, folder: RunFolder) -> None:
+    """Read the guard's flag (waits for the device); if it is set, write a checkpoint of the good steps and raise.
+
+    Raises:
+        MachineError: the loss or a gradient was not finite.
+    """
+    bad = run.guard.check_finite()
+    if bad is None:
+        return
+    steps_done, terms = bad
+    progress = run.progress
+    progress.epoch, progress.step = divmod(steps_done, len(run.loader))
+    save_checkpoint(run, folder)
+    if run.mesh.rank:
+        raise OtherRankFailedError(1)
+    values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
+    raise MachineError(
+        f"the loss stopped being finite at epoch {progress.epoch}, step {progress.step} ({values}); the weights before "
+        f"it are kept in {folder.checkpoint_path}; lower --lr (now {learning_rate_at(run.config, progress.epoch):g}) "
+        "or add --warmup-epochs, or skip such steps with --skip-nonfinite N --resume auto"
     )
 
 
-def _call(what: Callable[[], Any]) -> Any:
-    return what()
+def save_checkpoint(run: Run, folder: RunFolder, *, last: bool = True, best: bool = False) -> None:
+    """Write best.pt (if `best`) and then last.pt (if `last`); all ranks wait until they are written."""
+    if not (last or best):
+        return
+    state = checkpoint_state(run) or {}
+
+    def write() -> None:
+        if best:
+            folder.save_best(state)
+        if last:
+            folder.save(state)
+
+    run.mesh.run_on_main_rank(write)
 
 
-def _finish(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Read the test set and return the run's figures, and the details that a report draws."""
+@contextmanager
+def checkpoint_on_unreadable(run: Run, folder: RunFolder) -> Iterator[None]:
+    """Where an image file cannot be read, write a checkpoint of the steps before it, unless only one rank knows.
+
+    Raises:
+        InputError: an image file cannot be read.
+    """
+    try:
+        yield
+    except UnreadableError as error:
+        if run.mesh.world == 1:
+            check_finite(run, folder)
+            save_checkpoint(run, folder)
+        reason = re.sub(r"; \w+ or remove it$", "", str(error))
+        raise InputError(
+            f"{reason}; fix it, or let others replace such files with "
+            f"--skip-corrupt, and continue from {folder.checkpoint_path} with --resume auto"
+        ) from None
+
+
+def evaluate_test_set(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Evaluate on the test set; return the contents of result.json and of details.json."""
     memory = peak_megabytes(run.device)
-    loader, detail = test_loader(run), len(run.data.classes) <= MOST_CLASSES_IN_DETAIL
-    members = collect(run.peers, run.method, loader, run.mesh, detail)
-    ema = collect(run.ema.peers, run.method, loader, run.mesh, detail) if run.ema is not None else None
-    figures = outcome(run, members.compute(), ema.compute() if ema is not None else None)
-    figures["cost"] = {"training_peak_mb": memory, **cost(run, partial(outputs_of, run))}
-    return figures, details(run, members, ema)
+    loader, detail = test_loader(run), len(run.data.classes) <= MAX_CLASSES_IN_DETAIL
+    members = evaluate_peers(run.peers, run.method, loader, run.mesh, detail=detail)
+    ema = None if run.ema is None else evaluate_peers(run.ema.peers, run.method, loader, run.mesh, detail=detail)
+    figures = run_result(run, members.compute(), ema.compute() if ema is not None else None)
+    figures["cost"] = {"training_peak_mb": memory, **measure_cost(run, partial(forward_all, run))}
+    return figures, collect_details(run, members, ema)
+
+
+def describe_out_of_memory(run: Run, folder: RunFolder, error: Exception) -> MachineError:
+    """Return the error for a run that ran out of memory; its files are complete."""
+    config, progress = run.config, run.progress
+    can_recompute = config.topology == "networks" and run.execution == "loop" and not config.checkpoint_activations
+    fix = "--checkpoint-activations, which takes less and gives the same" if can_recompute else "more free memory"
+    return MachineError(
+        f"{out_of_memory(error)} is out of memory at epoch {progress.epoch}, step {progress.step}; the checkpoints in "
+        f"{folder.path} are kept: continue with --resume auto and {fix}, or train again with a lower --batch-size or "
+        "--peers"
+    )

@@ -1,37 +1,39 @@
-"""What an optimiser steps on, and how far: frozen parts, the schedule, the heads' own rate, SGD or AdamW."""
+"""Frozen modules, the learning-rate schedule, and the optimizers: SGD or AdamW, with a factor for the heads."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import nn
 
 from codistill.config.config import Config
+from codistill.methods import Method
 from codistill.peers.base import Peers
 from codistill.peers.branches import BranchPeers
-from codistill.peers.shared_trunk import Shared
+from codistill.peers.shared_trunk import SharedModule
 from codistill.utils.errors import InputError, suggest
 
 
 def learning_rate_at(config: Config, epoch: int, step: int = 0, steps: int = 1) -> float:
     """Return the learning rate of a step of an epoch (both counted from 0): warm-up, then steps or half a cosine."""
-    full = config.lr if config.lr_base_batch is None else config.lr * config.batch_size / config.lr_base_batch
-    done = epoch + step / steps
-    if done < config.warmup_epochs:
-        return full * (done + 1 / steps) / (config.warmup_epochs + 1 / steps)
+    peak = config.lr if config.lr_base_batch is None else config.lr * config.batch_size / config.lr_base_batch
+    position = epoch + step / steps
+    if position < config.warmup_epochs:
+        return peak * (position + 1 / steps) / (config.warmup_epochs + 1 / steps)
     if config.schedule == "cosine":
-        return full * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
-    return full * 0.1 ** sum(epoch >= m for m in config.milestones or ())
+        return peak * 0.5 * (1 + math.cos(math.pi * epoch / config.epochs))
+    return peak * 0.1 ** sum(epoch >= m for m in config.milestones or ())
 
 
-def freeze(peers: Peers, paths: Iterable[str]) -> list[nn.Module]:
-    """Stop the training of the named modules in every member and return them.
+def freeze_modules(peers: Peers, paths: Iterable[str]) -> list[nn.Module]:
+    """Freeze the named modules in every member and return them.
 
     Args:
         peers: Built peers.
-        paths: Modules of the plain network; `trunk` stands for what branches share, or for all but the heads.
+        paths: Modules of the plain network; `trunk` means what branches share, or in whole networks all but the heads.
 
     Raises:
         InputError: a member has no such module, or nothing is left to train.
@@ -42,7 +44,7 @@ def freeze(peers: Peers, paths: Iterable[str]) -> list[nn.Module]:
             body = peers.member(p).body
             named = {name.replace(".inner", ""): module for name, module in body.named_modules() if name}
             if path == "trunk" and isinstance(peers, BranchPeers):
-                frozen += [module for module in body.modules() if isinstance(module, Shared)]
+                frozen += [module for module in body.modules() if isinstance(module, SharedModule)]
             elif path == "trunk":
                 frozen.append(body)
             elif path in named:
@@ -58,21 +60,27 @@ def freeze(peers: Peers, paths: Iterable[str]) -> list[nn.Module]:
     return frozen
 
 
-def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating: bool) -> list[torch.optim.Optimizer]:
-    """Return one optimiser over everything, or one a member where the method alternates."""
-    if alternating:
-        shares = [[*member.parameters()] for member in peers.members]
+def make_optimizers(config: Config, peers: Peers, method: Method) -> list[torch.optim.Optimizer]:
+    """Return one optimizer over everything, or one per member where the method alternates.
+
+    Args:
+        config: A resolved config.
+        peers: This process's members.
+        method: Its parameters are trained too.
+    """
+    if method.update_mode == "alternating":
+        parameter_lists = [[*member.parameters()] for member in peers.members]
     else:
-        shares = [[*peers.trained_parameters(), *method.parameters()]]
+        parameter_lists = [[*peers.trained_parameters(), *method.parameters()]]
+    heads = {id(q) for p in range(peers.num_peers) for q in peers.member(p).head.parameters()}
     optimizers: list[torch.optim.Optimizer] = []
-    for share in shares:
-        trained = [p for p in share if p.requires_grad]
-        groups = [{"params": trained}]
-        if config.head_lr != 1.0:
-            heads = {id(q) for p in range(peers.num_peers) for q in peers.member(p).head.parameters()}
+    for parameters in parameter_lists:
+        trained = [p for p in parameters if p.requires_grad]
+        groups: list[dict[str, Any]] = [{"params": trained}]
+        if config.head_lr_scale != 1.0:
             groups = [
                 {"params": [p for p in trained if id(p) not in heads], "lr_scale": 1.0},
-                {"params": [p for p in trained if id(p) in heads], "lr_scale": config.head_lr},
+                {"params": [p for p in trained if id(p) in heads], "lr_scale": config.head_lr_scale},
             ]
         groups = [group for group in groups if group["params"]]
         if config.optimizer == "adamw":
@@ -82,7 +90,7 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
             options = (config.lr, config.momentum, 0.0, config.weight_decay, config.nesterov)
             optimizers.append(torch.optim.SGD(groups, *options, fused=True))
             names = ("momentum_buffer",) if config.momentum else ()
-        # Zeros from the start: after a first step that the guard masks, SGD would go on with memory that nobody wrote.
+        # Zeros from the start: after a first step that the guard masks, SGD would read uninitialized memory.
         for parameter in trained:
             state = {name: torch.zeros_like(parameter) for name in names}
             if config.optimizer == "adamw":
@@ -92,6 +100,6 @@ def make_optimizers(config: Config, peers: Peers, method: nn.Module, alternating
 
 
 def set_learning_rate(optimizer: torch.optim.Optimizer, rate: float) -> None:
-    """Give every group its rate: the schedule's, times its own factor."""
+    """Set every group's learning rate: the schedule's times the group's own factor."""
     for group in optimizer.param_groups:
         group["lr"] = rate * group.get("lr_scale", 1.0)

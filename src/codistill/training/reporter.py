@@ -1,21 +1,28 @@
-"""What a run tells its surroundings: a reporter to listen with, and the run in a few lines."""
+"""`Reporter`: called as a run advances, for progress output."""
 
 from __future__ import annotations
 
-from typing import Any
+from codistill.runs.records import EpochLine, RunResult
 
 
 class Reporter:
-    """What a run tells its surroundings; this one keeps silent."""
+    """Called as a run advances; this one prints nothing."""
 
     def begin(self, notes: list[str], epochs: int, steps: int, start: int) -> None:
-        """Hear that the run starts (or goes on) at epoch `start`; `notes` describe it."""
+        """Receive the start (or continuation) of training.
+
+        Args:
+            notes: Sentences that describe the run.
+            epochs: Number of epochs.
+            steps: Steps per epoch.
+            start: Number of the first epoch to train.
+        """
 
     def step(self, epoch: int, step: int, loss: float) -> None:
-        """Hear of a log point: `loss` is the epoch's mean so far."""
+        """Receive a step, every `log_every_steps`; `loss` is the mean of this epoch so far."""
 
-    def epoch(self, line: dict[str, Any]) -> None:
-        """Hear that an epoch is over; `line` is what metrics.jsonl holds of it."""
+    def epoch(self, line: EpochLine) -> None:
+        """Receive the end of an epoch; `line` is its line of metrics.jsonl."""
 
-    def end(self, result: dict[str, Any]) -> None:
-        """Hear that the run is complete."""
+    def end(self, result: RunResult) -> None:
+        """Receive the end of the run; `result` is the content of result.json."""

@@ -1,6 +1,8 @@
-"""One step of the loop: forward, the method's loss, backward, update; the host waits for nothing here.
+"""One training step: forward, the method's loss, backward, update. Nothing here waits for the device.
 
-Shapes: P peers, V views, B batch, C classes.
+`train_step` prepares the batch and records the figures. In between, `joint_step` updates all members at once, or
+`alternating_step` one after the other.
+Shapes: P peers, V views (1, or one per peer), B batch, C classes.
 """
 
 from __future__ import annotations
@@ -10,57 +12,110 @@ import dataclasses
 import torch
 from torch import Tensor
 
-from codistill.data.mixup import mix_batch, mixes_images, wants_soft_labels
 from codistill.distributed.peers import MeshPeers
 from codistill.peers.base import PeerOutputs
 from codistill.peers.networks import NetworkPeers
 from codistill.training.run import Run
 
+Terms = dict[str, Tensor]
 
-def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> dict[str, Tensor]:
-    """Do one step and return the method's terms; the host waits for nothing here."""
-    count, number, labels_B = len(targets_B), run.epoch * len(run.loader) + run.step, targets_B
-    if wants_soft_labels(run.config):
-        views_VBCHW, targets_B = mix_batch(
-            run.config, run.peers.num_classes, views_VBCHW, labels_B, run.epoch, run.step
-        )
-    if run.mesh is not None:
-        run.mesh.open(count, number)
-        count, own = run.mesh.num_counted(run.method.needs_full_batch), run.mesh.own_rows()
-        if mixes_images(run.config):  # until here the rank has had the whole batch
-            views_VBCHW = views_VBCHW[:, own]
-        if not run.method.needs_full_batch:
-            targets_B, labels_B = targets_B[own], labels_B[own]
-    if run.method.update == "alternating":
-        terms, hits_P = _alternate(run, views_VBCHW, targets_B, labels_B, weight)
-    else:
-        terms, hits_P = _jointly(run, views_VBCHW, targets_B, labels_B, weight)
-    run.guard.count()
-    counted = run.guard.counted
+
+def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) -> Terms:
+    """Do one step and return the method's terms.
+
+    Args:
+        run: What is trained; its sums are increased, `progress.step` is left to the caller.
+        views_VBCHW: What the run's loader yields: on a mesh this rank's rows, or the full batch where images are mixed.
+        targets_B: Labels of the full batch.
+        weight: The ramp's value, `run.method.weight_at(epoch)`.
+    """
+    mesh, progress, number = run.mesh, run.progress, run.steps_done
+    full_batch, labels_B = run.method.needs_full_batch, targets_B
+    if run.mixer.makes_soft_labels:
+        views_VBCHW, targets_B = run.mixer(views_VBCHW, labels_B, progress.epoch, progress.step)
+    mesh.begin_step(len(labels_B), number)
+    rows = mesh.local_rows()
+    if run.mixer.mixes_images:  # until here every rank has the full batch
+        views_VBCHW = views_VBCHW[:, rows]
+    if not full_batch:
+        targets_B, labels_B = targets_B[rows], labels_B[rows]
+    step = alternating_step if run.method.update_mode == "alternating" else joint_step
+    terms, hits_P = step(run, views_VBCHW, targets_B, labels_B, weight)
+    run.guard.advance()
     if run.ema is not None:
         run.ema.update(run.peers, number, ~run.guard.bad)
-    run.guard.keep()
-    if count:  # on a mesh, samples that other ranks count too are counted by one of them
-        run.sums["loss"] += counted(terms["loss"].detach().to(run.sums["loss"].dtype)) * count
-        run.sums["hits_P"] += counted(hits_P)
-        run.sums["distill_P"] += counted(terms["distill_P"].to(run.sums["loss"].dtype)) * count
-        if run.guard.limit:
-            run.sums["skipped"] = (
-                run.sums.get("skipped", torch.zeros_like(run.guard.skipped)) + run.guard.passed_over() * count
-            )
-    for name in filter(of_samples, terms):  # every rank keeps the sum, so that all can be added up
-        total = counted(terms[name].sum(0, dtype=run.sums["loss"].dtype))
-        run.sums[name] = run.sums.get(name, torch.zeros_like(total)) + total * bool(count)
+    run.guard.snapshot_if_skipping()
+    add_to_sums(run, terms, hits_P, mesh.num_counted(full_batch=full_batch))
     return terms
 
 
-def of_samples(name: str) -> bool:
-    """Say whether a term holds a row a sample (its letters begin with B): a method's attention, gate or weights."""
-    return name.rpartition("_")[2].startswith("B")
+def joint_step(
+    run: Run, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
+) -> tuple[Terms, Tensor]:
+    """Update all members at once on the gradients of the batch, which runs in `--accumulate` microbatches.
+
+    Returns:
+        The terms of the batch, and every member's number of correct guesses `P`.
+    """
+    (optimizer,) = run.optimizers
+    parameters = parameters_of(optimizer)
+    count = min(run.config.accumulate, len(labels_B))
+    microbatches = zip(views_VBCHW.tensor_split(count, 1), targets_B.tensor_split(count), labels_B.tensor_split(count))
+    microbatch_terms, fractions, hits = [], [], []
+    for views, targets, labels in microbatches:
+        outputs = forward_all(run, views)
+        terms = run.method(outputs, targets, weight)
+        fractions.append(len(labels) / len(labels_B))
+        weighted_loss(run, terms["loss"], fractions[-1]).backward(inputs=parameters)
+        microbatch_terms.append({name: value.detach() for name, value in terms.items()})
+        hits.append((outputs.logits_PBC.detach().argmax(-1) == labels).sum(-1))
+    reduce_gradients(run, parameters)
+    terms = combine_microbatches(microbatch_terms, fractions)
+    run.guard.update_flag(terms)
+    if run.guard.should_step():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return terms, hits[0] if count == 1 else torch.stack(hits).sum(0)
 
 
-def outputs_of(run: Run, views_VBCHW: Tensor) -> PeerOutputs:
-    """Run the peers, and whatever else the method needs to hear."""
+def alternating_step(
+    run: Run, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
+) -> tuple[Terms, Tensor]:
+    """Update one member after the other, each against the current outputs of all; its figures are those of its turn.
+
+    A member's outputs change by its own update alone, so each runs twice at most: with gradient for its own turn, and
+    after its update for the members whose turn is later.
+    """
+    assert isinstance(run.peers, NetworkPeers | MeshPeers)  # branches are never updated in turn
+    live = forward_all(run, views_VBCHW)
+    outputs = dataclasses.replace(
+        live, logits_PBC=live.logits_PBC.detach().clone(), features=[f.detach() for f in live.features]
+    )
+    losses, distill_terms, hits = [], [], []
+    with run.guard.rollback_if_bad():
+        for p in range(run.peers.num_peers):
+            if p:
+                run.peers.refresh(outputs, views_VBCHW, p - 1)
+            terms = run.method(with_live_member(outputs, live, p), targets_B, weight)
+            is_local = p in run.mesh.local_members
+            optimizer = run.optimizers[p - run.mesh.local_members.start] if is_local else None
+            if optimizer is not None:
+                parameters = parameters_of(optimizer)
+                weighted_loss(run, terms["loss_P"][p]).backward(inputs=parameters)
+                reduce_gradients(run, parameters)
+            run.guard.update_flag(terms)
+            if optimizer is not None:
+                if run.guard.should_step():
+                    optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+            losses.append(terms["loss_P"][p].detach())
+            distill_terms.append(terms["distill_P"][p])
+            hits.append((live.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
+    return {"loss": torch.stack(losses).sum(), "distill_P": torch.stack(distill_terms)}, torch.stack(hits)
+
+
+def forward_all(run: Run, views_VBCHW: Tensor) -> PeerOutputs:
+    """Forward all peers, and the EMA and external teachers the method needs."""
     outputs = run.peers(views_VBCHW)
     if run.ema is not None:
         outputs.ema_logits_PBC = run.ema(views_VBCHW).logits_PBC
@@ -71,96 +126,70 @@ def outputs_of(run: Run, views_VBCHW: Tensor) -> PeerOutputs:
     return outputs
 
 
-def _backward(run: Run, loss: Tensor, optimizer: torch.optim.Optimizer, last: bool = True) -> None:
-    """Add up the gradients of what `optimizer` holds, and of nothing else; on a mesh, at `last`, those of all ranks."""
-    wanted = [p for group in optimizer.param_groups for p in group["params"]]
-    if run.mesh is None:
-        loss.backward(inputs=wanted)
-        return
-    (loss * run.mesh.weight(run.method.needs_full_batch)).backward(inputs=wanted)
-    if not last:
-        return
-    if run.method.needs_full_batch:  # every rank's loss is of the whole batch, so each has found the whole already
+def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """Return the parameters that an optimizer updates; backward adds gradients to these alone."""
+    return [p for group in optimizer.param_groups for p in group["params"]]
+
+
+def weighted_loss(run: Run, loss: Tensor, fraction: float = 1.0) -> Tensor:
+    """Return the loss times its microbatch's fraction of the rows and, on a mesh, the rank's part of the batch."""
+    for factor in (fraction, run.mesh.loss_weight(full_batch=run.method.needs_full_batch)):
+        loss = loss if factor == 1.0 else loss * factor
+    return loss
+
+
+def reduce_gradients(run: Run, parameters: list[Tensor]) -> None:
+    """Sum the gradients of all data ranks; where every rank has the full batch, the method's are whole already."""
+    if run.mesh.num_data > 1 and run.method.needs_full_batch:
         for parameter in run.method.parameters():
             if parameter.grad is not None:
                 parameter.grad /= run.mesh.num_data
-    run.mesh.sum_gradients(wanted)
+    run.mesh.sum_gradients(parameters)
 
 
-def _update(run: Run, optimizer: torch.optim.Optimizer | None, terms: dict[str, Tensor]) -> None:
-    run.guard.watch(terms)
-    if optimizer is not None:
-        if run.guard.lets_pass():
-            optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+def combine_microbatches(microbatch_terms: list[Terms], fractions: list[float]) -> Terms:
+    """Return the terms of a batch from those of its microbatches: rows are concatenated, means weighted."""
+    if len(microbatch_terms) == 1:
+        return microbatch_terms[0]
+    combined = {}
+    for name, first in microbatch_terms[0].items():
+        values = [terms[name] for terms in microbatch_terms]
+        if is_per_sample(name):
+            combined[name] = torch.cat(values)
+        elif first.dim() < 2:  # a number, or one per peer
+            combined[name] = torch.stack([value * fraction for value, fraction in zip(values, fractions)]).sum(0)
+    return combined
 
 
-def _jointly(
-    run: Run, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Step all members at once on the gradients of the batch, which runs in as many parts as `--accumulate` says."""
-    parts, optimizer = min(run.config.accumulate, len(labels_B)), run.optimizers[0]
-    shares, heard, hits = [], [], []
-    batches = zip(views_VBCHW.tensor_split(parts, 1), targets_B.tensor_split(parts), labels_B.tensor_split(parts))
-    for number, (views, targets, labels) in enumerate(batches, 1):
-        outputs = outputs_of(run, views)
-        terms = run.method(outputs, targets, weight)
-        shares.append(len(labels) / len(labels_B))
-        _backward(run, terms["loss"] if parts == 1 else terms["loss"] * shares[-1], optimizer, number == parts)
-        heard.append({name: value.detach() for name, value in terms.items()})
-        hits.append((outputs.logits_PBC.detach().argmax(-1) == labels).sum(-1))
-    terms = heard[0] if parts == 1 else _of_parts(heard, shares)
-    _update(run, optimizer, terms)
-    return terms, hits[0] if parts == 1 else torch.stack(hits).sum(0)
-
-
-def _of_parts(heard: list[dict[str, Tensor]], shares: list[float]) -> dict[str, Tensor]:
-    """Return the terms of a batch from those of its parts: rows one after the other, means by their shares."""
-    whole = {}
-    for name, first in heard[0].items():
-        values = [terms[name] for terms in heard]
-        if of_samples(name):
-            whole[name] = torch.cat(values)
-        elif first.dim() < 2:  # a number, or one a peer
-            whole[name] = torch.stack([value * share for value, share in zip(values, shares)]).sum(0)
-    return whole
-
-
-def _alternate(
-    run: Run, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
-) -> tuple[dict[str, Tensor], Tensor]:
-    """Step one member after the other, each on fresh predictions of all; its figures are those of its turn.
-
-    What a member says changes by its own step alone, so each runs twice at most: with gradient for its own turn, and
-    after its step for those who come later.
-    """
-    outputs, turns, hits = outputs_of(run, views_VBCHW), [], []
-    logits_PBC = outputs.logits_PBC.detach().clone()
-    said = dataclasses.replace(outputs, logits_PBC=logits_PBC, features=[f.detach() for f in outputs.features])
-    with run.guard.undoing():
-        for p in range(run.peers.num_peers):
-            optimizer = _optimizer_of(run, p)
-            if p:
-                assert isinstance(run.peers, NetworkPeers | MeshPeers)
-                run.peers.refresh(said, views_VBCHW, p - 1)
-            terms = run.method(_in_turn(said, outputs, p), targets_B, weight)
-            if optimizer is not None:
-                _backward(run, terms["loss_P"][p], optimizer)
-            _update(run, optimizer, terms)
-            turns.append((terms["loss_P"][p].detach(), terms["distill_P"][p]))
-            hits.append((outputs.logits_PBC[p].detach().argmax(-1) == labels_B).sum())
-    loss_P, distill_P = (torch.stack(values) for values in zip(*turns))
-    return {"loss": loss_P.sum(), "distill_P": distill_P}, torch.stack(hits)
-
-
-def _in_turn(said: PeerOutputs, live: PeerOutputs, p: int) -> PeerOutputs:
-    """Return what all have said, member p with the graph of its forward."""
-    z_PBC, features = said.logits_PBC, [live.features[p] if q == p else f for q, f in enumerate(said.features)]
+def with_live_member(outputs: PeerOutputs, live: PeerOutputs, p: int) -> PeerOutputs:
+    """Return the current outputs, member p's with the graph of its forward."""
+    z_PBC, features = outputs.logits_PBC, [live.features[p] if q == p else f for q, f in enumerate(outputs.features)]
     logits_PBC = torch.cat((z_PBC[:p], live.logits_PBC[p : p + 1], z_PBC[p + 1 :]))
-    return dataclasses.replace(said, logits_PBC=logits_PBC, features=features)
+    return dataclasses.replace(outputs, logits_PBC=logits_PBC, features=features)
 
 
-def _optimizer_of(run: Run, member: int) -> torch.optim.Optimizer | None:
-    """Return the optimiser of a member; None where the member lives on another rank."""
-    own = range(len(run.optimizers)) if run.mesh is None else run.mesh.own
-    return run.optimizers[member - own.start] if member in own else None
+def add_to_sums(run: Run, terms: Terms, hits_P: Tensor, count: int) -> None:
+    """Add the step's figures to the epoch's sums.
+
+    Args:
+        run: Its sums are increased.
+        terms: The step's terms.
+        hits_P: Correct guesses.
+        count: Samples that this rank counts; 0 where another rank counts them.
+    """
+    sums, guard = run.progress.sums, run.guard
+    dtype = sums["loss"].dtype
+    if count:
+        sums["loss"] += guard.mask_bad(terms["loss"].detach().to(dtype)) * count
+        sums["hits_P"] += guard.mask_bad(hits_P)
+        sums["distill_P"] += guard.mask_bad(terms["distill_P"].to(dtype)) * count
+        if guard.limit:
+            sums["skipped"] = sums.get("skipped", torch.zeros_like(guard.skipped)) + guard.skipped_mask() * count
+    for name in filter(is_per_sample, terms):  # every rank keeps the sum, so that all can be added
+        total = guard.mask_bad(terms[name].sum(0, dtype=dtype))
+        sums[name] = sums.get(name, torch.zeros_like(total)) + total * bool(count)
+
+
+def is_per_sample(name: str) -> bool:
+    """Return whether a term has a row per sample (its shape letters begin with B): attention, a gate, weights."""
+    return name.rpartition("_")[2].startswith("B")

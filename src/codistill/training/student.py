@@ -1,56 +1,62 @@
-"""What a run deploys, built from its config and a checkpoint alone: its images need not be there."""
+"""What a run deploys: one member, a mean teacher, or the ensemble, as one network."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from codistill.config.config import Config
-from codistill.config.methods import MethodConfig
 from codistill.data import Loader
-from codistill.distributed.peers import MeshPeers, require_local
-from codistill.methods import build_method
+from codistill.distributed.peers import MeshPeers
+from codistill.methods import Method, build_method
+from codistill.peers.base import Peers
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.from_config import build_peers
 from codistill.training.run import Run
+from codistill.utils.parameters import count_parameters
 
 
-def saved_student(config: Config, state: dict[str, Any], classes: int, channels: int, image_size: int) -> nn.Module:
+def load_student(config: Config, state: Mapping[str, Any], classes: int, channels: int, image_size: int) -> nn.Module:
     """Return the network that `config.deploy` names, with a checkpoint's weights, in evaluation mode.
 
     Args:
         config: The run's, resolved and without pretrained weights.
-        state: What `checkpoint.load_state` returns.
+        state: A checkpoint.
         classes: Number of classes.
         channels: Channels of the images.
         image_size: Their side.
     """
-    assert isinstance(config.method, MethodConfig)
     peers = build_peers(config, classes, channels, image_size)
     method = build_method(config.method, peers, config.seed)
+    ema = None
     if config.deploy == "ema":
-        teacher = MeanTeacher(peers, method.ema_decay)
-        teacher.load_state_dict(state["ema"])
-        return teacher.export_member(method.deployed).eval()
+        ema = MeanTeacher(peers, method.ema_decay)
+        ema.load_state_dict(state["ema"])
     peers.load_state_dict(state["peers"])
     method.load_state_dict(state["method"])
-    if config.deploy == "ensemble":
-        return method.deploy_ensemble(peers).eval()
-    return (peers.export_member(int(config.deploy)) if config.deploy.isdigit() else method.deploy(peers)).eval()
+    return build_student(config.deploy, peers, method, ema)
 
 
 def deployed_network(run: Run) -> nn.Module:
-    """Return what `Config.deploy` names, as one network in evaluation mode."""
-    if run.config.deploy == "ensemble":
-        return run.method.deploy_ensemble(run.peers).eval()
-    require_local(run.peers, deployed_index(run))
-    if run.config.deploy == "ema":
-        assert run.ema is not None
-        return run.ema.export_member(run.method.deployed).eval()
-    index = deployed_index(run)
-    return (run.method.deploy(run.peers) if index == run.method.deployed else run.peers.export_member(index)).eval()
+    """Return what `Config.deploy` names, as one network in evaluation mode.
+
+    Raises:
+        InputError: the deployed member is on another rank.
+    """
+    return build_student(run.config.deploy, run.peers, run.method, run.ema)
+
+
+def build_student(deploy: str, peers: Peers, method: Method, ema: MeanTeacher | None) -> nn.Module:
+    """Return what `deploy` names (see `Config.deploy`), as one network in evaluation mode."""
+    if deploy == "ensemble":
+        return method.deploy_ensemble(peers).eval()
+    if deploy == "ema":
+        assert ema is not None
+        return ema.export_member(method.deployed).eval()
+    return (peers.export_member(int(deploy)) if deploy.isdigit() else method.deploy(peers)).eval()
 
 
 def deployed_index(run: Run) -> int:
@@ -66,7 +72,7 @@ def deployed_name(run: Run) -> str:
 
 
 def deployed_figures(run: Run, figures: dict[str, Any], ema_figures: dict[str, Any] | None) -> dict[str, float]:
-    """Pick the deployed network's figures out of those of all members."""
+    """Pick the deployed network's figures from those of all members."""
     names = [name for name in ("top1", "top5", "nll", "ece") if name in figures]
     if run.config.deploy == "ensemble":
         return {name: figures[f"ensemble_{name}"] for name in names}
@@ -75,25 +81,20 @@ def deployed_figures(run: Run, figures: dict[str, Any], ema_figures: dict[str, A
     return {name: source[name][index] for name in names}
 
 
-def count_parameters(module: nn.Module, trained: bool = False) -> int:
-    """Return how many numbers a module's parameters hold, or those that are trained; shared ones count once."""
-    return sum(p.numel() for p in module.parameters() if p.requires_grad or not trained)
-
-
-def numbers_trained_and_deployed(run: Run) -> tuple[int, int]:
+def count_trained_and_deployed(run: Run) -> tuple[int, int]:
     """Return the number of parameters that are trained, and of those that are deployed."""
-    if isinstance(run.peers, MeshPeers) and run.mesh is not None and run.mesh.num_peer > 1:
+    of_method = count_parameters(run.method, trained_only=True)
+    if isinstance(run.peers, MeshPeers) and run.mesh.num_peer > 1:
         counts = run.peers.parameter_counts
-        trained = sum(run.peers.trained_counts) + count_parameters(run.method, trained=True)
-        whole = sum(counts) + count_parameters(run.method)
-        return trained, whole if run.config.deploy == "ensemble" else counts[deployed_index(run)]
-    trained = count_parameters(run.peers, trained=True) + count_parameters(run.method, trained=True)
-    return trained, count_parameters(deployed_network(run))
+        ensemble = sum(counts) + count_parameters(run.method)
+        deployed = ensemble if run.config.deploy == "ensemble" else counts[deployed_index(run)]
+        return sum(run.peers.trained_counts) + of_method, deployed
+    return count_parameters(run.peers, trained_only=True) + of_method, count_parameters(deployed_network(run))
 
 
 @torch.inference_mode()
 def deployed_scores(run: Run, loader: Loader) -> tuple[Tensor, Tensor]:
-    """Return the deployed student's logits on a set, `N x C` in double precision on the CPU, and the labels."""
+    """Return the deployed student's logits on a data set, `N x C` in float64 on the CPU, and the labels `N`."""
     student = deployed_network(run).to(loader.device)
     pairs = [(student(views[0]).cpu().double(), labels.cpu()) for views, labels in loader.epoch()]
     scores, labels = zip(*pairs)

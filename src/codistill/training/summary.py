@@ -1,4 +1,4 @@
-"""What measuring a run gives, and what a finished one leaves behind: figures, costs, and details for a report."""
+"""What a run reports: its description at the start, evaluations, and the contents of result.json and details.json."""
 
 from __future__ import annotations
 
@@ -9,88 +9,99 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codistill.config.methods import MethodConfig
-from codistill.distributed.peers import MeshPeers, imbalance
+from codistill.data import Loader
+from codistill.distributed.peers import MeshPeers, describe_imbalance
 from codistill.evaluation.cost import inference_cost, training_flops
+from codistill.evaluation.evaluate import evaluate_peers
 from codistill.evaluation.metrics import PeerMetrics
 from codistill.peers.base import PeerOutputs
 from codistill.peers.modes import eval_mode
 from codistill.training.loaders import part_loader
 from codistill.training.run import Run
 from codistill.training.student import (
+    count_trained_and_deployed,
     deployed_figures,
     deployed_index,
     deployed_name,
     deployed_network,
-    numbers_trained_and_deployed,
 )
 from codistill.utils.device import DTYPES
 
+MAX_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes is unreadable
 
-def describe(run: Run, resumed: str | None = None) -> list[str]:
-    """Say in a few lines what is trained on what; warn where the distillation never reaches its weight.
+
+def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
+    """Describe a run in a few sentences, and warn of unfavorable settings.
 
     Args:
         run: What is trained.
-        resumed: The checkpoint it goes on from, if it does.
+        checkpoint: The file from which training continues, if it does.
     """
-    config, method = run.config, run.method
-    assert isinstance(config.method, MethodConfig)
+    config = run.config
     members = f"{run.peers.num_peers} {config.topology}" if run.peers.num_peers > 1 else "1 network"
-    trained, deployed = numbers_trained_and_deployed(run)
-    where = str(run.device) if run.mesh is None else f"{run.mesh.world} x {run.device.type} as {config.mesh}"
+    trained, deployed = count_trained_and_deployed(run)
+    where = str(run.device) if run.mesh.world == 1 else f"{run.mesh.world} x {run.device.type} as {config.mesh}"
     notes = [
         f"{config.method.name}: {members} of {' + '.join(config.model)}, {trained:,} parameters trained; "
         f"deployed: {deployed_name(run)} ({deployed:,})",
         f"{config.data}: {run.splits.describe(run.data)}; augmentation: "
-        f"{run.data.describe_augmentation(config.augment, config.cutout)}; protocol {config.protocol}",
+        f"{run.data.describe_augmentation(augment=config.augment, cutout=config.cutout)}; protocol {config.protocol}",
         f"{config.epochs} epochs of {len(run.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
         f"{config.dtype} on {where}, execution {run.execution}, seed {config.seed}",
     ]
-    notes += run.data.notes
-    unequal = run.data.imbalance(run.splits.train)
+    notes += run.data.provenance.messages
+    class_imbalance = run.data.imbalance(run.splits.train)
     if config.balanced_sampling:
-        notes.append(f"every class is drawn equally often{f', though {unequal}' if unequal else ''}")
-    elif unequal is not None:
-        notes.append(f"{unequal}; --balanced-sampling draws all equally often")
-    if method.ramp_epochs:
-        notes.append(f"distillation weight ramps up to {method.weight:g} over {method.ramp_epochs:g} epochs")
-        reached = method.weight_at(config.epochs - 1)
-        if reached < 0.99 and (run.mesh is None or run.mesh.rank == 0):
-            warnings.warn(
-                f"the distillation weight only reaches {reached:.3g} of its full value in {config.epochs} epochs; "
-                "shorten --method.ramp-epochs",
-                stacklevel=2,
-            )
-    if isinstance(run.peers, MeshPeers) and run.mesh is not None:
-        example = run.loader.first()[0][:1]
-        if (said := imbalance(run.peers, example)) is not None and run.mesh.rank == 0:
-            warnings.warn(said, stacklevel=2)
-    if resumed is not None:
-        notes.append(f"resumed at epoch {run.epoch}, step {run.step}, from {resumed}")
+        notes.append(f"every class is drawn equally often{f', though {class_imbalance}' if class_imbalance else ''}")
+    elif class_imbalance is not None:
+        notes.append(f"{class_imbalance}; --balanced-sampling draws all equally often")
+    if run.method.ramp_epochs:
+        notes.append(f"distillation weight ramps up to {run.method.weight:g} over {run.method.ramp_epochs:g} epochs")
+    _warn_of_settings(run)
+    if checkpoint is not None:
+        notes.append(f"resumed at epoch {run.progress.epoch}, step {run.progress.step}, from {checkpoint}")
     return notes
 
 
-MOST_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes cannot be looked at
+def _warn_of_settings(run: Run) -> None:
+    """Warn (on the main rank) of a ramp longer than the run, and of ranks with unequal work."""
+    epochs, is_main = run.config.epochs, run.mesh.rank == 0
+    reached = run.method.weight_at(epochs - 1)
+    if run.method.ramp_epochs and reached < 0.99 and is_main:
+        warnings.warn(
+            f"the distillation weight only reaches {reached:.3g} of its full value in {epochs} epochs; "
+            "shorten --method.ramp-epochs",
+            stacklevel=3,
+        )
+    if isinstance(run.peers, MeshPeers):
+        warning = describe_imbalance(run.peers, run.loader.sample_batch()[0][:1])
+        if warning is not None and is_main:
+            warnings.warn(warning, stacklevel=3)
+
+
+def evaluate_run(run: Run, loader: Loader) -> dict[str, Any]:
+    """Return the figures of the `members`, of their mean teachers (`ema`, else None) and of the deployed `student`."""
+    members = evaluate_peers(run.peers, run.method, loader, run.mesh).compute()
+    ema = evaluate_peers(run.ema.peers, run.method, loader, run.mesh).compute() if run.ema is not None else None
+    return {"members": members, "ema": ema, "student": deployed_figures(run, members, ema)}
 
 
 @torch.inference_mode()
 def holdout_outputs(run: Run) -> tuple[Tensor, Tensor]:
-    """Return every member's logits on the holdout, `P x N x C`, in evaluation mode, and the labels."""
+    """Return every member's logits on the holdout, `P x N x C`, in evaluation mode, and the labels `N`."""
     loader = part_loader(run, run.splits.holdout)
     with eval_mode(run.peers):
         batches = [run.peers(views).logits_PBC for views, _ in loader.epoch()]
     none = run.loader.scale_C.new_zeros(run.peers.num_peers, 0, run.peers.num_classes)
-    logits_PNC = torch.cat([none, *batches], 1)
-    if run.mesh is not None:
-        logits_PNC = run.mesh.all_samples(logits_PNC, len(run.splits.holdout))
+    logits_PNC = run.mesh.gather_samples(torch.cat([none, *batches], 1), len(run.splits.holdout))
     return logits_PNC, torch.from_numpy(run.data.y_train[run.splits.holdout]).to(run.device)
 
 
-def outcome(run: Run, members: dict[str, Any], ema: dict[str, Any] | None) -> dict[str, Any]:
-    """Return what result.json holds, but for the cost: figures of all members, mean teachers and the student."""
-    trained, deployed = numbers_trained_and_deployed(run)
+def run_result(run: Run, members: dict[str, Any], ema: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the content of result.json, without the cost: figures of members, mean teachers and student."""
+    trained, deployed = count_trained_and_deployed(run)
+    progress = run.progress
     figures: dict[str, Any] = {
         "deployed": deployed_name(run),
         "student": deployed_figures(run, members, ema),
@@ -100,33 +111,37 @@ def outcome(run: Run, members: dict[str, Any], ema: dict[str, Any] | None) -> di
         "parameters_trained": trained,
         "parameters_deployed": deployed,
         "split": run.splits.describe(run.data),
-        "augmentation": run.data.describe_augmentation(run.config.augment, run.config.cutout),
-        "seconds": round(run.seconds, 3),
+        "augmentation": run.data.describe_augmentation(augment=run.config.augment, cutout=run.config.cutout),
+        "seconds": round(progress.seconds, 3),
         "execution": run.execution,
     }
     if ema is not None:
         figures["test_ema"] = ema
-    if run.best_validation is not None:
-        figures["best_validation"] = run.best_validation
-    if run.best is not None:
-        figures["best_test"] = run.best
+    if progress.best_validation is not None:
+        figures["best_validation"] = progress.best_validation
+    if progress.best is not None:
+        figures["best_test"] = progress.best
     return figures
 
 
-def cost(run: Run, outputs_of: Callable[..., PeerOutputs]) -> dict[str, Any]:
-    """Measure training and deploying; `outputs_of` runs the peers as the loop does.
+def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str, Any]:
+    """Measure what training and inference cost (keys as in result.json).
 
-    On a mesh no process holds all that is trained, so there these figures are left out.
+    On several ranks no process holds everything that is trained, so most figures are left out.
+
+    Args:
+        run: What was trained.
+        forward: Forwards the peers and teachers, as the training step does.
     """
-    if run.mesh is not None:
+    if run.mesh.world > 1:
         return {"measured_on": f"{run.mesh.world} x {run.device.type}"}
     size = (run.data.channels, run.data.image_size, run.data.image_size)
     views = run.peers.num_peers if "views" in run.method.needs else 1
     zeros_VBCHW = torch.zeros(views, 2, *size, dtype=DTYPES[run.config.dtype], device=run.device)
     labels_B = torch.zeros(2, dtype=torch.int64, device=run.device)
     try:
-        flops = training_flops(run.peers, run.method, outputs_of, zeros_VBCHW, labels_B)
-    except RuntimeError:  # some networks of users have no backward in evaluation mode; their run counts all the same
+        flops = training_flops(run.peers, run.method, forward, zeros_VBCHW, labels_B)
+    except RuntimeError:  # some users' networks have no backward in evaluation mode; the run is complete all the same
         flops = None
     return {
         "training_flops_a_sample": flops,
@@ -136,8 +151,8 @@ def cost(run: Run, outputs_of: Callable[..., PeerOutputs]) -> dict[str, Any]:
     }
 
 
-def details(run: Run, members: PeerMetrics, ema: PeerMetrics | None) -> dict[str, Any]:
-    """Return the deployed one's reliability and confusion on the test set, the ensemble's reliability, the classes."""
+def collect_details(run: Run, members: PeerMetrics, ema: PeerMetrics | None) -> dict[str, Any]:
+    """Return the content of details.json: the student's reliability and confusion, the ensemble's reliability."""
     source = ema if run.config.deploy == "ema" and ema is not None else members
     row = -1 if run.config.deploy == "ensemble" else deployed_index(run)
     return {

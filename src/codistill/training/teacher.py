@@ -1,8 +1,7 @@
-"""A trained network as the teacher of classic distillation: from a run folder, an exported student, or a state dict."""
+"""Loading the trained teacher of classic distillation: a run folder, an exported student, or a state dict."""
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -11,42 +10,46 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from codistill.config.config import Config
-from codistill.config.methods import KDConfig
+from codistill.config.methods import TeacherConfig
 from codistill.data import ImageSet
 from codistill.models import build, resolve
-from codistill.runs.checkpoint import load_state
-from codistill.training.student import saved_student
+from codistill.runs.checkpoint import load_run_checkpoint
+from codistill.runs.run_folder import open_run
+from codistill.training.student import load_student
 from codistill.utils.allow_import import check_imports
 from codistill.utils.errors import InputError, suggest
 from codistill.utils.files import read_json
 from codistill.utils.safe_load import load_tensors
 
-WAYS = ("a run folder", "an exported .safetensors file", "a .pt or .pth state dict with --method.teacher-model")
+TEACHER_KINDS = (
+    "a run folder",
+    "an exported .safetensors file",
+    "a .pt or .pth state dict with --method.teacher-model",
+)
 
 
-def load_teacher(config: KDConfig, data: ImageSet, known: Iterable[str] = ()) -> nn.Module:
+def load_teacher(config: TeacherConfig, data: ImageSet, known: Iterable[str] = ()) -> nn.Module:
     """Load the teacher that `config` names, for the classes and channels of `data`.
 
     Args:
-        config: Says where it lies.
-        data: What it is to judge.
-        known: Names of networks that the run has anyway; a file that names other code is refused.
+        config: Names its file or folder.
+        data: The images that it will get.
+        known: Names of networks that the run uses anyway; a file that names other code is refused.
 
     Raises:
         InputError: none is named, it is missing or damaged, or it does not fit the data.
     """
     if config.teacher is None:
-        raise InputError(f"kd needs a teacher; give --method.teacher: {', '.join(WAYS)}")
+        raise InputError(f"{config.name} needs a teacher; give --method.teacher: {', '.join(TEACHER_KINDS)}")
     path = Path(config.teacher)
     if not path.exists():
-        raise InputError(f"--method.teacher {path} does not exist; give {', '.join(WAYS)}")
+        raise InputError(f"--method.teacher {path} does not exist; give {', '.join(TEACHER_KINDS)}")
     try:
         if path.is_dir():
-            return _from_run(path, data, known)
+            return _load_from_run(path, data, known)
         if path.suffix == ".safetensors":
-            return _from_export(path, data, known)
-        return _from_state_dict(path, config.teacher_model, data)
+            return _load_from_export(path, data, known)
+        return _load_from_state_dict(path, config.teacher_model, data)
     except RuntimeError as error:
         reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
         raise InputError(
@@ -55,60 +58,58 @@ def load_teacher(config: KDConfig, data: ImageSet, known: Iterable[str] = ()) ->
         ) from None
 
 
-def _from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
-    if not (path / "config.json").exists():
-        raise InputError(f"--method.teacher {path} is no run folder (it has no config.json)")
-    config = dataclasses.replace(Config.from_file(path), pretrained=False, weights=None).resolved()
+def _load_from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
+    config = open_run(path, "--method.teacher", without_initial_weights=True)
     check_imports(config.model, f"--method.teacher {path}", known=known)
-    about = read_json(path / "data.json") or {}
-    student = saved_student(config, load_state(path), len(data.classes), data.channels, data.image_size)
-    return _as_it_was_trained(student, about, data, path)
+    metadata = read_json(path / "data.json") or {}
+    student = load_student(config, load_run_checkpoint(path), len(data.classes), data.channels, data.image_size)
+    return _with_input_statistics(student, metadata, data, path)
 
 
-def _from_export(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
+def _load_from_export(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path, "pt") as archive:
-            about = {key: json.loads(value) for key, value in (archive.metadata() or {}).items()}
+            metadata = {key: json.loads(value) for key, value in (archive.metadata() or {}).items()}
             tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
     except (SafetensorError, ValueError) as error:
         raise InputError(f"--method.teacher {path} is damaged or was not exported by codistill ({error})") from None
-    if "model" not in about:
+    if "model" not in metadata:
         raise InputError(f"--method.teacher {path} does not name its network; it was not exported by codistill")
-    check_imports([str(about["model"])], f"--method.teacher {path}", known=known)
-    teacher = _network(str(about["model"]), data)
+    check_imports([str(metadata["model"])], f"--method.teacher {path}", known=known)
+    teacher = _build_network(str(metadata["model"]), data)
     teacher.load_state_dict(tensors)
-    return _as_it_was_trained(teacher, about, data, path)
+    return _with_input_statistics(teacher, metadata, data, path)
 
 
-def _as_it_was_trained(teacher: nn.Module, about: dict[str, Any], data: ImageSet, path: Path) -> nn.Module:
-    """Return a teacher that takes images normalised as `data` normalises them, whatever it was trained on.
+def _with_input_statistics(teacher: nn.Module, metadata: dict[str, Any], data: ImageSet, path: Path) -> nn.Module:
+    """Return the teacher for images normalized as `data` normalizes them, whatever statistics it was trained with.
 
     Args:
         teacher: The network.
-        about: What is kept beside its weights: `classes`, `mean`, `std`, as far as they are known.
-        data: What it is to judge.
-        path: Where it lies, for the sentence.
+        metadata: Stored beside its weights: `classes`, `mean`, `std`, as far as they are known.
+        data: The images that it will get.
+        path: Its file or folder, for the error message.
 
     Raises:
-        InputError: it knows other classes, or the same in another order.
+        InputError: it was trained on other classes, or the same in another order.
     """
-    classes = tuple(about.get("classes", data.classes))
+    classes = tuple(metadata.get("classes", data.classes))
     if classes != tuple(data.classes) and len(classes) == len(data.classes):
         odd = next((ours, theirs) for ours, theirs in zip(data.classes, classes) if ours != theirs)
         raise InputError(
             f'--method.teacher {path} knows other classes, or another order ("{odd[1]}" in place of "{odd[0]}"); '
             "give its weights as a bare state dict, with --method.teacher-model, if they mean the same"
         )
-    mean, std = about.get("mean") or data.mean, about.get("std") or data.std
+    mean, std = metadata.get("mean") or data.mean, metadata.get("std") or data.std
     if len(mean) != data.channels or (tuple(mean), tuple(std)) == (tuple(data.mean), tuple(data.std)):
         return teacher
-    return nn.Sequential(Renormalised(data.mean, data.std, mean, std), teacher)
+    return nn.Sequential(Renormalize(data.mean, data.std, mean, std), teacher)
 
 
-class Renormalised(nn.Module):
-    """Takes images normalised by one mean and deviation a channel, and normalises them by another."""
+class Renormalize(nn.Module):
+    """Changes images from one normalization (mean and deviation per channel) to another."""
 
     def __init__(
         self, mean: Sequence[float], std: Sequence[float], other_mean: Sequence[float], other_std: Sequence[float]
@@ -121,11 +122,11 @@ class Renormalised(nn.Module):
         self.register_buffer("shift_C11", ((ours[0] - theirs[0]) / theirs[1]).float().view(-1, 1, 1))
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
-        """Return the same images under the other statistics."""
+        """Return the images `B x C x H x W` under the other statistics."""
         return x_BCHW * self.scale_C11 + self.shift_C11
 
 
-def _from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.Module:
+def _load_from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.Module:
     if model is None:
         from codistill.models import MODELS
 
@@ -136,12 +137,12 @@ def _from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.Module
     except ValueError as error:
         raise InputError(f"--method.teacher {path} cannot be read ({error})") from None
     state = state.get("state_dict", state) if isinstance(state, dict) else {}
-    teacher = _network(model, data)
+    teacher = _build_network(model, data)
     teacher.load_state_dict(state)
     return teacher
 
 
-def _network(name: str, data: ImageSet) -> nn.Module:
+def _build_network(name: str, data: ImageSet) -> nn.Module:
     """Build a network for the classes, channels and size of `data`."""
-    about = {"num_classes": len(data.classes), "in_channels": data.channels, "image_size": data.image_size}
-    return build(resolve(name), **about)
+    kwargs = {"num_classes": len(data.classes), "in_channels": data.channels, "image_size": data.image_size}
+    return build(resolve(name), **kwargs)

@@ -1,1 +1,1 @@
-"""What stands on nothing of codistill: errors, files, devices, signals, trust."""
+"""Helpers that import nothing else of codistill: errors, files, devices, signals, safe loading."""

@@ -1,7 +1,7 @@
 """Names that stand for code: `package.module:callable` is imported and run, and configs and run folders travel.
 
-What a person types or passes is run. What only a file says is run where the command line repeats it, or has
-`--allow-import`. Imports no torch.
+A name that a person types or passes is imported. A name that only a file contains is imported if the command line
+repeats it, or has `--allow-import`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -16,50 +16,66 @@ FLAG = "--allow-import"
 _LIBRARIES = ("timm", "torchvision", "hf")
 # Options with which a library runs code, or unpickles a file; the last names files for timm to load.
 _RUN_CODE = ("trust_remote_code", "checkpoint_path", "pretrained_cfg")
+# Networks that codistill used to build itself, and that run folders name by their function.
+_OLD_NETWORKS = {
+    f"{module}:mobilenet_v2_{suffix}": f"torchvision:mobilenet_v2,width_mult={width}"
+    for module in ("codistill.recipes.networks", "codistill.reproduce.recipes.networks")
+    for suffix, width in (("x0_5", 0.5), ("x1_2", 1.2))
+}
+
+
+def current_network_name(name: str) -> str:
+    """Return today's name of a network that run folders may hold under another one.
+
+    >>> current_network_name("codistill.recipes.networks:mobilenet_v2_x0_5")
+    'torchvision:mobilenet_v2,width_mult=0.5'
+    """
+    return _OLD_NETWORKS.get(name, name)
 
 
 @dataclass(frozen=True)
 class ImportPolicy:
-    """What this process was asked to run: the words of its command line, or everything that files name."""
+    """The names that this process may import."""
 
-    repeated: frozenset[str] = frozenset()
-    everything: bool = False
+    allowed_names: frozenset[str] = frozenset()
+    """The words of the command line."""
+    allow_all: bool = False
 
 
-_asked = ImportPolicy()
+_policy = ImportPolicy()
 
 
 @contextmanager
 def command_line(argv: Sequence[str]) -> Iterator[list[str]]:
-    """Take what a command line repeats as asked for, for as long as it runs; yield it without `--allow-import`."""
-    repeated = frozenset(part for word in argv for part in (word, word.partition("=")[2]))
-    with use_policy(ImportPolicy(repeated, everything=FLAG in argv)):
+    """Allow the names on a command line while the context lasts; yield the command line without `--allow-import`."""
+    words = frozenset(part for word in argv for part in (word, word.partition("=")[2]))
+    with use_policy(ImportPolicy(words, allow_all=FLAG in argv)):
         yield [word for word in argv if word != FLAG]
 
 
-def asked() -> ImportPolicy:
-    """Return what a process that works for this one is to take over."""
-    return _asked
+def current_policy() -> ImportPolicy:
+    """Return the policy of this process, for a process that it starts."""
+    return _policy
 
 
 @contextmanager
-def use_policy(values: ImportPolicy) -> Iterator[None]:
-    """Hold what was asked of the process that this one works for."""
-    global _asked
-    before, _asked = _asked, values
+def use_policy(policy: ImportPolicy) -> Iterator[None]:
+    """Use another policy while the context lasts: the parent process's, for example."""
+    global _policy
+    before, _policy = _policy, policy
     try:
         yield
     finally:
-        _asked = before
+        _policy = before
 
 
 def is_user_code(name: str) -> bool:
-    """Say whether building a network of this name runs code that does not come with codistill or a library.
+    """Tell whether building the network of this name runs code that comes neither with codistill nor with a library.
 
-    >>> [runs_code(name) for name in ("resnet32", "timm:resnet18", "mine:net", "hf:x,trust_remote_code=True")]
+    >>> [is_user_code(name) for name in ("resnet32", "timm:resnet18", "mine:net", "hf:x,trust_remote_code=True")]
     [False, False, True, True]
     """
-    kind, colon, rest = name.partition(":")
+    kind, colon, rest = current_network_name(name).partition(":")
     return bool(colon) and (kind not in _LIBRARIES or any(option in rest for option in _RUN_CODE))
 
 
@@ -67,17 +83,17 @@ def check_imports(names: Iterable[str], source: object, allow: bool = False, kno
     """Refuse code that only a file names.
 
     Args:
-        names: Names of networks, as a file says them.
-        source: The file, for the sentence.
-        allow: Whether the caller wants all of it run.
+        names: Names of networks in the file.
+        source: The file, for the error message.
+        allow: Whether the caller wants all of it to run.
         known: Names that the caller has from elsewhere.
 
     Raises:
         InputError: a name would run code, and nobody asked for that.
     """
-    trusted = _asked.repeated | {*known}
+    trusted = _policy.allowed_names | {*known}
     for name in names:
-        if is_user_code(name) and name not in trusted and not (allow or _asked.everything):
+        if is_user_code(name) and name not in trusted and not (allow or _policy.allow_all):
             raise InputError(
                 f"{source} names code to import and run, {name}; if you trust it, add {FLAG} (in training, "
                 f"--model {name} repeats it)"

@@ -1,4 +1,4 @@
-"""Devices: which one, its dtypes, waiting for it, its peak of memory."""
+"""Devices: choice, dtypes, synchronization, peak memory."""
 
 from __future__ import annotations
 
@@ -10,36 +10,42 @@ import torch
 from codistill.utils.errors import InputError
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.float32, "float64": torch.float64}
+"""The dtype of the parameters for each `--dtype`; bfloat16 is autocast over float32 parameters."""
+NO_FLOAT64 = {"mps"}
+"""Kinds of devices that have no float64."""
+_PROCESS = Path("/proc/self")
 
 
 def pick_device(name: str) -> torch.device:
-    """Return the device asked for; `auto` takes a GPU if there is one.
+    """Return the device of that name; `auto` takes a GPU if there is one.
 
     Raises:
-        InputError: the device is not there.
+        InputError: this machine has no such device.
     """
-    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    available = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
     if name == "auto":
-        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if there[kind]))
-    if not there[name]:
+        return torch.device(next(kind for kind in ("cuda", "mps", "cpu") if available[kind]))
+    if not available[name]:
         raise InputError(f"--device {name}: this machine has none that torch can use; give --device auto")
     return torch.device(name)
 
 
-_PROCESS = Path("/proc/self")
+def accumulation_dtype(device: torch.device | str) -> torch.dtype:
+    """Return the dtype for sums: float64, or float32 on a device that has none (Apple's GPUs)."""
+    return torch.float32 if torch.device(device).type in NO_FLOAT64 else torch.float64
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Start measuring the peak of memory anew."""
+    """Start a new measurement of peak memory."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
     with contextlib.suppress(OSError):
-        (_PROCESS / "clear_refs").write_text("5")  # Linux: the process's peak falls to what it uses now
+        (_PROCESS / "clear_refs").write_text("5")  # Linux: sets the process's peak to what it uses now
 
 
 def peak_megabytes(device: torch.device) -> float | None:
-    """Return the peak since `forget_peak`: of a GPU's allocated memory, or of the whole process on a CPU."""
+    """Return the peak in MiB since `reset_peak_memory`: of a GPU's tensors, or on a CPU of the whole process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -50,23 +56,14 @@ def peak_megabytes(device: torch.device) -> float | None:
     return int(peak.split()[1]) / 2**10 if peak else None
 
 
-def _allocated(device: torch.device) -> int:
-    """Return the bytes that tensors hold on a GPU, 0 elsewhere."""
+def allocated_bytes(device: torch.device) -> int:
+    """Return the bytes that tensors occupy on a CUDA GPU, 0 on other devices."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0
 
 
 def synchronize(device: torch.device) -> None:
-    """Wait until a GPU has done all that it was told."""
+    """Wait until a GPU has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     elif device.type == "mps":
         torch.mps.synchronize()
-
-
-NO_FLOAT64 = {"mps"}
-"""Kinds of devices that have no float64."""
-
-
-def accumulation_dtype(device: torch.device | str) -> torch.dtype:
-    """Return the dtype that sums are kept in: float64, or float32 on a device that has none (Apple's GPUs)."""
-    return torch.float32 if torch.device(device).type in NO_FLOAT64 else torch.float64

@@ -1,17 +1,24 @@
-"""What can go wrong, as the user is told: one sentence that names the flag and the mend."""
+"""Errors that a command prints as one sentence, their exit codes, and helpers to word them. Imports no torch at start.
+
+Exit codes: 2 for `InputError`, 1 for `MachineError`, 75 for `Stopped`; any other exception is a bug and keeps its
+traceback.
+"""
 
 from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
 
+_DEVICE_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
+_HOST_MEMORY = ("not enough memory", "can't allocate memory")
+
 
 class InputError(ValueError):
-    """The user's input cannot be used; the message is one sentence that names the flag and the mend (exit code 2)."""
+    """The user's input cannot be used; the message is one sentence that names the flag and the fix (exit code 2)."""
 
 
 class UnreadableError(InputError):
-    """An image file cannot be read, perhaps in the middle of a run; whoever trains keeps what was reached."""
+    """An image file cannot be read, possibly in the middle of a run; training then writes a checkpoint first."""
 
 
 class MachineError(RuntimeError):
@@ -19,15 +26,22 @@ class MachineError(RuntimeError):
 
 
 class OtherRankFailedError(RuntimeError):
-    """Another rank of the job failed and says why; this one ends in silence, with the same exit code."""
+    """Another rank of the job failed and prints why; this one exits with the same code and prints nothing."""
 
     def __init__(self, code: int) -> None:
-        super().__init__("another rank of the job failed and says why")
+        super().__init__("another rank of the job failed and prints why")
         self.code = code
 
 
+class Stopped(Exception):  # noqa: N818
+    """A signal ended the run after a checkpoint was written (exit code 75); the message is the signal's name."""
+
+    hint = "--resume auto"
+    """How to continue."""
+
+
 def on_one_line(text: object) -> str:
-    """Return text without line breaks and without characters that a terminal would obey."""
+    """Return text with every line break and control character replaced by a space."""
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
@@ -42,3 +56,30 @@ def suggest(word: str, known: Iterable[str]) -> str:
     known = sorted(known)
     near = difflib.get_close_matches(word, known, n=1, cutoff=0.5)
     return f' (did you mean "{near[0]}"?)' if near else f" (there are: {', '.join(known)})"
+
+
+def out_of_memory(error: Exception) -> str | None:
+    """Return "the device" or "the machine" if the exception says that its memory ran out, else None."""
+    import torch
+
+    message = str(error) if isinstance(error, RuntimeError) else ""  # not every allocator has an exception of its own
+    if isinstance(error, torch.OutOfMemoryError) or any(words in message for words in _DEVICE_MEMORY):
+        return "the device"
+    if isinstance(error, MemoryError) or any(words in message for words in _HOST_MEMORY):
+        return "the machine"
+    return None
+
+
+def explain_failure(error: Exception) -> tuple[str | None, int]:
+    """Return (sentence, exit code) for a known kind of failure, and (None, 1) for an unknown one, which is a bug."""
+    if isinstance(error, Stopped):
+        return f"stopped by {error}; the checkpoint is written, continue with {error.hint}", 75
+    if (memory := out_of_memory(error)) is not None:
+        other = ", or use --dtype bfloat16" if memory == "the device" else ""
+        return f"{memory} is out of memory; lower --batch-size or --peers{other}", 1
+    if type(error) is RuntimeError and "deterministic implementation" in str(error):
+        operation = str(error).split(" does not")[0]
+        return f"--deterministic: {operation} has no deterministic kernel on this device; drop --deterministic", 2
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", 1
+    return None, 1

@@ -1,28 +1,33 @@
-"""The JSON files that runs and grids keep: read with one sentence for whatever is wrong with them. Imports no torch."""
+"""Atomic writes, JSON files with a one-sentence error for whatever is wrong with them, and file locks. No torch."""
 
 from __future__ import annotations
 
 import errno
 import json
 import os
+import platform
 import secrets
-from collections.abc import Callable
-from contextlib import suppress
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
 from codistill.utils.errors import InputError, MachineError
 
-_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+DISK_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG}
+"""Error numbers of a full or failing disk."""
 
 
-def write_atomically(path: Path, write: Callable[[Any], object], before: Callable[[], object] = lambda: None) -> None:
-    """Write a file so that a reader finds the old or the new one whole, whatever happens.
+def write_atomically(
+    path: Path, write: Callable[[IO[bytes]], object], before_rename: Callable[[], object] = lambda: None
+) -> None:
+    """Write a file so that a reader finds either the old one or the new one, complete, even after a crash.
 
     Args:
         path: The file.
-        write: Writes to the stream that it is given.
-        before: Called once all is written, just before the file takes its name.
+        write: Writes the content to the binary stream it is given.
+        before_rename: Called when all is written, just before the file gets its name.
 
     Raises:
         MachineError: the disk is full or the folder cannot be written to.
@@ -34,15 +39,15 @@ def write_atomically(path: Path, write: Callable[[Any], object], before: Callabl
             write(stream)
             stream.flush()
             os.fsync(stream.fileno())
-        before()
+        before_rename()
         os.replace(temporary, path)
     except BaseException as error:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
         if not isinstance(error, OSError):
             raise
-        raise MachineError(f"cannot write {path}: {error.strerror or error}; what was there is kept") from None
-    with suppress(OSError):  # the name is on the disk only when its folder is; some systems cannot do that
+        raise MachineError(f"cannot write {path}: {error.strerror or error}; no existing file was changed") from None
+    with suppress(OSError):  # the name is on the disk only when its folder is; some systems cannot sync a folder
         folder = os.open(path.parent, os.O_RDONLY)
         try:
             os.fsync(folder)
@@ -50,29 +55,42 @@ def write_atomically(path: Path, write: Callable[[Any], object], before: Callabl
             os.close(folder)
 
 
-def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically."""
-    text = json.dumps(values, indent=2) + "\n"
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8 text atomically."""
     write_atomically(path, lambda stream: stream.write(text.encode()))
 
 
-def _locked(stream: IO[str]) -> bool:
-    """Lock a file for this process, and say whether that went; where files cannot be locked, it does."""
+def write_json(path: Path, values: Any) -> None:
+    """Write JSON atomically."""
+    write_text(path, json.dumps(values, indent=2) + "\n")
+
+
+def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
+    """Return the object in a JSON file, None if there is no file.
+
+    Args:
+        path: The file.
+        keys: Keys that the object must have.
+
+    Raises:
+        InputError: the file is damaged, or a key is missing.
+    """
     try:
-        import fcntl
-    except ImportError:  # no POSIX
-        return True
-    try:
-        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    except OSError:  # a file system without locks
-        pass
-    return True
+        values = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} is damaged ({error}); restore it, or train in another --out") from None
+    if not isinstance(values, dict):
+        raise InputError(f"{path} is damaged (it holds no JSON object); restore it, or train in another --out")
+    missing = [key for key in keys if key not in values]
+    if missing:
+        raise InputError(f'{path} is damaged ("{missing[0]}" is missing); restore it, or train in another --out')
+    return values
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; a last line that a kill left unfinished is dropped."""
+    """Read a file of JSON lines; a last line that a killed process left unfinished is dropped."""
     lines = []
     for text in path.read_text().splitlines() if path.exists() else []:
         try:
@@ -85,23 +103,70 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
-    """Return what a file holds, None where there is none.
+class LockedError(RuntimeError):
+    """Another process holds the lock; the message names it, and is empty where the lock file does not say."""
+
+
+_locks: set[IO[str]] = set()
+"""Streams of the locks that this process holds."""
+
+
+def _close_inherited_locks() -> None:
+    """Close a forked child's copies: a data worker may outlive its trainer, and must not keep its folder locked.
+
+    The parent keeps its lock: closing one of several copies releases nothing.
+    """
+    while _locks:
+        with suppress(OSError):
+            _locks.pop().close()
+
+
+if hasattr(os, "register_at_fork"):  # POSIX
+    os.register_at_fork(after_in_child=_close_inherited_locks)
+
+
+@contextmanager
+def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
+    """Hold an exclusive lock on a file; the system releases it when the process dies, however that happens.
+
+    Where files cannot be locked (no POSIX, some network file systems) nothing is locked.
 
     Args:
-        path: The file.
-        keys: What it must name.
+        path: The lock file, created where needed; it gets the process's number and its host.
+        wait: Wait until the lock is free.
 
     Raises:
-        InputError: it is damaged, or lacks something.
+        LockedError: another process holds it, and `wait` is not set.
+        OSError: the file cannot be written to.
     """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "a+") as stream:
+        while not _try_lock(stream):
+            if not wait:
+                stream.seek(0)
+                raise LockedError(stream.read().strip())
+            time.sleep(1.0)
+        with suppress(OSError):  # a full disk: the name is only for the message
+            stream.truncate(0)
+            stream.write(f"process {os.getpid()} on {platform.node()}\n")
+            stream.flush()
+        _locks.add(stream)
+        try:
+            yield
+        finally:
+            _locks.discard(stream)
+
+
+def _try_lock(stream: IO[str]) -> bool:
+    """Lock a file for this process; return False if another process holds the lock."""
     try:
-        held = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except (OSError, ValueError) as error:
-        raise InputError(f"{path} is damaged ({error}); put it back as it was, or train in another --out") from None
-    lacking = [key for key in keys if key not in held] if isinstance(held, dict) else ["braces around what it says"]
-    if lacking:
-        raise InputError(f"{path} is damaged (it lacks {lacking[0]}); put it back as it was, or train in another --out")
-    return held
+        import fcntl
+    except ImportError:  # no POSIX
+        return True
+    try:
+        fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:  # a file system without locks
+        pass
+    return True

@@ -1,4 +1,4 @@
-"""What files of strangers may hold: checked before anything in them is run, followed or given room in memory."""
+"""Checks of untrusted files before anything in them is executed, followed or allocated."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-DEFLATE_MOST = 1032  # bytes that one deflated byte can stand for
+from codistill.utils.errors import first_line
+
+MAX_DEFLATE_RATIO = 1032  # uncompressed bytes per deflated byte, at most
 
 
 def load_tensors(path: str | Path) -> Any:
-    """Read what torch saved: tensors and plain values on the host; whatever else a pickle asks for is refused.
+    """Read a file of `torch.save` that holds tensors and plain values only, onto the CPU.
 
     Raises:
-        FileNotFoundError: it is not there.
-        ValueError: it is damaged or holds more than that; the message is half a sentence.
+        FileNotFoundError: there is no such file.
+        ValueError: it is damaged or its pickle asks for anything else; the message is a clause without a full stop.
     """
     import torch
 
@@ -25,26 +27,26 @@ def load_tensors(path: str | Path) -> Any:
         return torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise
-    except pickle.UnpicklingError:  # torch's own words advise to load it all the same
+    except pickle.UnpicklingError:  # torch's own message suggests to load it without the check
         raise ValueError("it is damaged, or asks for more than tensors and plain values") from None
     except Exception as error:  # a damaged file fails in many ways
-        raise ValueError(next(iter(str(error).splitlines()), type(error).__name__).rstrip(".")) from None
+        raise ValueError(first_line(error).rstrip(".")) from None
 
 
-def check_arrays(path: Path, names: Iterable[str]) -> None:
-    """Compare what the arrays of an npz archive claim to be with what the file can hold, without opening them.
+def check_npz_sizes(path: Path, names: Iterable[str]) -> None:
+    """Check the sizes that arrays of an npz archive claim against the size of the file, without allocating them.
 
     Raises:
-        ValueError: an array claims more than the archive has; the message is half a sentence.
+        ValueError: an array claims more than the archive holds; the message is a clause without a full stop.
     """
     import numpy as np
 
-    whole = os.path.getsize(path)
+    file_size = os.path.getsize(path)
     with zipfile.ZipFile(path) as archive:
         for name in names:
             entry = archive.getinfo(f"{name}.npy")
-            most = entry.compress_size * (1 if entry.compress_type == zipfile.ZIP_STORED else DEFLATE_MOST)
-            if entry.compress_size > whole or entry.file_size > most:
+            limit = entry.compress_size * (1 if entry.compress_type == zipfile.ZIP_STORED else MAX_DEFLATE_RATIO)
+            if entry.compress_size > file_size or entry.file_size > limit:
                 raise ValueError(f"{name} claims {entry.file_size:,} bytes, more than the file can hold")
             with archive.open(entry) as stream:
                 version = np.lib.format.read_magic(stream)
@@ -52,7 +54,7 @@ def check_arrays(path: Path, names: Iterable[str]) -> None:
                 header = header or np.lib.format.read_array_header_2_0
                 shape, _, dtype = header(stream)
                 size = dtype.itemsize
-                for length in shape:  # Python's numbers do not overflow
+                for length in shape:  # Python's integers do not overflow
                     size *= int(length)
                 if size + stream.tell() != entry.file_size and not dtype.hasobject:
                     raise ValueError(
@@ -61,8 +63,8 @@ def check_arrays(path: Path, names: Iterable[str]) -> None:
                     )
 
 
-def links_out(folder: Path) -> Iterator[Path]:
-    """Yield the symbolic links under a folder that lead out of it; links to what is inside are fine."""
+def find_outside_links(folder: Path) -> Iterator[Path]:
+    """Yield the symbolic links under a folder whose target is outside it."""
     root = os.path.realpath(folder)
     for place, folders, files in os.walk(folder):
         for name in (*folders, *files):
@@ -71,10 +73,11 @@ def links_out(folder: Path) -> Iterator[Path]:
                 yield Path(path)
 
 
-def deep_links(folder: Path) -> Iterator[Path]:
-    """Yield the links to folders that a walk which follows them may never end in: to the top, or below its folders.
+def find_looping_links(folder: Path) -> Iterator[Path]:
+    """Yield directory symlinks that could make a recursive walk loop or visit folders an exponential number of times.
 
-    What is left, links at the top to folders inside, unfolds no link a second time: neither loops nor doubling pass.
+    These are links to the top folder and all links below the top level. A link at the top level to a folder inside is
+    followed at most once, so it is allowed.
     """
     root = os.path.realpath(folder)
     for place, folders, _ in os.walk(folder):

@@ -1,10 +1,12 @@
-"""Tables as Markdown, CSV and LaTeX. Cells are text that a user may have chosen, so everything is escaped."""
+"""Tables as Markdown, CSV and LaTeX; all cells are escaped, since users choose some of the names in them."""
 
 from __future__ import annotations
 
 import csv
 import io
 import re
+
+from codistill.utils.errors import on_one_line
 
 Rows = list[dict[str, str]]
 
@@ -18,31 +20,33 @@ _LATEX = {
 def markdown(rows: Rows) -> str:
     """Write rows as a Markdown table."""
     head = "| " + " | ".join(map(escape_markdown, rows[0])) + " |"
-    rule = "|" + "|".join("--:" if _is_number(cell) else "---" for cell in rows[0].values()) + "|"
+    rule = "|" + "|".join("--:" if looks_numeric(cell) else "---" for cell in rows[0].values()) + "|"
     lines = ("| " + " | ".join(map(escape_markdown, row.values())) + " |" for row in rows)
     return "\n".join([head, rule, *lines]) + "\n"
 
 
-def _is_number(cell: str) -> bool:
+def looks_numeric(cell: str) -> bool:
+    """Return whether a cell begins like a number, so that its column is aligned right."""
     return cell[:1] in "0123456789+-"
 
 
 def escape_markdown(text: str) -> str:
-    """Escape what Markdown or HTML would read as a sign."""
-    text = re.sub(r"([\\`*_\[\]|~#])", r"\\\1", " ".join(text.split()))
+    """Return text on one line that Markdown and HTML show unchanged anywhere but at the start of a line."""
+    text = re.sub(r"([\\`*_{}\[\]|~#$])", r"\\\1", " ".join(on_one_line(text).split()))
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def comma_separated(rows: Rows) -> str:
-    """Write rows as CSV; a cell that a spreadsheet would run as a formula gets an apostrophe in front."""
+    """Write rows as CSV; cells that a spreadsheet would take for formulas are disarmed."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([_harmless(name) for name in rows[0]])
-    writer.writerows([_harmless(cell) for cell in row.values()] for row in rows)
+    writer.writerow([_disarm_formula(name) for name in rows[0]])
+    writer.writerows([_disarm_formula(cell) for cell in row.values()] for row in rows)
     return stream.getvalue()
 
 
-def _harmless(cell: str) -> str:
+def _disarm_formula(cell: str) -> str:
+    """Put an apostrophe before a cell that a spreadsheet would take for a formula."""
     number = re.fullmatch(r"[+-]?\d+(\.\d+)?( ± \d+(\.\d+)?)?( \([^()]*\))?", cell)
     return f"'{cell}" if cell[:1] in "=+-@\t" and cell != "-" and not number else cell
 
@@ -60,5 +64,5 @@ def latex(rows: Rows, caption: str) -> str:
 
 
 def escape_latex(text: str) -> str:
-    """Escape every sign that LaTeX reads as its own."""
-    return "".join(_LATEX.get(sign, sign) for sign in text)
+    """Escape every special character of LaTeX."""
+    return "".join(_LATEX.get(character, character) for character in text)

@@ -1,7 +1,7 @@
-"""Recipes: short functions that return the config of a published table, or of the demo."""
+"""Recipes: functions that return the configs of the published tables and of the demo."""
 
 from codistill.reproduce.recipes import kdcl, okddip, pcl
 from codistill.reproduce.recipes.table_recipe import TableRecipe
 
 TABLES: dict[str, TableRecipe] = okddip.TABLES | pcl.TABLES | kdcl.TABLES
-"""Every published table that can be trained anew, by name."""
+"""Every published table that can be reproduced, by name."""

@@ -1,4 +1,4 @@
-"""The demo: few labels a class, small networks, enough epochs to fit them; minutes on two CPU cores."""
+"""The demo: few labels per class, small networks, enough epochs to fit them; it takes minutes on two CPU cores."""
 
 from codistill.config.config import CompareConfig
 from codistill.utils.errors import InputError, suggest
@@ -13,10 +13,10 @@ METHODS = ["independent", "okddip"]
 
 
 def demo(data: str = "digits") -> CompareConfig:
-    """Return the demo's comparison on a set.
+    """Return the demo's comparison on a data set.
 
     Raises:
-        InputError: the demo has no recipe for that set.
+        InputError: the demo has no recipe for that data set.
     """
     if data not in SETS:
         raise InputError(f'--data: the demo has no recipe for "{data}"{suggest(data, SETS)}')

@@ -1,9 +1,9 @@
-"""The tables of PCL (Wu & Gong, AAAI 2021): 3 members of every method, under one recipe.
+"""The tables of PCL (Wu & Gong, AAAI 2021): 3 members of every method, with the same options.
 
-SGD with Nesterov's momentum 0.9, rate 0.1 falling tenfold at epochs 150 and 225 of 300, batch 128, weight decay 5e-4;
-PCL with T = 3 and a ramp of 80 epochs. The published numbers are second-hand, and no source says how the paper set up
-its rivals: each stands here as its own paper has it. FFL-S is shown as published and not trained. On ImageNet its
-schedule is a guess.
+SGD with Nesterov momentum 0.9, learning rate 0.1 divided by 10 at epochs 150 and 225 of 300, batch 128, weight decay
+5e-4; PCL with T = 3 and a ramp of 80 epochs. The published numbers are second-hand, and no source states the options of
+the other methods: each follows its own paper here. FFL-S is shown as published and not trained. The ImageNet schedule
+is a guess.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from codistill.config.methods import (
     ONEConfig,
     PCLConfig,
 )
-from codistill.reproduce.recipes.table_recipe import IMAGENET, CellRef, TableRecipe, on_imagenet
+from codistill.reproduce.recipes.table_recipe import IMAGENET, CellRef, TableRecipe, with_imagenet_schedule
 
 NETWORKS = ("resnet32", "resnet110", "vgg16", "densenet40_12", "wrn20_8")
 METHODS: dict[str, type[MethodConfig]] = {
@@ -36,7 +36,7 @@ ON_NETWORKS = ("DML", "KDCL", "Ind-network")
 EQUAL_COST = {method: "Ind-network" if method in ON_NETWORKS else "Ind-branch" for method in METHODS}
 
 
-def _run(network: str, method: str, data: str) -> Config:
+def _make_config(network: str, method: str, data: str) -> Config:
     options = METHODS.get(method, IndependentConfig)()
     topology = "networks" if method in ON_NETWORKS else "branches"
     return Config(method=options, model=network, data=data, topology=topology, peers=3)
@@ -44,39 +44,40 @@ def _run(network: str, method: str, data: str) -> Config:
 
 def cifar100(network: str, method: str) -> Config:
     """CIFAR-100 accuracy; resnet32: PCL 74.14, DML 73.68. Hardware and time are not stated."""
-    return _run(network, method, "cifar100")
+    return _make_config(network, method, "cifar100")
 
 
 def cifar10(network: str, method: str) -> Config:
     """CIFAR-10 accuracy; resnet32: PCL 94.33, DML 93.94. Hardware and time are not stated."""
-    return _run(network, method, "cifar10")
+    return _make_config(network, method, "cifar10")
 
 
 def imagenet(network: str, method: str) -> Config:
     """ImageNet error of ResNet-18: PCL 29.58, second-hand; a schedule of 90 epochs, which is a guess."""
-    return dataclasses.replace(on_imagenet(_run(f"torchvision:{network}", method, IMAGENET)), branch_at=("layer3",))
+    config = with_imagenet_schedule(_make_config(f"torchvision:{network}", method, IMAGENET))
+    return dataclasses.replace(config, branch_at=("layer3",))
 
 
-def _places(network: str, method: str) -> tuple[CellRef, ...]:
+def _ref(network: str, method: str) -> tuple[CellRef, ...]:
     return (CellRef(network, method, network),)
 
 
 _GUESSES = (
-    "the rivals' options: each is set as its own paper has it, KDCL with the least logits and own views",
+    "the options of the other methods: each follows its own paper, KDCL with minlogit and augmentations per network",
     "OKDDip's 3 members are 2 peers and the leader",
 )
 TABLES = {
-    "pcl_cifar100": TableRecipe(cifar100, NETWORKS, tuple(METHODS), _places, EQUAL_COST, guesses=_GUESSES),
-    "pcl_cifar10": TableRecipe(cifar10, NETWORKS, tuple(METHODS), _places, EQUAL_COST, guesses=_GUESSES),
+    "pcl_cifar100": TableRecipe(cifar100, NETWORKS, tuple(METHODS), _ref, EQUAL_COST, guesses=_GUESSES),
+    "pcl_cifar10": TableRecipe(cifar10, NETWORKS, tuple(METHODS), _ref, EQUAL_COST, guesses=_GUESSES),
     "pcl_imagenet": TableRecipe(
         imagenet,
         ("resnet18",),
         ("PCL",),
-        _places,
+        _ref,
         {"PCL": "Ind-branch"},
         guesses=(
-            "the schedule: 90 epochs, batch 256, rate 0.1 falling at 30 and 60, decay 1e-4",
-            "the fork at layer3, so that a branch is both last stages, from memory",
+            "the schedule: 90 epochs, batch 256, learning rate 0.1 divided by 10 at 30 and 60, weight decay 1e-4",
+            "the fork at layer3, so that a branch consists of the last two stages; not checked against the paper",
         ),
     ),
 }

@@ -1,4 +1,4 @@
-"""What a recipe of a published table consists of, and how it is made smaller. Imports no torch."""
+"""The recipe of a published table, and its smaller scales. Imports no torch."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from codistill.config.config import Config
 from codistill.utils.errors import InputError, suggest
 
 IMAGENET = "folder:imagenet"
-"""Stands in recipes for the user's own copy: --data-dir says where it lies."""
+"""In recipes, the data set of the user: --data-dir names its folder."""
 
 Scale = Literal["smoke", "short", "full"]
-# Training images a class that `short` keeps: about a fifth of the set, or what ImageNet's smallest class affords.
+# Training images per class at scale `short`: about a fifth of the set; 200 for ImageNet, whose classes differ in size.
 SHORT_IMAGES = {"cifar10": 1000, "cifar100": 100, IMAGENET: 200}
 SCALES = {
     "smoke": "smoke: digits instead of the paper's images, resnet8 instead of its networks, 4 epochs of batch 64",
@@ -25,60 +25,60 @@ SCALES = {
 
 @dataclass(frozen=True)
 class CellRef:
-    """A figure of a run, and where it stands in the published table."""
+    """A figure of a run, and its row and column in the published table."""
 
     row: str
     column: str
     subject: str
-    """What is measured, by one name in all methods: differences to a baseline are taken for the same subject."""
-    figure: str = "student"
-    """student (the member deployed), members (their mean), ensemble, gain, or a member's number."""
+    """The measured network, named alike in all methods: a difference to a baseline compares equal subjects."""
+    source: str = "student"
+    """student (the deployed member), members (their mean), ensemble, gain, or a member's index."""
     reported: str | None = None
-    """What the paper's own code reports here, where that is something else; shown under --protocol paper."""
+    """The source that the paper's own code reports, if it differs; used with --protocol paper."""
     metric: Literal["top1", "top5", "parameters"] = "top1"
 
 
 @dataclass(frozen=True)
 class TableRecipe:
-    """One published table: its cells, and how each is trained."""
+    """One published table: its cells, and the config of each."""
 
     config: Callable[[str, str], Config]
     """(network, method) -> the run's config, at full scale."""
     networks: tuple[str, ...]
     methods: tuple[str, ...]
-    places: Callable[[str, str], tuple[CellRef, ...]]
+    cell_refs: Callable[[str, str], tuple[CellRef, ...]]
     equal_cost: Mapping[str, str] = field(default_factory=dict)
-    """Method -> the baseline that trains as much as it does; baselines that no paper lists are added to the table."""
+    """Method -> its baseline of equal training cost; baselines that the paper does not list are added to the table."""
     teachers: Mapping[str, str] = field(default_factory=dict)
     """Method -> the cell of the same network whose run is its teacher."""
     guesses: tuple[str, ...] = ()
-    """What the sources leave open and the recipe had to choose."""
+    """Choices of the recipe that the sources do not state."""
 
-    def pick(self, networks: tuple[str, ...], methods: tuple[str, ...], table: str) -> list[tuple[str, str]]:
-        """Return the (network, method) pairs asked for; nothing asked for means all.
+    def select_cells(self, networks: tuple[str, ...], methods: tuple[str, ...], table: str) -> list[tuple[str, str]]:
+        """Return the selected (network, method) pairs; an empty selection means all.
 
         Raises:
             InputError: the table has no such network or method.
         """
         known = (*self.methods, *(b for b in self.equal_cost.values() if b not in self.methods))
-        for flag, asked, there in (("--network", networks, self.networks), ("--method", methods, known)):
-            for name in asked:
-                if name not in there:
-                    raise InputError(f'{flag}: {table} has no "{name}"{suggest(name, there)}')
+        for flag, names, choices in (("--network", networks, self.networks), ("--method", methods, known)):
+            for name in names:
+                if name not in choices:
+                    raise InputError(f'{flag}: {table} has no "{name}"{suggest(name, choices)}')
         return [
             (n, m) for n in dict.fromkeys(networks or self.networks) for m in dict.fromkeys(methods or self.methods)
         ]
 
 
-def on_imagenet(config: Config) -> Config:
-    """Return the config with a usual ImageNet schedule, where no source states one; branches fork at the last stage."""
+def with_imagenet_schedule(config: Config) -> Config:
+    """Return the config with the common ImageNet schedule, for papers that state none; branches are the last stage."""
     fork = ("layer4",) if config.topology == "branches" else ()
     schedule = {"epochs": 90, "milestones": (30, 60), "batch_size": 256, "weight_decay": 1e-4}
     return dataclasses.replace(config, image_size=224, branch_at=fork, **schedule)
 
 
-def scaled(config: Config, scale: Scale) -> Config:
-    """Return the config made smaller as `SCALES` says; ramps and milestones shrink with the epochs."""
+def scale_config(config: Config, scale: Scale) -> Config:
+    """Return the config at a scale of `SCALES`; ramps and milestones shrink with the epochs."""
     if scale == "full":
         return config
     if scale == "smoke":

@@ -1,6 +1,6 @@
-"""The charts of a report, as plain data for plotly.js: traces that carry their group, so that a page can toggle them.
+"""The charts of a report, as plain data for plotly.js: each trace names its group, so that a page can hide it.
 
-A chart has views; the page shows one at a time and lets the reader choose. Nothing here draws.
+A chart has views; the page shows the one that the reader selects. page.js draws them.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Callable
 from statistics import fmean, stdev
 from typing import Any
 
-from codistill.reproduce.report.collect import Group, Run, Section
+from codistill.reproduce.report.collect import Group, RunData, Section
 
 Trace = dict[str, Any]
 View = dict[str, Any]
@@ -19,33 +19,33 @@ Chart = dict[str, Any]
 HOVER = "epoch %{x}: %{y:.2f}<extra>%{fullData.name}</extra>"
 
 
-def charts_of(section: Section) -> list[Chart]:
-    """Return the charts that the section's runs have figures for."""
+def make_charts(section: Section) -> list[Chart]:
+    """Return the charts of the section; a chart without data is left out."""
     groups = section.groups
     seeds, pooled = "Mean over seeds.", "Test set, seeds pooled"
     known = [
-        ("Learning curves", "Mean over seeds, band: one deviation to either side.", _learning),
-        ("Diversity and ensemble", "Of the peers whose ensemble is judged; mean over seeds.", _diversity),
-        ("Accuracy against cost", "The member deployed, test set, last epoch; bars: one deviation.", _cost),
-        ("Every member", seeds, _members),
-        ("Who is listened to", "Weights that the method gives its members, epoch means over seeds.", _weights),
-        ("Reliability", f"{pooled}; above the diagonal: too modest, below: too sure.", _reliability),
-        ("Confusion", f"{pooled}, the member deployed; a row is a true class, in %.", _confusion),
+        ("Learning curves", "Mean over seeds; band: ± one standard deviation.", _learning_views),
+        ("Diversity and ensemble", "Of the peers that form the ensemble; mean over seeds.", _diversity_views),
+        ("Accuracy against cost", "Deployed member, test set, last epoch; bars: ± one deviation.", _cost_views),
+        ("Every member", seeds, _member_views),
+        ("Weights of the members", "Weights that the method gives its members; epoch means over seeds.", _weight_views),
+        ("Reliability", f"{pooled}; above the diagonal: underconfident, below: overconfident.", _reliability_views),
+        ("Confusion", f"{pooled}, deployed member; each row is a true class, in %.", _confusion_views),
     ]
-    charts = [_chart(title, note, views(groups)) for title, note, views in known]
+    charts = [_make_chart(title, note, views(groups)) for title, note, views in known]
     return [chart for chart in charts if chart["views"]]
 
 
-def _chart(title: str, note: str, views: list[View]) -> Chart:
+def _make_chart(title: str, note: str, views: list[View]) -> Chart:
     return {"title": title, "note": note, "views": [view for view in views if view["traces"]]}
 
 
-def plain(text: str) -> str:
-    """Return text that plotly.js shows as it is: it would read tags."""
+def escape_name(text: str) -> str:
+    """Return text that plotly.js shows unchanged: it interprets HTML tags."""
     return html.escape(text, quote=False)
 
 
-def _view(name: str, traces: list[Trace], x: str, y: str, **layout: Any) -> View:
+def _make_view(name: str, traces: list[Trace], x: str, y: str, **layout: Any) -> View:
     return {"name": name, "traces": traces, "x": x, "y": y, "layout": layout}
 
 
@@ -55,12 +55,13 @@ def _view(name: str, traces: list[Trace], x: str, y: str, **layout: Any) -> View
 Pick = Callable[[dict[str, Any]], float | None]
 
 
-def _part(line: dict[str, Any]) -> str | None:
-    return next((part for part in ("val", "test") if part in line), None)
+def _evaluated_split(line: dict[str, Any]) -> str | None:
+    """Return the split that an epoch's line has figures of, validation before test."""
+    return next((split for split in ("val", "test") if split in line), None)
 
 
-def _curve(group: Group, pick: Pick) -> tuple[list[int], list[float], list[float] | None]:
-    """Return epochs, means over the seeds that have a figure there, and deviations (None for one seed)."""
+def _average_curve(group: Group, pick: Pick) -> tuple[list[int], list[float], list[float] | None]:
+    """Return epochs, means over the seeds with a value there, and standard deviations (None for one seed)."""
     values: dict[int, list[float]] = {}
     for run in group.runs:
         for line in run.lines:
@@ -73,108 +74,110 @@ def _curve(group: Group, pick: Pick) -> tuple[list[int], list[float], list[float
     return epochs, means, [stdev(values[e]) if len(values[e]) > 1 else 0.0 for e in epochs] if several else None
 
 
-def _lines(groups: list[Group], pick: Pick, band: bool = True) -> list[Trace]:
+def _curve_traces(groups: list[Group], pick: Pick, band: bool = True) -> list[Trace]:
     traces: list[Trace] = []
     for group in groups:
-        epochs, means, spread = _curve(group, pick)
+        epochs, means, spread = _average_curve(group, pick)
         if not epochs:
             continue
         if spread is not None and band:
             y = [m + s for m, s in zip(means, spread)] + [m - s for m, s in reversed([*zip(means, spread)])]
-            edge = {"x": epochs + epochs[::-1], "y": _short(y), "fill": "toself", "line": {"width": 0}, "band": True}
+            edge = {"x": epochs + epochs[::-1], "y": _round(y), "fill": "toself", "line": {"width": 0}, "band": True}
             traces.append({"type": "scatter", "mode": "lines", "hoverinfo": "skip", "group": group.label, **edge})
         mode = "lines" if len(epochs) > 1 else "markers"
-        line = {"type": "scatter", "mode": mode, "x": epochs, "y": _short(means), "hovertemplate": HOVER}
-        traces.append({**line, "name": plain(group.label), "group": group.label})
+        line = {"type": "scatter", "mode": mode, "x": epochs, "y": _round(means), "hovertemplate": HOVER}
+        traces.append({**line, "name": escape_name(group.label), "group": group.label})
     return traces
 
 
-def _short(values: list[float]) -> list[float]:
+def _round(values: list[float]) -> list[float]:
     return [round(value, 4) for value in values]
 
 
-def _student(line: dict[str, Any]) -> float | None:
-    part = _part(line)
-    return None if part is None else line[f"{part}_student"]["top1"]
-
-
-def _of_part(name: str) -> Pick:
-    """Return a picker of a figure of the whole group; one member alone has none."""
+def _student_figure(name: str) -> Pick:
+    """Return a function that reads a figure of the deployed student from an epoch's line."""
 
     def pick(line: dict[str, Any]) -> float | None:
-        part = _part(line)
-        return None if part is None or len(line[part]["top1"]) < 2 else line[part].get(name)
+        split = _evaluated_split(line)
+        return None if split is None else line[f"{split}_student"][name]
+
+    return pick
+
+
+def _group_figure(name: str) -> Pick:
+    """Return a function that reads a figure of the group from an epoch's line; a single member has none."""
+
+    def pick(line: dict[str, Any]) -> float | None:
+        split = _evaluated_split(line)
+        return None if split is None or len(line[split]["top1"]) < 2 else line[split].get(name)
 
     return pick
 
 
 def _ensemble_gain(line: dict[str, Any]) -> float | None:
-    part = _part(line)
-    if part is None or len(line[part]["top1"]) < 2:
+    split = _evaluated_split(line)
+    if split is None or len(line[split]["top1"]) < 2:
         return None
-    return line[part]["ensemble_top1"] - fmean(line[part]["top1"])
+    return line[split]["ensemble_top1"] - fmean(line[split]["top1"])
 
 
-def _learning(groups: list[Group]) -> list[View]:
-    tests = any(_part(line) == "test" for group in groups for run in group.runs for line in run.lines)
-    part, epoch = ("test" if tests else "validation"), "epoch"
-    return [
-        _view("member deployed", _lines(groups, _student), epoch, f"{part} top-1, %"),
-        _view("ensemble", _lines(groups, _of_part("ensemble_top1")), epoch, f"{part} top-1, %"),
-        _view("training loss", _lines(groups, lambda line: line["train"]["loss"]), epoch, "loss, summed over members"),
-        _view("calibration error", _lines(groups, _ece), epoch, f"{part} ECE, 15 bins"),
-        _view("weight of distillation", _lines(groups, lambda line: line["weight"], band=False), epoch, "weight"),
+def _learning_views(groups: list[Group]) -> list[View]:
+    tests = any(_evaluated_split(line) == "test" for group in groups for run in group.runs for line in run.lines)
+    split = "test" if tests else "validation"
+    curves: list[tuple[str, Pick, str]] = [
+        ("deployed member", _student_figure("top1"), f"{split} top-1, %"),
+        ("ensemble", _group_figure("ensemble_top1"), f"{split} top-1, %"),
+        ("training loss", lambda line: line["train"]["loss"], "loss, summed over members"),
+        ("calibration error", _student_figure("ece"), f"{split} ECE, 15 bins"),
     ]
+    weight = _curve_traces(groups, lambda line: line["weight"], band=False)
+    return [*_curve_views(groups, curves), _make_view("weight of distillation", weight, "epoch", "weight")]
 
 
-def _ece(line: dict[str, Any]) -> float | None:
-    part = _part(line)
-    return None if part is None else line[f"{part}_student"]["ece"]
-
-
-def _diversity(groups: list[Group]) -> list[View]:
-    names = {
-        "distance": ("diversity", "mean L2 distance of softmaxes"),
-        "disagreement": ("disagreement", "part of images on which a pair disagrees"),
-        "correlation of errors": ("error_correlation", "mean correlation of being wrong"),
-    }
-    views = [_view(name, _lines(groups, _of_part(key)), "epoch", axis) for name, (key, axis) in names.items()]
-    return [
-        *views,
-        _view("gain of the ensemble", _lines(groups, _ensemble_gain), "epoch", "points over the mean member"),
+def _diversity_views(groups: list[Group]) -> list[View]:
+    curves: list[tuple[str, Pick, str]] = [
+        ("distance", _group_figure("diversity"), "mean L2 distance of softmaxes"),
+        ("disagreement", _group_figure("disagreement"), "fraction of images on which a pair disagrees"),
+        ("correlation of errors", _group_figure("error_correlation"), "mean correlation of errors"),
+        ("gain of the ensemble", _ensemble_gain, "points over the mean member"),
     ]
+    return _curve_views(groups, curves)
 
 
-def _members(groups: list[Group]) -> list[View]:
+def _curve_views(groups: list[Group], curves: list[tuple[str, Pick, str]]) -> list[View]:
+    return [_make_view(name, _curve_traces(groups, pick), "epoch", axis) for name, pick, axis in curves]
+
+
+def _member_views(groups: list[Group]) -> list[View]:
     views = []
     for group in groups:
         count = max((len(line["train"]["top1"]) for run in group.runs for line in run.lines), default=0)
-        picks: list[tuple[str, Pick]] = [(f"member {p}", _member(p)) for p in range(count)] if count > 1 else []
-        picks += [("ensemble", _of_part("ensemble_top1"))] if count > 1 else []
-        picks += [(f"mean teacher {p}", _member(p, "_ema")) for p in range(count) if _has_ema(group)]
+        picks: list[tuple[str, Pick]] = [(f"member {p}", _member_top1(p)) for p in range(count)] if count > 1 else []
+        picks += [("ensemble", _group_figure("ensemble_top1"))] if count > 1 else []
+        picks += [(f"mean teacher {p}", _member_top1(p, "_ema")) for p in range(count) if _has_ema(group)]
         traces = []
         for name, pick in picks:
-            for trace in _lines([group], pick, band=False):
+            for trace in _curve_traces([group], pick, band=False):
                 dash = "dash" if name == "ensemble" else "dot" if "teacher" in name else "solid"
                 traces.append(trace | {"name": name, "group": None, "dash": dash})
-        views.append(_view(group.label, traces, "epoch", "top-1, %"))
+        views.append(_make_view(group.label, traces, "epoch", "top-1, %"))
     return views
 
 
-def _member(index: int, kind: str = "") -> Pick:
+def _member_top1(index: int, kind: str = "") -> Pick:
     def pick(line: dict[str, Any]) -> float | None:
-        part = _part(line)
-        return None if part is None or part + kind not in line else line[part + kind]["top1"][index]
+        split = _evaluated_split(line)
+        return None if split is None or split + kind not in line else line[split + kind]["top1"][index]
 
     return pick
 
 
 def _has_ema(group: Group) -> bool:
-    return any(f"{_part(line)}_ema" in line for run in group.runs for line in run.lines)
+    return any(f"{_evaluated_split(line)}_ema" in line for run in group.runs for line in run.lines)
 
 
-def _weights(groups: list[Group]) -> list[View]:
-    """Return a heat map over epochs for each group whose method weighs its members."""
+def _weight_views(groups: list[Group]) -> list[View]:
+    """Return a heat map over epochs for each group whose method weights its members."""
     views = []
     for group in groups:
         for name in sorted({key for run in group.runs for line in run.lines for key in line.get("method", {})}):
@@ -183,20 +186,20 @@ def _weights(groups: list[Group]) -> list[View]:
             for run in group.runs:
                 for line in run.lines:
                     if name in line.get("method", {}):
-                        labels, values = _flat(line["method"][name])
+                        labels, values = _flatten_weights(line["method"][name])
                         sums.setdefault(line["epoch"] + 1, []).append(values)
             epochs = sorted(sums)
             z = [[round(fmean(v[i] for v in sums[e]), 4) for e in epochs] for i in range(len(labels))]
-            about = {
+            options = {
                 "hovertemplate": "epoch %{x}, %{y}: %{z:.3f}<extra></extra>",
                 "colorbar": {"title": {"text": "weight"}},
             }
-            trace = {"type": "heatmap", "x": epochs, "y": labels, "z": z, "heat": True, **about}
-            views.append(_view(f"{group.label}, {name}", [trace], "epoch", "", yaxis={"autorange": "reversed"}))
+            trace = {"type": "heatmap", "x": epochs, "y": labels, "z": z, "heat": True, **options}
+            views.append(_make_view(f"{group.label}, {name}", [trace], "epoch", "", yaxis={"autorange": "reversed"}))
     return sorted(views, key=lambda view: not view["name"].endswith("attention"))
 
 
-def _flat(weights: list[Any]) -> tuple[list[str], list[float]]:
+def _flatten_weights(weights: list[Any]) -> tuple[list[str], list[float]]:
     if weights and isinstance(weights[0], list):
         pairs = [(f"peer {a} to {b}", value) for a, row in enumerate(weights) for b, value in enumerate(row)]
     else:
@@ -205,15 +208,15 @@ def _flat(weights: list[Any]) -> tuple[list[str], list[float]]:
 
 
 # ----------------------------------------------------------------------------------------------------------------------
-# Figures of finished runs
+# Results of finished runs
 
 
-def _cost(groups: list[Group]) -> list[View]:
+def _cost_views(groups: list[Group]) -> list[View]:
     axes: dict[str, Callable[[dict[str, Any]], float | None]] = {
-        "training, TFLOPs": lambda r: _training_flops(r),
+        "training, TFLOPs": _training_tflops,
         "training, seconds": lambda r: r["seconds"],
         "trained, M parameters": lambda r: r["parameters_trained"] / 1e6,
-        "deployed, MFLOPs an image": lambda r: r.get("cost", {}).get("flops_an_image", 0) / 1e6 or None,
+        "deployed, MFLOPs per image": lambda r: r.get("cost", {}).get("flops_an_image", 0) / 1e6 or None,
     }
     views = []
     for name, pick in axes.items():
@@ -228,61 +231,62 @@ def _cost(groups: list[Group]) -> list[View]:
             point = {"x": [round(fmean(x for x, _ in pairs), 4)], "y": [round(fmean(tops), 3)], "error_y": error}
             hover = f"%{{y:.2f}} % at %{{x:.4g}}, n = {len(tops)}<extra>%{{fullData.name}}</extra>"
             kind = {"type": "scatter", "mode": "markers", "marker": {"size": 11}, "hovertemplate": hover}
-            traces.append({**kind, **point, "name": plain(group.label), "group": group.label})
-        views.append(_view(name, traces, name, "test top-1, %", xaxis={"rangemode": "tozero"}))
+            traces.append({**kind, **point, "name": escape_name(group.label), "group": group.label})
+        views.append(_make_view(name, traces, name, "test top-1, %", xaxis={"rangemode": "tozero"}))
     return views
 
 
-def _training_flops(result: dict[str, Any]) -> float | None:
+def _training_tflops(result: dict[str, Any]) -> float | None:
     cost = result.get("cost", {})
-    a_sample = cost.get("training_flops_a_sample")
-    return a_sample * cost["samples_seen"] / 1e12 if a_sample else None
+    flops = cost.get("training_flops_a_sample")
+    return flops * cost["samples_seen"] / 1e12 if flops else None
 
 
-def _reliability(groups: list[Group]) -> list[View]:
+def _reliability_views(groups: list[Group]) -> list[View]:
     views = []
-    for name, key in (("member deployed", "reliability"), ("ensemble", "ensemble_reliability")):
+    for name, key in (("deployed member", "reliability"), ("ensemble", "ensemble_reliability")):
         traces = []
         for group in groups:
-            bins = _pooled(group.runs, key)
+            bins = _pool_bins(group.runs, key)
             if bins:
                 xs, ys, counts = ([round(b[i], 4) for b in bins] for i in range(3))
                 hover = "confidence %{x:.3f}, accuracy %{y:.3f}, %{customdata} images<extra>%{fullData.name}</extra>"
                 line = {"type": "scatter", "mode": "lines+markers", "x": xs, "y": ys, "customdata": counts}
-                traces.append({**line, "hovertemplate": hover, "name": plain(group.label), "group": group.label})
+                traces.append({**line, "hovertemplate": hover, "name": escape_name(group.label), "group": group.label})
         if traces:
             diagonal: Trace = {"type": "scatter", "mode": "lines", "x": [0, 1], "y": [0, 1], "hoverinfo": "skip"}
             traces.insert(0, diagonal | {"group": None, "guide": True, "showlegend": False})
         square = {"xaxis": {"range": [0, 1]}, "yaxis": {"range": [0, 1.02]}}
-        views.append(_view(name, traces, "confidence", "accuracy", **square))
+        views.append(_make_view(name, traces, "confidence", "accuracy", **square))
     return views
 
 
-def _pooled(runs: list[Run], key: str) -> list[tuple[float, float, int]]:
-    """Return (confidence, accuracy, images) of each bin over all seeds; a bin is found by its confidence."""
+def _pool_bins(runs: list[RunData], key: str) -> list[tuple[float, float, int]]:
+    """Return (confidence, accuracy, images) of each bin over all seeds; a bin's index follows from its confidence."""
     sums: dict[int, list[float]] = {}
     for run in runs:
         for b in run.details.get(key, []):
-            place = min(int(b["confidence"] * 15 + 1e-9), 14)
-            total = sums.setdefault(place, [0.0, 0.0, 0.0])
+            index = min(int(b["confidence"] * 15 + 1e-9), 14)
+            total = sums.setdefault(index, [0.0, 0.0, 0.0])
             for i, value in enumerate((b["samples"] * b["confidence"], b["samples"] * b["accuracy"], b["samples"])):
                 total[i] += value
     return [(c / n, a / n, int(n)) for _, (c, a, n) in sorted(sums.items())]
 
 
-def _confusion(groups: list[Group]) -> list[View]:
+def _confusion_views(groups: list[Group]) -> list[View]:
     views = []
     for group in groups:
         tables = [run.details["confusion"] for run in group.runs if "confusion" in run.details]
         if not tables:
             continue
-        classes = [plain(str(c)) for c in next(r.details["classes"] for r in group.runs if "confusion" in r.details)]
+        names = next(run.details["classes"] for run in group.runs if "confusion" in run.details)
+        classes = [escape_name(str(name)) for name in names]
         total = [[sum(table[i][j] for table in tables) for j in range(len(classes))] for i in range(len(classes))]
         z = [[round(100 * value / max(sum(row), 1), 1) for value in row] for row in total]
-        hover = "true %{y}, taken for %{x}: %{z} %<extra></extra>"
+        hover = "true %{y}, predicted %{x}: %{z} %<extra></extra>"
         trace = {"type": "heatmap", "x": classes, "y": classes, "z": z, "heat": True, "hovertemplate": hover}
         axis = {"type": "category"}
         layout = {"xaxis": axis, "yaxis": axis | {"autorange": "reversed"}}
-        about = trace | {"zmin": 0, "zmax": 100, "colorbar": {"title": {"text": "%"}}}
-        views.append(_view(group.label, [about], "taken for", "true class", **layout))
+        heatmap = trace | {"zmin": 0, "zmax": 100, "colorbar": {"title": {"text": "%"}}}
+        views.append(_make_view(group.label, [heatmap], "predicted class", "true class", **layout))
     return views

@@ -1,4 +1,4 @@
-"""Reads run folders, grids and tables, and sorts their runs into the groups that a report shows."""
+"""Reads the run folders, grids and tables of a report, and groups their runs by what they trained."""
 
 from __future__ import annotations
 
@@ -10,22 +10,18 @@ from typing import Any
 from codistill.config.config import Config
 from codistill.reproduce.command_line import command_line
 from codistill.reproduce.grid import Cell
-from codistill.reproduce.statistics import mean_std, table_rows
-from codistill.reproduce.table_entries import entries_of
-from codistill.reproduce.table_folder import plan_of_folder
-from codistill.reproduce.table_rows import cost_columns, network_of, notes_of, rows_of
+from codistill.reproduce.statistics import comparison_rows, format_mean_std
+from codistill.reproduce.table_figures import table_figures
+from codistill.reproduce.table_folder import read_plan
+from codistill.reproduce.table_rows import cost_columns, network_label, table_notes, table_rows
 from codistill.utils.errors import InputError
 from codistill.utils.files import read_json, read_lines
 from codistill.utils.tables import Rows
 
-# Two runs that differ in these alone are seeds of one group.
-_APART = ("seed", "out", "resume", "data_dir", "device", "tracker", "checkpoint_every_epochs", "checkpoint_every_steps",
-          "keep_checkpoints", "skip_nonfinite", "data_workers")  # fmt: skip
-
 
 @dataclass
-class Run:
-    """One run folder, as it stands."""
+class RunData:
+    """The files of one run folder."""
 
     path: Path
     config: Config
@@ -36,21 +32,21 @@ class Run:
 
     @property
     def command(self) -> str:
-        """The shell line that trains it again."""
+        """The shell command that trains it again."""
         return command_line(self.config)
 
 
 @dataclass
 class Group:
-    """The seeds of one row."""
+    """The runs (seeds) of one row."""
 
     label: str
-    runs: list[Run]
+    runs: list[RunData]
 
 
 @dataclass
 class Section:
-    """One part of the page: a table, and the groups behind it."""
+    """One section of the page: a table, and the groups of runs that it summarizes."""
 
     name: str
     title: str
@@ -61,9 +57,9 @@ class Section:
     failures: list[str] = field(default_factory=list)
 
 
-def read_run(path: Path) -> Run:
-    """Read one run folder; what a run under way has not written yet is empty."""
-    return Run(
+def read_run(path: Path) -> RunData:
+    """Read one run folder; files that an unfinished run has not written yet are empty."""
+    return RunData(
         path,
         Config.from_file(path),
         read_json(path / "result.json"),
@@ -73,14 +69,14 @@ def read_run(path: Path) -> Run:
     )
 
 
-def collect(paths: list[Path]) -> list[Section]:
-    """Return a section for every grid, and one for all single runs together.
+def collect_sections(paths: list[Path]) -> list[Section]:
+    """Return one section per grid, and one for all single runs together.
 
     Raises:
-        InputError: a folder is missing or holds no runs.
+        InputError: a folder does not exist or contains no runs.
     """
     sections, single = [], []
-    for path in {path.resolve(): path for path in paths}.values():  # each once, however often it is named
+    for path in {path.resolve(): path for path in paths}.values():  # a path given twice counts once
         if not path.is_dir():
             raise InputError(f"report: {path} is no folder; name run folders, or the folder of a grid or of a table")
         if (path / "config.json").exists():
@@ -89,46 +85,47 @@ def collect(paths: list[Path]) -> list[Section]:
         found = [read_run(p.parent) for p in sorted(path.rglob("config.json"))]
         if not found:
             raise InputError(f"report: {path} holds no runs of codistill")
-        held = read_json(path / "grid.json", "kind")
-        if held is not None and held.get("kind") == "reproduce":
-            sections.append(_of_table(path, held))
-        elif held is not None:
-            sections.append(_of_comparison(path, held))
+        grid_info = read_json(path / "grid.json", "kind")
+        if grid_info is not None and grid_info.get("kind") == "reproduce":
+            sections.append(_table_section(path, grid_info))
+        elif grid_info is not None:
+            sections.append(_comparison_section(path, grid_info))
         else:
             single += found
-    return sections + ([_of_runs(single)] if single else [])
+    return sections + ([_runs_section(single)] if single else [])
 
 
-def _of_table(path: Path, held: dict[str, Any]) -> Section:
-    plan = plan_of_folder(path, held)
+def _table_section(path: Path, grid_info: dict[str, Any]) -> Section:
+    plan = read_plan(path, grid_info)
     groups = []
     several = len({cell.network for cell in plan.cells}) > 1
     for cell in plan.cells:
-        runs = _runs(cell, path, plan.options.seeds)
-        label = f"{network_of(plan, cell.network)}: {cell.method}" if several else cell.method
+        runs = _read_runs(cell, path, plan.options.seeds)
+        label = f"{network_label(plan, cell.network)}: {cell.method}" if several else cell.method
         groups += [Group(label, runs)] if runs else []
     lower = plan.published["measure"] == "error"
     name = plan.name if plan.options.scale == "full" else f"{plan.name}, {plan.options.scale} scale"
-    return Section(name, plan.title(), rows_of(plan, entries_of(plan)), lower, notes_of(plan), groups, _failures(path))
+    rows, notes = table_rows(plan, table_figures(plan)), table_notes(plan)
+    return Section(name, plan.title(), rows, lower, notes, groups, _read_failures(path))
 
 
-def _of_comparison(path: Path, held: dict[str, Any]) -> Section:
+def _comparison_section(path: Path, grid_info: dict[str, Any]) -> Section:
     cells, groups = [], []
-    for row in held["cells"]:
+    for row in grid_info["cells"]:
         cell = Cell(row["label"], Config(), row["baseline"])
-        runs = _runs(cell, path, held["seeds"])
+        runs = _read_runs(cell, path, grid_info["seeds"])
         cell.results = {run.config.seed: run.result for run in runs if run.result is not None}
         cells.append(cell)
         groups += [Group(cell.label, runs)] if runs else []
-    notes = ["Test set, last epoch, of the member deployed; differences are paired over seeds, ± 95 % t-interval."]
-    return Section("Comparison", held["title"], table_rows(cells), False, notes, groups, _failures(path))
+    notes = ["Test set, last epoch, deployed member; differences are paired over seeds, ± 95 % t-interval."]
+    return Section("Comparison", grid_info["title"], comparison_rows(cells), False, notes, groups, _read_failures(path))
 
 
-def _of_runs(runs: list[Run]) -> Section:
-    """Group runs that differ in their seed alone."""
+def _runs_section(runs: list[RunData]) -> Section:
+    """Return the section of single runs; those that differ in their seed only are one group."""
     groups: dict[str, Group] = {}
     for run in runs:
-        key = json.dumps({k: v for k, v in run.config.to_dict().items() if k not in _APART})
+        key = json.dumps({k: v for k, v in run.config.to_dict().items() if k not in Config.NOT_IDENTITY | {"seed"}})
         folder = run.path.resolve()
         label = (
             folder.parent.name
@@ -141,11 +138,11 @@ def _of_runs(runs: list[Run]) -> Section:
         done = [run.result for run in group.runs if run.result is not None]
         row = {
             "run": group.label,
-            "test, last epoch, top-1 %": mean_std([r["student"]["top1"] for r in done]) if done else "-",
+            "test, last epoch, top-1 %": format_mean_std([r["student"]["top1"] for r in done]) if done else "-",
         }
         best = [r["best_test"]["top1"] for r in done if "best_test" in r]
         if any("best_test" in (run.result or {}) for run in runs):
-            row["best test epoch (chosen on the test set), top-1 %"] = mean_std(best) if best else "-"
+            row["best test epoch (chosen on the test set), top-1 %"] = format_mean_std(best) if best else "-"
         cell = Cell(group.label, group.runs[0].config, results=dict(enumerate(done)))
         rows.append(row | {"n": str(len(done))} | cost_columns(cell))
     unfinished = [f"{run.path} is not complete" for run in runs if run.result is None]
@@ -154,10 +151,10 @@ def _of_runs(runs: list[Run]) -> Section:
     )
 
 
-def _runs(cell: Cell, folder: Path, seeds: int) -> list[Run]:
-    places = [cell.place(folder, seed) for seed in range(seeds)]
-    return [read_run(place) for place in places if (place / "config.json").exists()]
+def _read_runs(cell: Cell, folder: Path, seeds: int) -> list[RunData]:
+    paths = [cell.run_path(folder, seed) for seed in range(seeds)]
+    return [read_run(path) for path in paths if (path / "config.json").exists()]
 
 
-def _failures(path: Path) -> list[str]:
-    return [f"{run}: {why}" for run, why in (read_json(path / "failures.json") or {}).items()]
+def _read_failures(path: Path) -> list[str]:
+    return [f"{run}: {reason}" for run, reason in (read_json(path / "failures.json") or {}).items()]

@@ -9,16 +9,16 @@ from importlib import resources
 from pathlib import Path
 from typing import Any
 
-from codistill.reproduce.report.charts import charts_of
-from codistill.reproduce.report.collect import Section, collect
+from codistill.reproduce.report.charts import make_charts
+from codistill.reproduce.report.collect import Section, collect_sections
 from codistill.utils.errors import InputError
-from codistill.utils.files import write_atomically
+from codistill.utils.files import write_text
 from codistill.utils.tables import Rows
 
-_NAMES = ("network", "method", "peers", "run")
-_COSTS = ("trained", "training", "deployed", "parameters", "s a run")
+_NAME_COLUMNS = ("network", "method", "peers", "run")
+_COST_PREFIXES = ("trained", "training", "deployed", "parameters", "s per run")
 
-# The page may not load anything: what a browser is told here holds even if a name in it were not escaped.
+# The page may not load anything: the browser enforces it, even if a name in the page were not escaped.
 _POLICY = "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data: blob:"
 
 _PAGE = """<!doctype html>
@@ -44,7 +44,7 @@ _PAGE = """<!doctype html>
 
 
 def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
-    """Write the page and return what is in it, in words.
+    """Write the page and return a summary: its sections, runs and size.
 
     Args:
         paths: Run folders, and folders of grids or tables.
@@ -52,7 +52,7 @@ def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
         title: The page's heading.
 
     Raises:
-        InputError: a folder holds no runs, or the chart library is missing.
+        InputError: a folder contains no runs, or plotly is not installed.
     """
     try:
         from plotly.offline import get_plotlyjs
@@ -62,35 +62,35 @@ def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
 
     if out.is_dir():
         raise InputError(f"--out {out} is a folder; name a file, as in --out report.html")
-    sections = collect(paths)
-    data = [{"groups": [group.label for group in s.groups], "charts": charts_of(s)} for s in sections]
+    sections = collect_sections(paths)
+    data = [{"groups": [group.label for group in s.groups], "charts": make_charts(s)} for s in sections]
     page = _PAGE.format(
         policy=_POLICY,
         title=html.escape(title or (sections[0].name if len(sections) == 1 else "Runs and tables")),
         version=__version__,
-        css=_file("page.css"),
-        js=_file("page.js"),
+        css=_read_asset("page.css"),
+        js=_read_asset("page.js"),
         plotly=get_plotlyjs(),
         data=json.dumps(data).replace("<", "\\u003c"),  # no name can end the script
-        body="\n".join(_section(section, number) for number, section in enumerate(sections)),
+        body="\n".join(_section_html(section, number) for number, section in enumerate(sections)),
     )
-    write_atomically(out, lambda stream: stream.write(page.encode()))
+    write_text(out, page)
     runs = sum(len(group.runs) for section in sections for group in section.groups)
-    return f"{len(sections)} part{'s' if len(sections) > 1 else ''}, {runs} runs, {len(page) / 2**20:.1f} MB"
+    return f"{len(sections)} section{'s' if len(sections) > 1 else ''}, {runs} runs, {len(page) / 2**20:.1f} MB"
 
 
-def _file(name: str) -> str:
+def _read_asset(name: str) -> str:
     return resources.files("codistill.reproduce.report").joinpath(name).read_text()
 
 
-def _section(section: Section, number: int) -> str:
-    """Return a section's HTML: results, toggles, charts, costs, commands."""
-    names = [column for column in section.rows[0] if column in _NAMES]
+def _section_html(section: Section, number: int) -> str:
+    """Return a section's HTML: results, group buttons, charts, costs, commands."""
+    names = [column for column in section.rows[0] if column in _NAME_COLUMNS]
     networks = {row.get("network", "") for row in section.rows}
     if len(networks) == 1 and len(names) > 1:
         names.remove("network")
-    costs = [column for column in section.rows[0] if column.startswith(_COSTS) and column not in names]
-    results = [column for column in section.rows[0] if column not in (*_NAMES, *costs)]
+    costs = [column for column in section.rows[0] if column.startswith(_COST_PREFIXES) and column not in names]
+    results = [column for column in section.rows[0] if column not in (*_NAME_COLUMNS, *costs)]
     rows = [{" ".join(names): " ".join(row[name] for name in names)} | row for row in section.rows]
     head = " ".join(names)
     notes = "".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
@@ -98,20 +98,20 @@ def _section(section: Section, number: int) -> str:
         [
             f"<section><h2>{html.escape(section.title)}</h2>",
             f"<p>Network: {html.escape(min(networks))}</p>" if len(networks) == 1 and min(networks) else "",
-            _table([{name: row[name] for name in (head, *results)} for row in rows], section.lower_is_better),
-            _failures(section.failures),
+            _table_html([{name: row[name] for name in (head, *results)} for row in rows], section.lower_is_better),
+            _failures_html(section.failures),
             f'<div class="chips" id="chips-{number}"></div><div class="charts" id="charts-{number}"></div>',
-            "<h2>What it costs to train, and to deploy</h2>",
-            _table(_unique([{name: row[name] for name in (head, *costs)} for row in rows]), False),
-            f'<details open><summary>What to know when reading this</summary><ul class="soft">{notes}</ul></details>',
-            _commands(section),
+            "<h2>Costs of training and deployment</h2>",
+            _table_html(_unique_costs([{name: row[name] for name in (head, *costs)} for row in rows]), False),
+            f'<details open><summary>Notes</summary><ul class="soft">{notes}</ul></details>',
+            _commands_html(section),
             "</section>",
         ]
     )
 
 
-def _unique(rows: Rows) -> Rows:
-    """Leave out rows of another figure of the same run, whose costs are the same."""
+def _unique_costs(rows: Rows) -> Rows:
+    """Keep one row per run: several figures of a run have the same costs."""
     kept: dict[str, dict[str, str]] = {}
     for row in rows:
         name, *rest = row.values()
@@ -119,12 +119,15 @@ def _unique(rows: Rows) -> Rows:
     return [*kept.values()]
 
 
-def _table(rows: Rows, lower_is_better: bool) -> str:
-    head = "".join(f'<th class="{"words" if name == "judged" else ""}">{html.escape(name)}</th>' for name in rows[0])
+def _table_html(rows: Rows, lower_is_better: bool) -> str:
+    head = "".join(f'<th class="{"words" if name == "evaluated" else ""}">{html.escape(name)}</th>' for name in rows[0])
     lines = []
     for row in rows:
-        tones = ["words" if name == "judged" else tone_of(name, text, lower_is_better) for name, text in row.items()]
-        cells = [f'<td class="{tone}">{html.escape(text)}</td>' for tone, text in zip(tones, row.values())]
+        classes = [
+            "words" if name == "evaluated" else difference_class(name, text, lower_is_better)
+            for name, text in row.items()
+        ]
+        cells = [f'<td class="{css_class}">{html.escape(text)}</td>' for css_class, text in zip(classes, row.values())]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
@@ -132,8 +135,8 @@ def _table(rows: Rows, lower_is_better: bool) -> str:
     )
 
 
-def tone_of(column: str, text: str, lower_is_better: bool) -> str:
-    """Return good or bad for a difference that is one (its interval leaves zero out); to the paper, beyond 0.1."""
+def difference_class(column: str, text: str, lower_is_better: bool) -> str:
+    """Return the CSS class of a difference: good or bad if it is significant (to the paper: above 0.1), else `''`."""
     number = re.match(r"[+-]\d+(\.\d+)?", text)
     if number is None or "n.s." in text or not ("equal cost" in column or "- paper" in column):
         return ""
@@ -143,15 +146,15 @@ def tone_of(column: str, text: str, lower_is_better: bool) -> str:
     return "good" if (value < 0) == lower_is_better else "bad"
 
 
-def _failures(failures: list[str]) -> str:
+def _failures_html(failures: list[str]) -> str:
     if not failures:
         return ""
     items = "".join(f"<li>{html.escape(line)}</li>" for line in failures)
     return f"<details open><summary>Without a result: {len(failures)}</summary><ul>{items}</ul></details>"
 
 
-def _commands(section: Section) -> str:
-    """Return the commands that train each group again, and what it ran on."""
+def _commands_html(section: Section) -> str:
+    """Return the commands that train each group again, and the machines it ran on."""
     parts = []
     for group in section.groups:
         lines = html.escape("\n".join(run.command for run in group.runs))
@@ -159,12 +162,13 @@ def _commands(section: Section) -> str:
             f"<details><summary>Train again: {html.escape(group.label)}</summary>"
             f'<pre>{lines}</pre><button type="button" data-copy>copy</button></details>'
         )
-    machines = sorted({_machine(run.environment) for group in section.groups for run in group.runs if run.environment})
+    environments = [run.environment for group in section.groups for run in group.runs if run.environment]
+    machines = sorted(set(map(_describe_environment, environments)))
     items = "".join(f"<li>{html.escape(line)}</li>" for line in machines)
-    return f'<h2>How to train each again</h2>{"".join(parts)}<ul class="soft">{items}</ul>'
+    return f'<h2>Commands</h2>{"".join(parts)}<ul class="soft">{items}</ul>'
 
 
-def _machine(environment: dict[str, Any]) -> str:
+def _describe_environment(environment: dict[str, Any]) -> str:
     e = environment
     where = e.get("gpu") or f"{e.get('machine')} with {e.get('cpus')} CPUs, {e.get('threads')} threads"
     commit = str(e.get("git_commit") or "an installed package")[:12]

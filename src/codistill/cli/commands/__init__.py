@@ -1,0 +1,21 @@
+"""One module per command, each with `run(parsed)`, which returns the exit code."""
+
+from __future__ import annotations
+
+import importlib
+
+from codistill.cli.options import Parsed
+
+
+def run_command(name: str, parsed: Parsed) -> int:
+    """Import a command's module and run it; only then is torch imported."""
+    if name == "compare":
+        from codistill.cli.compare import compare
+
+        return compare(parsed.positionals, parsed.options)
+    if name == "reproduce":
+        from codistill.cli.reproduce import reproduce
+
+        return reproduce(parsed.positionals[0], parsed.options)
+    code: int = importlib.import_module(f"codistill.cli.commands.{name}").run(parsed)
+    return code

@@ -1,0 +1,96 @@
+"""`codistill evaluate RUN`: figures of a run's members on one of its splits, or on another data set."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from codistill.cli.console import err, members_table, out, print_rows
+from codistill.cli.options import EvaluateOptions, Parsed
+from codistill.data import Loader
+from codistill.data.external_test_set import load_external_test_set
+from codistill.deploy.calibrate import calibrate_student
+from codistill.evaluation import calibration
+from codistill.training.build import load_run, load_without_images
+from codistill.training.loaders import curve_loader, make_loader, test_loader
+from codistill.training.run import Run
+from codistill.training.student import deployed_name, deployed_scores
+from codistill.training.summary import evaluate_run
+from codistill.utils.cpu_memory import keep_freed_memory
+from codistill.utils.errors import InputError
+
+
+def run(parsed: Parsed) -> int:
+    """Evaluate, and print a table or JSON."""
+    options: EvaluateOptions = parsed.options
+    folder = Path(parsed.positionals[0])
+    if options.data is not None and not options.calibrate:  # the run's own images are not needed
+        trained = load_without_images(folder, options.device, checkpoint=options.checkpoint)
+    else:
+        trained = load_run(folder, options.data_dir, options.device, options.checkpoint)
+    if trained.device.type == "cpu":
+        keep_freed_memory()
+    loader = _load_images(trained, options)
+    figures, name = evaluate_run(trained, loader), deployed_name(trained)
+    extra = _extra_metrics(trained, loader, options, folder)
+    if options.json:
+        print(json.dumps(figures | {"deployed": name} | extra))
+        return 0
+    title = f"{options.data or f'{trained.config.data} {options.split}'}, {loader.num_samples:,} images"
+    out.print(members_table(figures["members"], name, title, figures["ema"]))
+    _print_extra_metrics(extra, name)
+    return 0
+
+
+def _load_images(trained: Run, options: EvaluateOptions) -> Loader:
+    """Return the loader over the images that --data or --split names."""
+    if options.data is not None:
+        images, labels, note = load_external_test_set(options.data, options.data_dir, trained.data.metadata())
+        if note:
+            err.print(f"{options.data}: {note}", style="dim", markup=False)
+        return make_loader(trained.config, trained.data, (images, labels), trained.device)
+    loader = test_loader(trained)
+    if options.split == "val":
+        loader = curve_loader(trained) if len(trained.splits.val) else None
+    if loader is None:
+        raise InputError("--split val: this run kept no validation part (--val-fraction 0 or --protocol paper)")
+    return loader
+
+
+def _extra_metrics(trained: Run, loader: Loader, options: EvaluateOptions, folder: Path) -> dict[str, Any]:
+    """Return what --per-class, --confusion and --calibrate ask for, and write the files that they name."""
+    if not (options.per_class or options.confusion or options.calibrate):
+        return {}
+    logits_NC, labels_N = deployed_scores(trained, loader)
+    classes = trained.data.classes
+    extra: dict[str, Any] = {}
+    if options.per_class or options.confusion:
+        confusion = calibration.confusion_matrix(logits_NC, labels_N)
+        if options.per_class:
+            extra["classes"] = calibration.class_rows(confusion, classes)
+        if options.confusion:
+            calibration.write_confusion(Path(options.confusion), confusion, classes)
+            extra["confusion"] = options.confusion
+    if options.calibrate:
+        temperature = calibrate_student(trained, folder, options.checkpoint)
+        extra["calibration"] = [calibration.calibration(logits_NC, labels_N, t) for t in (1.0, temperature)]
+    return extra
+
+
+def _print_extra_metrics(extra: dict[str, Any], name: str) -> None:
+    if "classes" in extra:
+        rows = [{key: _format_value(value) for key, value in row.items()} for row in extra["classes"]]
+        print_rows(rows, f"{name}, class by class")
+    if "calibration" in extra:
+        rows = [
+            {"temperature": f"{c['temperature']:.4f}", "ECE": f"{c['ece']:.4f}", "NLL": f"{c['nll']:.4f}"}
+            for c in extra["calibration"]
+        ]
+        print_rows(rows, f"{name}, without and with the temperature fitted on validation (kept for predict)")
+    if "confusion" in extra:
+        out.print(f"confusion matrix: {extra['confusion']}")
+
+
+def _format_value(value: str | float | None) -> str:
+    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)

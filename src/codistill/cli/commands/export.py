@@ -1,0 +1,36 @@
+"""`codistill export RUN`: the deployed student as a file, checked against the run, with its model card."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from codistill.cli.console import err, out
+from codistill.cli.options import ExportOptions, Parsed
+from codistill.deploy.export import SUFFIXES, export_student
+from codistill.deploy.model_card import model_card
+from codistill.training.build import load_run, load_without_images
+from codistill.training.student import deployed_name
+from codistill.utils.errors import InputError
+from codistill.utils.files import write_text
+
+
+def run(parsed: Parsed) -> int:
+    """Write the files, and print their names and the largest difference of outputs."""
+    options: ExportOptions = parsed.options
+    folder = Path(parsed.positionals[0])
+    path = Path(options.out) if options.out else folder / f"student{SUFFIXES[options.format]}"
+    try:
+        trained = load_run(folder, options.data_dir, "cpu", options.checkpoint)
+    except InputError as error:  # if only the images are missing, noise is enough to compare outputs
+        trained = load_without_images(folder, "cpu", why=str(error), checkpoint=options.checkpoint)
+        err.print(f"the file is checked on noise, since the run's images cannot be loaded ({error})", markup=False)
+    difference = export_student(trained, path, options.format)
+    card = path.with_suffix(".md")
+    write_text(card, model_card(trained, folder, path, difference, options.license, options.checkpoint))
+    beside = [card.name] + ["student.py"] * path.with_name("student.py").exists()
+    out.print(f"wrote {path}, and {' and '.join(beside)} beside it")
+    out.print(
+        f"largest difference of its outputs, in its own runtime, from those of the trained {deployed_name(trained)}: "
+        f"{difference:.3g}"
+    )
+    return 0

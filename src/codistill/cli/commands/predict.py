@@ -1,0 +1,29 @@
+"""`codistill predict RUN IMAGES ...`: the deployed student's most probable classes, as CSV or JSON."""
+
+from __future__ import annotations
+
+import json
+
+from codistill.cli.options import Parsed, PredictOptions
+from codistill.deploy.predict import find_images, format_csv, load_predictor, predict
+from codistill.utils.errors import InputError
+
+
+def run(parsed: Parsed) -> int:
+    """Print one row per file; the row of a file that cannot be read holds the error."""
+    options: PredictOptions = parsed.options
+    for name, value in (("top", options.top), ("batch-size", options.batch_size)):
+        if value < 1:
+            raise InputError(f"--{name} is {value}; give at least 1")
+    files = find_images(parsed.positionals[1:])
+    predictor = load_predictor(parsed.positionals[0], options.device, options.checkpoint)
+    top = min(options.top, len(predictor.data_info["classes"]))
+    rows = [*predict(predictor, files, top, options.batch_size)]
+    if options.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+    else:
+        print(format_csv(rows, top), end="")
+    errors = [row["error"] for row in rows if "error" in row]
+    if len(errors) == len(rows):
+        raise InputError(f"predict: none of the {len(rows)} files can be read ({errors[0]})")
+    return 0

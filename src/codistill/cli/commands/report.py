@@ -1,0 +1,17 @@
+"""`codistill report RUN ...`: one self-contained page about runs, grids and tables."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from codistill.cli.console import out
+from codistill.cli.options import Parsed, ReportOptions
+from codistill.reproduce.report.page import write_report
+
+
+def run(parsed: Parsed) -> int:
+    """Write the page, and print what it shows."""
+    options: ReportOptions = parsed.options
+    summary = write_report([Path(name) for name in parsed.positionals], Path(options.out), options.title)
+    out.print(f"wrote {options.out}: {summary}")
+    return 0
