@@ -193,8 +193,8 @@ HEAD = ["family", "name", "size", "fork", "head", "outputs", "gradients", "two s
 TEXT = """# Architectures
 
 Written by `benchmarks/architectures.py` (torch {torch}, timm {timm}, torchvision {torchvision}; CPU). Two branches
-that fork at the default module are compared with two explicit copies that share no modules: the columns "outputs" and
-"gradients" are the largest difference of outputs and of all parameters' gradients (float64, training mode; relative where
+that fork at the default module are compared with two explicit copies that share no modules. The columns "outputs" and
+"gradients" are the largest difference of outputs and of all parameter gradients (float64, training mode; relative where
 the value is above 1). "size" is the side of the test images in pixels. Two training steps were then run with the method
 in the last column. Options after a name make the network small enough for the test.
 
@@ -205,7 +205,7 @@ in the last column. Options after a name make the network small enough for the t
 MATRIX_HEADING = "## Every method\n"
 MATRIX_TEXT = """{head}
 Two training steps with finite losses and gradients (`--matrix`), on branches (B) and on whole networks (N); okddip
-with 3 members, the others with 2; the method `one` needs a shared trunk. The first small architecture of each of {tried}
+with 3 members, the others with 2; `one` needs a shared trunk. The first small architecture of each of {tried}
 families took {minutes:.0f} minutes of CPU time in total (1 thread, AMD EPYC Milan).
 
 {table}
