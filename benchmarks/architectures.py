@@ -192,10 +192,11 @@ def row(family: str, name: str, size: int, pair: tuple[str, str], folder: Path) 
 HEAD = ["family", "name", "size", "fork", "head", "outputs", "gradients", "two steps with"]
 TEXT = """# Architectures
 
-Written by `benchmarks/architectures.py` (torch {torch}, timm {timm}, torchvision {torchvision}; CPU). Two branches at
-the default fork against explicit copies that share nothing: the largest difference of outputs and of every parameter's
-gradient (float64, relative above 1, training mode). "size" is the side of the images. Two steps then ran as in
-training, with the method named. Options after the name make a network small enough for this check.
+Written by `benchmarks/architectures.py` (torch {torch}, timm {timm}, torchvision {torchvision}; CPU). Two branches
+that fork at the default module are compared with two explicit copies that share no modules. The columns "outputs" and
+"gradients" are the largest difference of outputs and of all parameter gradients (float64, training mode; relative where
+the value is above 1). "size" is the side of the test images in pixels. Two training steps were then run with the method
+in the last column. Options after a name make the network small enough for the test.
 
 {table}
 """
@@ -203,9 +204,9 @@ training, with the method named. Options after the name make a network small eno
 
 MATRIX_HEADING = "## Every method\n"
 MATRIX_TEXT = """{head}
-Two steps as in training (`--matrix`; losses and gradients finite), on branches (B) and on whole networks (N);
-okddip with 3 members, the others with 2; one needs a trunk. The first small architecture of each of {tried} families
-took {minutes:.0f} minutes of CPU time in total (1 thread, AMD EPYC Milan).
+Two training steps with finite losses and gradients (`--matrix`), on branches (B) and on whole networks (N); okddip
+with 3 members, the others with 2; `one` needs a shared trunk. The first small architecture of each of {tried}
+families took {minutes:.0f} minutes of CPU time in total (1 thread, AMD EPYC Milan).
 
 {table}
 """

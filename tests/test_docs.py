@@ -53,6 +53,7 @@ def test_the_doctests_run():
         assert not result.failed
 
 
+@pytest.mark.slow
 def test_the_six_commands_of_okddips_repository_run(tmp_path, monkeypatch):
     from codistill.cli.main import main
 

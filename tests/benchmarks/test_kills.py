@@ -7,6 +7,8 @@ import pytest
 import kills
 from kept_whole import unreadable
 
+pytestmark = pytest.mark.slow
+
 CASES = ["pcl, networks", "kdcl general, branches", "one, branches, bfloat16", "dml alternating, networks"]
 
 
@@ -25,7 +27,7 @@ def test_a_run_that_is_killed_twice_ends_as_one_that_is_not(case, tmp_path):
     assert count.repeated <= kills.EVERY
 
 
-def test_a_mesh_whose_rank_is_killed_ends_as_one_that_is_left_alone(tmp_path):
+def test_a_mesh_with_a_killed_rank_resumes_to_the_same_end(tmp_path):
     count = kills.Count()
     kills.survive("pcl, 2 processes", 1, tmp_path, random.Random(0), count)
     assert not count.trouble
@@ -39,7 +41,7 @@ def test_a_grid_survives_kills_in_its_own_files(tmp_path):
     assert count.identical == count.runs == 3
 
 
-def test_a_kill_at_the_first_write_of_each_kind_leaves_a_folder_to_go_on_with(tmp_path):
+def test_a_kill_at_any_write_leaves_a_resumable_folder(tmp_path):
     """A folder that holds next to nothing is still this run's."""
     board, out = kills.SharedCounters(), tmp_path / "run"
     config = kills.config_of("dml alternating, networks", out, epochs=1)

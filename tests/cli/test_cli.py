@@ -53,6 +53,7 @@ def test_the_way_of_a_newcomer(tmp_path, capsys, monkeypatch):
     assert read_json("again/result.json")["test"] == read_json("run/result.json")["test"]
 
 
+@pytest.mark.slow
 def test_the_exported_student_needs_torch_alone(tmp_path):
     assert main(["train", "okddip", *SMALL, "--out", str(tmp_path / "run"), "--topology", "branches"]) == 0
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "out" / "s.safetensors")]) == 0
@@ -82,7 +83,8 @@ torch.save((model(student.normalize(pixels, about)), about["classes"]), "answer.
     assert classes == [str(c) for c in range(10)]
 
 
-def test_compare_prints_rows_of_equal_cost_and_trains_nothing_twice(tmp_path, capsys):
+@pytest.mark.slow
+def test_compare_prints_baselines_and_trains_nothing_twice(tmp_path, capsys):
     words = [
         "compare",
         "okddip",

@@ -15,7 +15,7 @@ from helpers.images import pixel_loader, random_images, slow_crop, slow_square, 
 
 @pytest.mark.parametrize("views", [1, 3])
 @pytest.mark.parametrize(("pad", "flip"), [(2, True), (1, False), (0, True)])
-def test_augment_equals_padding_cropping_and_flipping_one_image_at_a_time(views, pad, flip):
+def test_augment_equals_augmenting_one_image_at_a_time(views, pad, flip):
     images = random_images(9, size=6, channels=2)
     rng = torch.Generator().manual_seed(1)
     draws = {}
@@ -34,7 +34,7 @@ def test_augment_equals_padding_cropping_and_flipping_one_image_at_a_time(views,
 
 
 @pytest.mark.parametrize("views", [1, 3])
-def test_every_training_image_is_a_crop_of_its_own_source_and_every_place_occurs(views):
+def test_training_images_are_crops_at_every_position(views):
     pad, images = 1, random_images(60, channels=1)
     pixels, labels = whole_epoch(pixel_loader(images, Augmentation(pad=pad, flip=True), views=views))
     assert pixels.shape == (views, 60, 1, 8, 8)
@@ -58,7 +58,7 @@ def test_every_training_image_is_a_crop_of_its_own_source_and_every_place_occurs
 
 @pytest.mark.parametrize("side", [1, 3, 4])
 @pytest.mark.parametrize("views", [1, 2])
-def test_cutout_blanks_one_square_an_image_and_view_and_every_centre_occurs(side, views):
+def test_cutout_zeroes_one_square_per_view_at_every_center(side, views):
     size = 6
     images = np.full((400, size, size, 1), 255, dtype=np.uint8)
     loader = DeviceLoader(
@@ -107,7 +107,7 @@ def test_padding_is_black_before_normalising():
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-13), (torch.float32, 2e-6)])
 @pytest.mark.parametrize("channels", [1, 3])
-def test_normalising_is_pixels_over_255_minus_mean_over_deviation(dtype, tolerance, channels):
+def test_normalization_is_scaled_pixels_minus_mean_over_std(dtype, tolerance, channels):
     images = random_images(5, channels=channels)
     mean, std = (0.5071, 0.4865, 0.4409)[:channels], (0.2673, 0.2564, 0.2762)[:channels]
     loader = DeviceLoader(images, np.arange(5), mean, std, LoaderOptions(2, dtype=dtype))
@@ -121,7 +121,7 @@ def test_normalising_is_pixels_over_255_minus_mean_over_deviation(dtype, toleran
                     assert float(pixels[0, n, c, i, j]) == pytest.approx(expected, abs=tolerance)
 
 
-def test_without_augmentation_the_order_is_kept_and_the_last_batch_is_smaller():
+def test_without_augmentation_order_and_last_batch_are_kept():
     images = random_images(10)
     loader = pixel_loader(images, batch_size=4, views=3)
     batches = list(loader.epoch(5))
@@ -137,7 +137,7 @@ FULL = Augmentation(pad=2, flip=True, cutout=3)
 
 
 @pytest.mark.parametrize("epoch", [0, 1, 7])
-def test_every_image_appears_once_an_epoch_in_an_order_of_its_own(epoch):
+def test_every_epoch_has_every_image_once_in_its_own_order(epoch):
     loader = pixel_loader(random_images(50), FULL)
     _, labels = whole_epoch(loader, epoch)
     assert sorted(labels.tolist()) == list(range(50))
@@ -175,7 +175,7 @@ def test_augmentation_is_drawn_anew_in_every_epoch():
 
 
 @pytest.mark.parametrize("augmentation", [None, FULL])
-def test_an_epoch_from_batch_k_on_is_exactly_the_tail_of_the_epoch(augmentation):
+def test_an_epoch_started_at_batch_k_is_the_tail_of_the_epoch(augmentation):
     loader = pixel_loader(random_images(50), augmentation, batch_size=8, views=2)
     whole = list(loader.epoch(6))
     for start in range(len(whole) + 1):
@@ -186,7 +186,7 @@ def test_an_epoch_from_batch_k_on_is_exactly_the_tail_of_the_epoch(augmentation)
             assert torch.equal(labels, expected_labels)
 
 
-def test_view_0_and_the_order_are_the_same_whatever_the_number_of_views():
+def test_view_0_and_order_do_not_depend_on_the_number_of_views():
     images = random_images(50)
     one, labels = whole_epoch(pixel_loader(images, FULL), 2)
     for views in (2, 4):

@@ -34,7 +34,7 @@ def test_digits_have_their_sizes_and_are_the_same_every_time():
     assert (first.mean, first.std) == (second.mean, second.std)
 
 
-def test_digits_train_and_test_are_all_digits_of_scikit_learn_each_once():
+def test_digits_parts_hold_each_scikit_learn_digit_once():
     from sklearn.datasets import load_digits
 
     source = load_digits()
@@ -89,7 +89,7 @@ def test_validation_and_holdout_take_their_part_of_every_class():
 
 
 @pytest.mark.parametrize(("fraction", "val"), [(0.001, [1, 1, 0]), (0.999, [9, 1, 0])])
-def test_every_class_keeps_an_image_to_train_on_and_gives_one_if_it_can(fraction, val):
+def test_every_class_is_in_training_and_if_possible_validation(fraction, val):
     data = image_set(shuffled_labels([10, 2, 1]))
     splits = make_splits(data, fraction)
     assert np.bincount(data.y_train[splits.val], minlength=3).tolist() == val
@@ -117,7 +117,7 @@ def test_splits_are_drawn_and_not_the_first_images_of_a_class():
     assert len(set(np.diff(splits.val))) > 2
 
 
-def test_train_per_class_takes_that_many_of_every_class_and_leaves_validation_alone():
+def test_train_per_class_limits_classes_and_keeps_validation():
     data = image_set(shuffled_labels([30, 50, 21]))
     full, few = make_splits(data, 0.1), make_splits(data, 0.1, 0.0, 7)
     assert np.bincount(data.y_train[few.train]).tolist() == [7, 7, 7]
@@ -129,7 +129,7 @@ def test_train_per_class_takes_that_many_of_every_class_and_leaves_validation_al
     assert np.bincount(data.y_train[held.holdout]).tolist() == [1, 1, 1]
 
 
-def test_all_seeds_train_on_the_same_few_images_and_are_judged_on_the_same():
+def test_all_seeds_use_the_same_training_and_test_images():
     from codistill.training.build import build_run
 
     def splits_of(seed):
@@ -144,7 +144,7 @@ def test_all_seeds_train_on_the_same_few_images_and_are_judged_on_the_same():
         assert np.array_equal(getattr(first, name), getattr(second, name)), name
 
 
-def test_a_class_with_too_few_images_is_an_error_that_names_the_flag_and_the_number():
+def test_too_few_images_in_a_class_names_the_flag_and_number():
     data = image_set(shuffled_labels([30, 50, 21]))
     assert len(make_splits(data, 0.1, 0.0, 19).train) == 57
     with pytest.raises(InputError, match=r"--train-per-class 20.*19"):
@@ -230,7 +230,7 @@ def write_fashion_mnist(root, train, test):
     return raw
 
 
-def test_fashion_mnist_is_read_from_the_files_that_torchvision_keeps(tmp_path):
+def test_fashion_mnist_is_read_from_torchvisions_files(tmp_path):
     train, test = random_images(20, 28, 1)[..., 0], random_images(11, 28, 1, seed=1)[..., 0]
     write_fashion_mnist(tmp_path, train, test)
     data = load_set("fashion-mnist", str(tmp_path))
@@ -257,7 +257,7 @@ def test_damaged_fashion_mnist_is_an_error_that_names_the_folder(tmp_path, damag
 
 @pytest.mark.parametrize(("name", "cls"), [("fashion-mnist", "FashionMNIST"), ("cifar100", "CIFAR100")])
 @pytest.mark.parametrize("failure", [urllib.error.URLError("no route\nto host"), RuntimeError(), OSError("disk")])
-def test_a_set_that_cannot_be_downloaded_is_one_sentence_that_names_data_dir(tmp_path, monkeypatch, name, cls, failure):
+def test_a_failed_download_is_one_sentence_naming_data_dir(tmp_path, monkeypatch, name, cls, failure):
     def fail(_self):
         raise failure
 

@@ -26,7 +26,7 @@ from helpers.folders import train_on, write_images
 
 
 @pytest.mark.parametrize("counts", [[50, 3, 10], [7, 7], [1, 40, 2, 2]])
-def test_a_balanced_epoch_shows_classes_equally_often_and_repeats_late(counts):
+def test_a_balanced_epoch_draws_classes_equally_often(counts):
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(len(counts)), counts))
     order = balanced_order(labels, torch.Generator().manual_seed(1))
     assert len(order) == len(labels)
@@ -39,7 +39,7 @@ def test_a_balanced_epoch_shows_classes_equally_often_and_repeats_late(counts):
     assert not torch.equal(order, balanced_order(labels, torch.Generator().manual_seed(2)))
 
 
-def test_balanced_loaders_depend_on_seed_and_epoch_and_vary_repeated_images():
+def test_balanced_loaders_depend_on_seed_and_epoch():
     images = np.random.default_rng(0).integers(0, 256, (40, 8, 8, 1), dtype=np.uint8)
     labels = np.array([0] * 36 + [1] * 4)
     make = lambda: DeviceLoader(  # noqa: E731
@@ -74,7 +74,7 @@ def test_unequal_classes_are_told_and_balanced_in_both_pipelines(tmp_path, capsy
 # Statistics
 
 
-def test_statistics_of_pretrained_weights_are_looked_up_only_where_they_are_used(monkeypatch):
+def test_pretrained_statistics_are_read_only_when_used(monkeypatch):
     def away(_names):
         raise InputError("looked up")
 
@@ -82,13 +82,13 @@ def test_statistics_of_pretrained_weights_are_looked_up_only_where_they_are_used
     config = Config("independent", "torchvision:resnet18", "digits", pretrained=True, train_per_class=6, batch_size=16)
     with pytest.raises(InputError, match="looked up"):
         feeding.load_images(config.resolved(), None, None)
-    data, _ = feeding.load_images(replace(config, normalise="imagenet").resolved(), None, None)
+    data, _ = feeding.load_images(replace(config, normalize="imagenet").resolved(), None, None)
     assert (data.mean, data.std) == IMAGENET
     held = data.metadata() | {"mean": [0.1] * 3}
     assert feeding.load_images(config.resolved(), None, held)[0].mean == (0.1,) * 3
 
 
-def test_statistics_are_given_imagenets_the_sets_own_or_a_pretrained_networks():
+def test_statistics_come_from_the_chosen_source():
     digits = load_set("digits")
     colour = digits.with_channels(3)
     assert with_normalization(digits, None, {}) is digits

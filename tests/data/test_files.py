@@ -69,7 +69,7 @@ def test_workers_views_and_the_first_batch_change_nothing(folder, augmentation):
         assert blank.max() <= 25
 
 
-def test_each_process_decodes_its_own_part_and_all_parts_make_up_the_batch(folder, monkeypatch):
+def test_processes_decode_disjoint_parts_of_the_batch(folder, monkeypatch):
     opened = []
     original = ImageFiles.open
     monkeypatch.setattr(ImageFiles, "open", lambda files, index: opened.append(index) or original(files, index))
@@ -193,7 +193,8 @@ def weights(out):
     return torch.load(out / "last.pt", weights_only=True)["peers"]
 
 
-def test_a_corrupt_file_keeps_the_run_which_goes_on_to_the_same_end(tmp_path, capsys):
+@pytest.mark.slow
+def test_a_run_stopped_by_a_corrupt_file_resumes_to_the_same_end(tmp_path, capsys):
     folder = write_images(tmp_path / "images")
     given = ("--normalise", "imagenet")  # statistics of its own would pass the bad file over
     assert main(words(folder, tmp_path / "whole", *given)) == 0
@@ -225,7 +226,7 @@ def test_a_corrupt_file_keeps_the_run_which_goes_on_to_the_same_end(tmp_path, ca
     assert all(torch.equal(whole[key], cut[key]) for key in whole)
 
 
-def test_corrupt_files_are_replaced_by_their_own_class_and_counted(tmp_path, capsys):
+def test_corrupt_files_are_replaced_from_their_class_and_counted(tmp_path, capsys):
     folder = write_images(tmp_path / "images", per_class=6)
     for n in (1, 2):
         (folder / "train" / "bee" / f"{n}.png").write_bytes(b"no image")
@@ -296,6 +297,7 @@ def test_mistakes_are_one_sentence(options, sentence, tmp_path, capsys):
     assert sentence in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_grid_decodes_with_workers_of_its_own(folder, tmp_path, capsys):
     out = tmp_path / "grid"
     options = ["--model", "resnet8", "--image-size", "16", "--batch-size", "8", "--epochs", "1", "--seeds", "1"]

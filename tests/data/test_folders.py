@@ -31,7 +31,7 @@ def write_folder(root, counts, size=8, channels=3, parts=("train", "test")):
     return written
 
 
-def test_a_folder_with_train_and_test_keeps_its_images_and_class_names(tmp_path):
+def test_a_folder_keeps_its_parts_images_and_class_names(tmp_path):
     written = write_folder(tmp_path, {"zebra": 3, "ant": 2})
     data = load_set(f"folder:{tmp_path}")
     assert data.classes == ("ant", "zebra")
@@ -62,7 +62,7 @@ def test_a_folder_in_one_part_is_split_80_to_20_in_every_class(tmp_path):
     assert np.array_equal(data.x_test, again.x_test)
 
 
-def test_train_and_test_with_other_classes_are_an_error_that_names_them(tmp_path):
+def test_different_classes_in_train_and_test_are_named(tmp_path):
     write_folder(tmp_path, {"a": 2, "b": 2}, parts=("train",))
     write_folder(tmp_path, {"a": 2, "c": 2}, parts=("test",))
     with pytest.raises(InputError, match=r"train and test differ in their classes \(b, c\)"):
@@ -126,7 +126,7 @@ def test_images_are_turned_upright_as_their_exif_says(tmp_path, orientation, tur
     assert not np.array_equal(data.x_train[0], stored)
 
 
-def test_images_of_other_sizes_need_image_size_and_the_file_is_named(tmp_path):
+def test_images_of_other_sizes_need_image_size(tmp_path):
     write_folder(tmp_path, {"a": 2, "b": 2})
     odd = tmp_path / "train" / "b" / "001.png"
     save(odd, random_images(1, 10)[0])
@@ -137,7 +137,7 @@ def test_images_of_other_sizes_need_image_size_and_the_file_is_named(tmp_path):
     assert load_set(f"folder:{tmp_path}", image_size=8).x_train.shape == (4, 8, 8, 3)
 
 
-def test_other_sizes_in_test_and_images_that_are_not_square_need_image_size_too(tmp_path):
+def test_other_test_sizes_and_non_square_images_need_image_size(tmp_path):
     write_folder(tmp_path, {"a": 2, "b": 2}, size=8, parts=("train",))
     write_folder(tmp_path, {"a": 2, "b": 2}, size=12, parts=("test",))
     with pytest.raises(InputError, match="--image-size"):

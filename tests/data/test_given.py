@@ -152,7 +152,7 @@ def test_another_folder_is_judged_by_the_names_of_its_classes(run, tmp_path, cap
     assert "the run does not know 0, 1" in said
 
 
-def test_another_folder_of_the_same_images_gives_the_same_figures_even_where_the_runs_own_is_gone(run, capsys):
+def test_a_copy_of_the_folder_gives_the_same_figures(run, capsys):
     images = run / "images"
     assert main(["evaluate", str(run / "run"), "--json"]) == 0
     own = json.loads(capsys.readouterr().out)
@@ -195,6 +195,7 @@ class Photos(Squares):
         return image.resize((self.size, self.size)), label
 
 
+@pytest.mark.slow
 def test_a_lazy_set_is_read_in_every_epoch_as_files_are(tmp_path):
     data = ImageSet.from_dataset(Photos(40), Photos(10), lazy=True)
     assert data.from_files

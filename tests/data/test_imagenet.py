@@ -36,6 +36,7 @@ def imagenet(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("table", "network", "method"), CELLS)
 def test_cells_train_on_a_folder_in_imagenets_layout(table, network, method, imagenet, tmp_path):
     options = ReproduceConfig(seeds=1, data_dir=str(imagenet), out=str(tmp_path))
@@ -51,7 +52,8 @@ def test_cells_train_on_a_folder_in_imagenets_layout(table, network, method, ima
     assert read_json(tmp_path / "run" / "data.json")["classes"] == ["n01440764", "n01443537"]
 
 
-def test_a_printed_command_is_made_smaller_by_what_stands_behind_it(imagenet, tmp_path, capsys):
+@pytest.mark.slow
+def test_options_appended_to_a_printed_command_override_it(imagenet, tmp_path, capsys):
     words = ["reproduce", "okddip_table3", "--method", "Baseline", "--seeds", "1", "--data-dir", str(imagenet)]
     assert main([*words, "--out", str(tmp_path / "grid"), "--print-commands"]) == 0
     command = shlex.split(capsys.readouterr().out.splitlines()[0])

@@ -65,7 +65,8 @@ def export(run, kind, out, capsys):
     return out
 
 
-def test_all_three_formats_work_where_codistill_cannot_be_imported(run, tmp_path, capsys):
+@pytest.mark.slow
+def test_all_three_formats_work_without_codistill(run, tmp_path, capsys):
     pytest.importorskip("onnxruntime", reason="the ONNX part needs the extra codistill[onnx]")
     for kind, suffix in (("safetensors", ".safetensors"), ("torch-export", ".pt2"), ("onnx", ".onnx")):
         export(run, kind, tmp_path / f"s{suffix}", capsys)
@@ -83,7 +84,7 @@ def test_all_three_formats_work_where_codistill_cannot_be_imported(run, tmp_path
         assert classes == sorted(ODD)
 
 
-def test_the_card_says_what_the_folder_holds_and_no_name_breaks_out_of_it(run, tmp_path, capsys):
+def test_the_card_describes_the_folder_and_escapes_names(run, tmp_path, capsys):
     out = export(run, "safetensors", tmp_path / "my|student.safetensors", capsys)
     card = out.with_suffix(".md").read_text()
     _, front, body = card.split("---\n", 2)
@@ -112,6 +113,7 @@ def test_the_card_shows_the_grids_baseline_where_there_is_one(run, tmp_path, cap
     assert "61.2 ± 0.4" in card
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["torch-export", "onnx"])
 def test_an_ensemble_of_branches_is_one_program(kind, tmp_path, capsys):
     small = ["--model", "resnet8", "--train-per-class", "4", "--batch-size", "16", "--epochs", "1", "--peers", "2"]
@@ -123,6 +125,7 @@ def test_an_ensemble_of_branches_is_one_program(kind, tmp_path, capsys):
     assert "deploys its ensemble; use --format torch-export or onnx" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("model", "load"),
     [

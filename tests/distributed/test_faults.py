@@ -14,6 +14,8 @@ from codistill.cli.main import main
 from helpers.common import read_json
 from helpers.processes import free_port, torchrun
 
+pytestmark = pytest.mark.slow
+
 TRAIN = [
     *("-m", "codistill", "train", "okddip", "--model", "resnet8", "--data", "digits", "--train-per-class", "6"),
     *("--batch-size", "16", "--peers", "4", "--epochs", "8", "--device", "cpu", "--checkpoint-every-steps", "1"),
@@ -77,7 +79,7 @@ def same_result(one: Path, other: Path) -> None:
     assert (one / "metrics.jsonl").read_text() == (other / "metrics.jsonl").read_text()
 
 
-def test_a_killed_rank_is_named_and_the_job_restarts_from_its_checkpoint(tmp_path, alone):
+def test_a_killed_rank_is_named_and_the_job_restarts(tmp_path, alone):
     out = tmp_path / "run"
     job = start(out, options=("--max-restarts=1",))
     wait_for_epochs(job, out, 2)
@@ -91,7 +93,7 @@ def test_a_killed_rank_is_named_and_the_job_restarts_from_its_checkpoint(tmp_pat
     same_result(out, alone)  # bit for bit what one process gives
 
 
-def test_a_stopped_rank_ends_the_job_after_the_timeout_and_the_run_goes_on_in_one_process(tmp_path, alone):
+def test_a_hanging_rank_ends_the_job_and_the_run_resumes(tmp_path, alone):
     out = tmp_path / "run"
     job = start(out, "--collective-timeout", "10")
     wait_for_epochs(job, out, 2)
@@ -114,7 +116,7 @@ def test_a_stopped_rank_ends_the_job_after_the_timeout_and_the_run_goes_on_in_on
     same_result(out, alone)
 
 
-def test_a_signal_on_one_of_two_machines_ends_both_with_a_checkpoint(tmp_path, alone):
+def test_a_signal_on_one_machine_ends_both_with_a_checkpoint(tmp_path, alone):
     out = tmp_path / "run"
     jobs = two_machines(out)
     wait_for_epochs(jobs[0], out, 2)
@@ -130,7 +132,7 @@ def test_a_signal_on_one_of_two_machines_ends_both_with_a_checkpoint(tmp_path, a
     same_result(out, alone)
 
 
-def test_a_loss_that_is_not_finite_ends_all_ranks_with_good_weights(tmp_path):
+def test_a_non_finite_loss_ends_all_ranks_with_good_weights(tmp_path):
     out = tmp_path / "run"
     job = start(out, "--lr", "1e18")
     _, said = job.communicate(timeout=120)
@@ -156,7 +158,7 @@ sys.exit(main(sys.argv[1:]))
 """
 
 
-def test_a_rank_out_of_memory_ends_the_job_with_its_number_and_the_reason(tmp_path):
+def test_a_rank_out_of_memory_is_named_with_the_reason(tmp_path):
     script, out = tmp_path / "short.py", tmp_path / "run"
     script.write_text(OUT_OF_MEMORY)
     command = torchrun(2, str(script), *TRAIN[2:], "--out", str(out))

@@ -87,6 +87,7 @@ def reference(case: str, chunks: int, peers: int):
     return one_process(case, chunks, peers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", range(len(PLAN)), ids=[f"{c}-{'-'.join(m)}-{s}" for _, c, s, m in PLAN])
 def test_a_mesh_trains_what_one_process_trains(number, found):
     _, case, sync, meshes = PLAN[number]
@@ -111,6 +112,7 @@ def test_a_mesh_trains_what_one_process_trains(number, found):
         assert difference == 0.0  # not a digit differs: the same sums in the same order
 
 
+@pytest.mark.slow
 def test_peers_send_outputs_and_no_gradients(found):
     number = PLAN.index((2, "kd", False, ["data=1,peer=2"]))
     sent = torch.load(found / f"{number}.pt", weights_only=False)["sent"]
@@ -118,6 +120,7 @@ def test_peers_send_outputs_and_no_gradients(found):
     assert sent["peer: outputs"] == 5 * 60 * 10 * 8  # 5 epochs, 60 images, the logits of one member, float64
 
 
+@pytest.mark.slow
 def test_the_axis_data_sends_every_gradient_once(found):
     number = PLAN.index((2, "dml, okddip_code", False, ["data=2,peer=1"]))
     sent = torch.load(found / f"{number}.pt", weights_only=False)["sent"]
@@ -148,7 +151,7 @@ def test_a_mesh_that_does_not_fit_is_refused(words, sentence, capsys, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_processes_without_a_mesh_or_with_another_number_are_refused(monkeypatch):
+def test_a_mesh_must_match_the_number_of_processes(monkeypatch):
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "4")
     with pytest.raises(InputError, match="torchrun started 4 processes; say what they share with --mesh"):
@@ -200,6 +203,7 @@ def test_recomputed_activations_change_no_digit():
     assert largest_difference(*states) == 0.0
 
 
+@pytest.mark.slow
 def test_recomputed_activations_need_less_memory():
     kept = []
     for again in (False, True):

@@ -10,6 +10,7 @@ from codistill.peers.networks import NetworkPeers
 from helpers.common import close
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("model", ["resnet8", "wrn16_2", "densenet40_12", "vgg16"])
 @pytest.mark.parametrize("kind", [NetworkPeers, BranchPeers])
 def test_folded_peers_say_the_same(model, kind):

@@ -67,6 +67,7 @@ def test_calibration_is_that_of_the_definitions(temperature):
     assert [b["from"] for b in found["bins"]] == [k / 15 for k, one in enumerate(bins) if one]
 
 
+@pytest.mark.slow
 def test_evaluate_shows_it_and_predict_uses_the_temperature(tmp_path, capsys):
     words = ["--model", "resnet8", "--train-per-class", "6", "--batch-size", "16", "--epochs", "2", "--peers", "1"]
     run = tmp_path / "run"

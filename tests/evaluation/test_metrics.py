@@ -95,7 +95,7 @@ GROUPS = [(1, (0,)), (2, (0, 1)), (2, (1,)), (4, (0, 1, 2, 3)), (4, (1, 2, 3)), 
 
 @pytest.mark.parametrize(("num_peers", "group"), GROUPS)
 @pytest.mark.parametrize("num_classes", [3, 17])
-def test_every_figure_equals_a_loop_over_samples_members_and_pairs(num_peers, group, num_classes):
+def test_metrics_equal_loops_over_samples_members_and_pairs(num_peers, group, num_classes):
     logits, targets = some_logits(num_peers, num_classes)
     expected = slow_figures(logits, targets, group)
     figures = measure(logits, targets, group, batch_size=13)
@@ -129,7 +129,7 @@ def test_the_batch_size_changes_nothing(batch_size):
         assert in_parts[name] == pytest.approx(value, rel=1e-12, abs=1e-12), name
 
 
-def test_sums_over_samples_are_kept_in_double_precision_for_float32_logits():
+def test_float32_logits_are_summed_in_double_precision():
     # Probabilities are exactly one-hot, so that every distance is the same float32 number, sqrt(2).
     count = 1001
     logits = torch.zeros(2, count, 3)
@@ -141,7 +141,7 @@ def test_sums_over_samples_are_kept_in_double_precision_for_float32_logits():
         assert figures["diversity"] == pytest.approx(distance, rel=1e-14)
 
 
-def test_an_ensemble_of_one_has_the_figures_of_that_member_however_sure_it_is():
+def test_an_ensemble_of_one_equals_its_member():
     rng = torch.Generator().manual_seed(5)
     logits = torch.randn(2, 50, 30, generator=rng) * 120  # float32: most probabilities underflow
     targets = torch.randint(30, (50,), generator=rng)
@@ -182,7 +182,7 @@ def test_an_ensemble_that_is_given_takes_the_place_of_the_mean():
     assert figures["diversity"] == pytest.approx(expected["diversity"], rel=1e-12)
 
 
-def test_members_outside_the_group_change_neither_ensemble_nor_diversity():
+def test_only_group_members_change_ensemble_and_diversity():
     logits, targets = some_logits(4, 17)
     other = logits.clone()
     other[0] = -logits[0]
@@ -202,7 +202,7 @@ def test_logits_in_half_precision_are_summed_as_float32(dtype):
         assert figures[name] == pytest.approx(expected[name], rel=1e-5), name
 
 
-def test_a_member_that_is_always_and_surely_right_has_no_calibration_gap():
+def test_a_confident_and_always_right_member_has_zero_ece():
     logits = torch.full((1, 20, 4), -400.0)
     logits[:, :, 2] = 400.0
     figures = measure(logits, torch.full((20,), 2), (0,), 6)
@@ -211,7 +211,7 @@ def test_a_member_that_is_always_and_surely_right_has_no_calibration_gap():
     assert figures["ece"] == [0.0]
 
 
-def test_outputs_that_are_not_numbers_are_never_among_the_best_five():
+def test_nan_outputs_are_never_among_the_top_five():
     figures = measure(torch.full((1, 6, 17), float("nan")), torch.arange(6), (0,), 3)
     assert figures["top5"] == [0.0]
 

@@ -96,9 +96,9 @@ class Watched:
         return metrics
 
 
-def run_there(options: dict, out: Path, resumed: bool, float64: bool) -> tuple[loop.Result, Watched]:
+def run_there(options: dict, out: Path, resumed: bool, float64: bool) -> tuple[Any, Any]:
     """Train on the simulated device; where it is to be `resumed`, in two parts."""
-    watched = None
+    result = watched = None
     with Simulated(float64) as mode:
         for part in [4, None] if resumed else [None]:
             watched = Watched(mode, part)

@@ -9,6 +9,7 @@ from codistill.config.methods import METHODS, method_config
 from codistill.peers.networks import NetworkPeers
 from codistill.training.build import build_run
 from codistill.training.run import zero_sums
+from helpers.runs import tiny
 
 OPTIONS = {
     "kdcl-naive": ("kdcl", {"target": "naive"}),
@@ -42,8 +43,7 @@ every = pytest.mark.parametrize(("name", "options", "topology"), CASES + EXTRA)
 def config(name, options, topology, **more) -> Config:
     method = dataclasses.replace(method_config(name), **options)
     peers = 1 if name == "kd" and topology == "networks" else 3
-    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 12, "epochs": 3, "peers": peers}
-    return Config(method=method, topology=topology, **values | more)
+    return tiny(**{"method": method, "topology": topology, "peers": peers, "batch_size": 12} | more)
 
 
 def teacher_for(name):

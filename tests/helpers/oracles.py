@@ -8,6 +8,8 @@ import math
 import torch
 from torch import Tensor
 
+ZERO = torch.zeros((), dtype=torch.float64)
+
 
 def log_softmax(row: Tensor) -> list[Tensor]:
     top = max(float(v.detach()) for v in row)
@@ -19,12 +21,12 @@ def log_sum(values: list[Tensor]) -> Tensor:
     """log of a sum of exponentials of scalars, some of which may be -inf."""
     finite = [v for v in values if float(v.detach()) > -math.inf]
     top = max(float(v.detach()) for v in finite)
-    return top + torch.log(sum(torch.exp(v - top) for v in finite))
+    return top + torch.log(sum((torch.exp(v - top) for v in finite), ZERO))
 
 
 def ce(z: Tensor, y: Tensor) -> Tensor:
     """Mean over the batch of -log softmax(z)[y]; z is B x C."""
-    return sum(-log_softmax(z[b])[int(y[b])] for b in range(len(z))) / len(z)
+    return sum((-log_softmax(z[b])[int(y[b])] for b in range(len(z))), ZERO) / len(z)
 
 
 def kl_row(log_target: list[Tensor], student: Tensor, temperature: float, guard: float = 0.0) -> Tensor:
@@ -43,7 +45,7 @@ def kl_row(log_target: list[Tensor], student: Tensor, temperature: float, guard:
 def kl(student: Tensor, target: Tensor, temperature: float, guard: float = 0.0) -> Tensor:
     """KLT(student <- target), mean over the batch; both B x C logits."""
     rows = [kl_row(log_softmax(target[b] / temperature), student[b], temperature, guard) for b in range(len(student))]
-    return sum(rows) / len(rows)
+    return sum(rows, ZERO) / len(rows)
 
 
 def mixed_log_probs(log_weights: list[Tensor], rows: list[Tensor], temperature: float) -> list[Tensor]:
@@ -53,7 +55,7 @@ def mixed_log_probs(log_weights: list[Tensor], rows: list[Tensor], temperature: 
 
 
 def mixed_logits(log_weights: list[Tensor], rows: list[Tensor]) -> Tensor:
-    return sum(torch.exp(w) * row for w, row in zip(log_weights, rows))
+    return sum((torch.exp(w) * row for w, row in zip(log_weights, rows)), ZERO)
 
 
 def okddip(
@@ -107,7 +109,7 @@ def soft_ce(student: Tensor, target: Tensor, temperature: float) -> Tensor:
 
 
 def others_mean(z: Tensor, i: int) -> Tensor:
-    return sum(z[j] for j in range(len(z)) if j != i) / (len(z) - 1)
+    return sum((z[j] for j in range(len(z)) if j != i), ZERO) / (len(z) - 1)
 
 
 def kd(z, teacher, y, *, variant, temperature, alpha):

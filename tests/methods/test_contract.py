@@ -140,6 +140,7 @@ def test_order_of_peers_does_not_matter(name, options, topology):
     close(t.method(outputs, targets)["loss"], before, 1e-10)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [n for n in METHODS if n != "kd"])
 def test_a_resumed_run_ends_bit_identical_for_every_method(name, tmp_path):
     from helpers.runs import StopAt
@@ -160,6 +161,7 @@ def test_a_resumed_run_ends_bit_identical_for_every_method(name, tmp_path):
     assert (tmp_path / "whole/metrics.jsonl").read_text() == (tmp_path / "stopped/metrics.jsonl").read_text()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["networks", "branches"])
 def test_peers_and_a_method_compile(topology):
     t = build("okddip", {}, topology)
@@ -169,7 +171,7 @@ def test_peers_and_a_method_compile(topology):
     assert torch.allclose(compiled(views, targets), eager, atol=1e-5)
 
 
-def test_a_mean_teacher_copies_then_lags_and_records_no_statistics():
+def test_a_mean_teacher_starts_equal_and_records_no_statistics():
     peers = NetworkPeers("resnet8", 2, 10, in_channels=1, image_size=8)
     teacher = MeanTeacher(peers, 0.999)
     x = torch.randn(8, 1, 8, 8)
@@ -195,7 +197,7 @@ def test_a_mean_teacher_copies_then_lags_and_records_no_statistics():
         assert all((b == 7).all() for n, b in teacher.peers.named_buffers() if n.endswith("running_var"))
 
 
-def test_alternating_leaves_the_others_statistics_and_weights_alone():
+def test_alternating_keeps_the_others_statistics_and_weights():
     t = build("dml", {}, "networks")
     views, targets = next(t.loader.epoch(0))
     tracked = t.peers.members[1].body.bn1.num_batches_tracked

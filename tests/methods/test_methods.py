@@ -138,7 +138,7 @@ def test_one_equals_the_loop_through_the_gate(scale, variant):
     close(terms["gate_BP"].sum(-1), torch.ones(5, dtype=torch.float64))
 
 
-def test_the_gate_hears_nothing_from_the_distillation_once_detached():
+def test_a_detached_teacher_gives_the_gate_no_kd_gradient():
     z, h, y = random_peers(num_peers=3)
     for variant, hears in (("paper", False), ("authors", False), ("okddip_code", True)):
         method = ONE(3, 6, variant).double()
@@ -285,7 +285,7 @@ def test_equal_members_and_a_batch_of_one_are_mixed_too():
     assert frank_wolfe_gap(a, u).max() <= 1e-6
 
 
-def test_the_least_logits_are_at_least_as_right_as_the_best_member():
+def test_minimum_logits_are_at_least_as_right_as_any_member():
     z, _, y = random_peers(num_peers=3, batch=64, scale=3)
     log_t, _ = KDCL(3, "minlogit", temperature=1.0).teacher(z.detach(), y)
     teacher = -log_t.gather(-1, y[:, None]).squeeze(-1)

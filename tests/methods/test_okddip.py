@@ -83,7 +83,7 @@ def test_the_leader_leaves_the_peers_alone_once_detached():
         assert grad[3].abs().max() > 1e-6
 
 
-def test_masking_oneself_removes_the_optimum_of_listening_to_oneself():
+def test_mask_self_removes_the_optimum_of_self_attention():
     z, h, y = random_peers()
     h = [f * 100 for f in h]  # sharp attention: every peer attends to itself under the symmetric form
     free = run(OKDDip(4, 16, ablation="symmetric").double(), z, h, y)
@@ -139,7 +139,7 @@ def test_who_is_deployed_and_who_forms_the_group():
     assert OKDDip(4, 16, ablation="no_leader").group == (0, 1, 2, 3)
 
 
-def test_unequal_widths_are_refused_where_attention_compares_them():
+def test_attention_refuses_unequal_feature_widths():
     info = PeerInfo(4, 10, (16, 32, 16, 16))
     with pytest.raises(InputError, match="widths 16, 32, 16"):
         OKDDip.build(OKDDipConfig(), info)

@@ -71,7 +71,7 @@ def test_frozen_parts_stand_still_and_the_rest_moves(topology, optimizer):
         assert torch.equal(value, before[name]) == still, name
 
 
-def test_freezing_the_trunk_means_what_is_shared_or_all_but_the_heads():
+def test_freeze_trunk_freezes_shared_parts_or_all_but_heads():
     t = build(config("dml", {}, "branches", freeze=("trunk",)))
     trained = {
         n.split(".body.")[1].split(".")[0] for n, p in t.peers.named_parameters() if p.requires_grad and "body" in n
@@ -175,6 +175,7 @@ def test_a_cut_never_leaves_the_image():
             assert 0 <= left <= 1
 
 
+@pytest.mark.slow
 def test_a_run_with_all_of_it_resumes_bit_identically(tmp_path):
     from helpers.runs import StopAt
 

@@ -15,6 +15,7 @@ from codistill.utils.errors import InputError
 CASES = [(name, size) for _, name, size in ARCHITECTURES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("name", "size"), CASES, ids=[name.split(",")[0] for name, _ in CASES])
 def test_branches_equal_explicit_copies(name, size):
     proof = prove(name, size)
@@ -22,6 +23,7 @@ def test_branches_equal_explicit_copies(name, size):
     assert proof.gradients <= 1e-10
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("index", range(len(CASES)), ids=[name.split(",")[0] for name, _ in CASES])
 def test_two_steps_run_under_a_method(index, tmp_path):
     method, topology = ROTATION[index % len(ROTATION)]
@@ -29,11 +31,12 @@ def test_two_steps_run_under_a_method(index, tmp_path):
     assert len(losses) == 2
 
 
-def test_the_rotation_meets_every_method_and_twenty_architectures():
+def test_the_rotation_covers_methods_and_architectures():
     assert {method for method, _ in ROTATION[: len(CASES)]} == set(METHODS)
     assert len({name.partition(",")[0] for name, _ in CASES}) >= 20
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "size", "place"),
     [
@@ -46,7 +49,7 @@ def test_the_rotation_meets_every_method_and_twenty_architectures():
         ("timm:vit_tiny_patch16_224,depth=12,embed_dim=48", 64, "blocks.9"),
     ],
 )
-def test_the_default_place_is_the_last_stage_or_three_quarters_of_the_depth(name, size, place):
+def test_default_forks_at_last_stage_or_three_quarters(name, size, place):
     model = resolve(name)(num_classes=5, in_channels=3, image_size=size)
     member = split_head(model, dummy_input(model, 3, size))
     points = branch_points(member.body, member.head_path, dummy_input(model, 3, size))
@@ -57,7 +60,7 @@ def test_the_default_place_is_the_last_stage_or_three_quarters_of_the_depth(name
     assert sizes == sorted(sizes, reverse=True)
 
 
-def test_the_default_place_does_not_depend_on_the_size_of_the_images():
+def test_the_default_fork_does_not_depend_on_the_image_size():
     forks = []
     for size in (16, 64):
         peers = BranchPeers("timm:resnet10t", 2, 5, image_size=size)
@@ -77,7 +80,7 @@ def test_what_cannot_be_cut_is_refused_in_one_sentence(name, sentence):
         NetworkPeers(name, 2, 5, image_size=64)
 
 
-def test_one_gated_by_maps_whose_channels_stand_last_reads_the_channels():
+def test_the_gate_of_one_reads_channels_last_feature_maps():
     name = "timm:swin_tiny_patch4_window7_224,depths=(1,1,1,1),embed_dim=24,num_heads=(1,2,4,8)"
     peers = BranchPeers(name, 2, 5, image_size=64)
     assert peers.trunk_dim == 96

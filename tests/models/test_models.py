@@ -265,7 +265,7 @@ def test_branches_equal_their_exports(name):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_gradients_through_branches_equal_those_of_plain_networks(name):
+def test_gradients_of_branches_equal_those_of_plain_networks(name):
     # An operation in place on the trunk's output would show here: the second branch would see what the first one did.
     peers = branches(name, num_classes=5).double().eval()
     plain = [peers.export_member(p).eval() for p in range(2)]

@@ -41,7 +41,7 @@ def own(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def test_options_are_python_values_and_commas_in_brackets_belong_to_them():
+def test_options_are_python_values_with_commas_in_brackets():
     source = parse_source("timm:swin,depths=(1,1),act=relu,drop_rate=0.5,flag=True")
     assert (source.kind, source.path) == ("timm", "swin")
     assert source.options == {"depths": (1, 1), "act": "relu", "drop_rate": 0.5, "flag": True}
@@ -121,7 +121,7 @@ def test_pretrained_classifiers_of_transformers_get_new_heads(tmp_path):
     assert not torch.equal(peers.member(0).head.weight, peers.member(1).head.weight)
 
 
-def test_pretrained_classifiers_of_transformers_get_images_as_their_processor_says(tmp_path):
+def test_transformers_get_the_statistics_of_their_processor(tmp_path):
     import transformers
 
     about = transformers.ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic")
@@ -138,7 +138,7 @@ def test_pretrained_classifiers_of_transformers_get_images_as_their_processor_sa
     assert (t.data.mean, t.data.std) == (tuple(mean), tuple(std))
 
 
-def test_gray_images_are_repeated_where_a_network_knows_colour_alone():
+def test_gray_images_are_repeated_for_rgb_networks():
     small = {"data": "digits", "train_per_class": 4, "epochs": 1, "batch_size": 8, "peers": 1, "device": "cpu"}
     t = build_run(Config("independent", "torchvision:mobilenet_v2,width_mult=0.1", **small).resolved())
     assert next(t.loader.epoch(0))[0].shape[2] == 3

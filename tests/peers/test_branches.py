@@ -145,7 +145,7 @@ def test_a_tree_may_fork_inside_its_stages(forks):
                 torch.testing.assert_close(mine[0][name], expected, rtol=1e-9, atol=1e-10, msg=f"{name} x1/{factor}")
 
 
-def test_a_fork_inside_a_block_shares_what_comes_before_but_cannot_rescale_what_goes_around_it():
+def test_a_fork_inside_a_block_shares_but_cannot_rescale():
     peers = branches(3, spec="resnet20", branch_at="layer2.1.conv1")
     for layer in ("layer1.2", "layer2.0"):
         assert owners_of(peers, layer) == [0, 0, 0], layer
@@ -160,7 +160,7 @@ def test_a_fork_inside_a_block_shares_what_comes_before_but_cannot_rescale_what_
         branches(3, spec="resnet20", branch_at="layer2.1.conv1", rescale=True)
 
 
-def test_the_trunk_is_found_by_the_order_of_running_and_not_of_naming():
+def test_the_trunk_follows_the_order_of_execution():
     class Backwards(nn.Module):
         def __init__(self):
             super().__init__()
@@ -227,7 +227,7 @@ def test_nothing_is_kept_between_two_batches():
 
 
 @pytest.mark.parametrize("options", [{}, TREE])
-def test_every_module_of_every_member_keeps_the_mode_in_which_it_was_built(options):
+def test_modules_of_members_keep_their_mode_while_building(options):
     def with_fixed_statistics(num_classes=CLASSES):
         network = resolve("resnet8")(num_classes)
         for module in network.modules():
@@ -244,7 +244,7 @@ def test_every_module_of_every_member_keeps_the_mode_in_which_it_was_built(optio
 # Rescaling
 
 
-def test_rescaling_divides_the_gradient_of_the_trunk_by_the_number_of_branches():
+def test_rescaling_divides_the_trunk_gradient_by_the_branches():
     peers, images = branches(3), some_images()
     peers.eval()
     before, plain = peers(images), gradients(peers, images)
@@ -262,7 +262,7 @@ def test_rescaling_divides_the_gradient_of_the_trunk_by_the_number_of_branches()
 
 
 @pytest.mark.parametrize("fan_out", [(2, 2), (3, 2), (2, 3)])
-def test_rescaling_a_tree_divides_at_every_fork_by_its_own_fan_out(fan_out):
+def test_rescaling_a_tree_divides_by_each_forks_fan_out(fan_out):
     images = some_images()
     options = {"branch_at": ("layer2", "layer3"), "fan_out": fan_out}
     count = math.prod(fan_out)
@@ -278,7 +278,7 @@ def test_rescaling_a_tree_divides_at_every_fork_by_its_own_fan_out(fan_out):
             torch.testing.assert_close(rescaled[p][name], gradient * factor, rtol=1e-10, atol=1e-13)
 
 
-def test_rescaling_is_refused_where_a_skip_connection_goes_around_the_fork():
+def test_rescaling_refuses_a_skip_connection_around_the_fork():
     peers = branches(3, spec=TinyViT, branch_at="blocks.1")  # its forward is x + block(x)
     with pytest.raises(InputError, match="would not be rescaled"):
         peers.set_rescale(True)
@@ -313,7 +313,7 @@ def test_rescaling_is_refused_where_a_skip_connection_goes_around_the_fork():
 
 
 @pytest.mark.parametrize("options", [{}, TREE])
-def test_equal_branches_with_rescaling_train_the_trunk_like_one_network(options):
+def test_equal_rescaled_branches_train_like_one_network(options):
     peers, plain = branches(4, rescale=True, **options), plain_network(0)
     for p in range(4):
         with torch.no_grad():

@@ -21,7 +21,7 @@ from helpers.peer_networks import (
 # Networks of other shapes
 
 
-def test_parameters_on_the_root_are_shared_and_get_the_gradients_of_every_branch():
+def test_root_parameters_are_shared_by_every_branch():
     peers = branches(3, spec=TinyViT, branch_at="blocks.1")
     assert len({id(member.body.token) for member in peers.members}) == 1
     assert len({id(member.body.position) for member in peers.members}) == 1
@@ -46,7 +46,7 @@ def test_parameters_on_the_root_are_shared_and_get_the_gradients_of_every_branch
     assert_same_state(peers, plains, 1e-10)
 
 
-def test_parameters_on_a_module_between_two_forks_are_shared_by_its_limb():
+def test_parameters_between_two_forks_are_shared_below_them():
     class Scaled(nn.Module):
         def __init__(self):
             super().__init__()
@@ -100,7 +100,7 @@ def test_layers_may_sit_in_a_module_list():
     assert int(named(peers, 2)["norms.0.num_batches_tracked"]) == 1
 
 
-def test_a_module_that_runs_twice_before_the_fork_is_replayed_call_by_call():
+def test_a_module_run_twice_before_the_fork_is_replayed():
     class Twice(nn.Module):
         def __init__(self):
             super().__init__()
@@ -132,7 +132,7 @@ def test_a_network_may_branch_at_its_classifier_alone():
 
 
 @pytest.mark.parametrize("fork", ["layer4", "layer3.7", "fc.weight", "conv"])
-def test_a_fork_that_is_no_module_is_an_error_that_lists_the_modules(fork):
+def test_an_unknown_fork_is_an_error_that_lists_the_modules(fork):
     with pytest.raises(InputError, match=f'--branch-at "{fork}".*layer3'):
         branches(2, branch_at=fork)
 
@@ -189,12 +189,12 @@ class BothSides(nn.Module):
 @pytest.mark.parametrize(
     "make", [lambda: nn.BatchNorm2d(4), lambda: nn.BatchNorm2d(4, affine=False), lambda: nn.Conv2d(4, 4, 1)]
 )
-def test_a_module_with_a_state_on_both_sides_of_the_fork_is_refused(make):
+def test_a_stateful_module_on_both_sides_of_the_fork_is_refused(make):
     with pytest.raises(InputError, match='"common" runs before and after'):
         branches(2, spec=lambda: BothSides(make()), branch_at="conv2")
 
 
-def test_a_module_without_a_state_may_run_on_both_sides_of_the_fork():
+def test_a_stateless_module_may_run_on_both_sides_of_the_fork():
     peers = branches(2, spec=lambda: BothSides(nn.Tanh()), branch_at="conv2")
     plains = [peers.export_member(p) for p in range(2)]
     logits = torch.stack([plain(some_images()) for plain in plains])
@@ -210,7 +210,7 @@ IN_PLACE = {
 
 @pytest.mark.parametrize("case", IN_PLACE)
 @pytest.mark.parametrize("rescale", [False, True])
-def test_a_branch_that_writes_into_what_the_trunk_gave_is_refused(case, rescale):
+def test_a_branch_that_modifies_the_trunk_output_is_refused(case, rescale):
     # Such a ReLU leaves every output right (it does nothing the second time), but backward would fail.
     fork, options = IN_PLACE[case]
     with pytest.raises(InputError, match=f'--branch-at "{fork}".*in place'):

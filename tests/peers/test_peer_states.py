@@ -72,7 +72,7 @@ def test_a_state_goes_round_into_fresh_peers(build, options):
     assert count_parameters(fresh) == count_parameters(peers)
 
 
-def test_a_deep_copy_shares_within_itself_and_not_with_the_original():
+def test_a_deep_copy_shares_nothing_with_the_original():
     peers = branches(4, **TREE)
     twin = copy.deepcopy(peers)
     assert count_parameters(twin) == count_parameters(peers)
@@ -91,7 +91,7 @@ def test_sharing_survives_a_change_of_dtype_and_layout():
     assert len({id(member.body.token) for member in peers.members}) == 1
 
 
-def test_training_and_evaluation_mode_reach_the_shared_layers_and_are_kept_while_building():
+def test_train_and_eval_mode_reach_shared_layers():
     peers = branches(2)
     assert all(module.training for module in peers.modules())
     assert not any(module.training for module in peers.eval().modules())
@@ -108,6 +108,7 @@ def test_building_changes_no_running_statistics():
             assert (buffer == start).all(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("build", "options"), [(networks, {}), (branches, {}), (branches, TREE)])
 def test_compiled_peers_equal_eager_ones(build, options):
     eager, compiled = build(4, **options), build(4, **options)

@@ -65,7 +65,7 @@ def test_parameters_are_listed_once_for_the_optimiser():
 
 
 @pytest.mark.parametrize("seed", [0, 3])
-def test_peer_0_of_networks_is_the_plain_network_built_under_its_member_seed_and_so_are_the_others(seed):
+def test_each_network_is_the_one_built_from_its_member_seed(seed):
     peers = networks(3, seed)
     for p in range(3):
         for name, tensor in plain_network(p, seed).named_parameters():
@@ -81,7 +81,7 @@ def test_every_member_is_initialised_on_its_own():
                 assert (others[p] != others[q]).double().mean() > 0.99, name
 
 
-def test_every_branch_is_initialised_on_its_own_and_the_trunk_is_that_of_branch_0():
+def test_branches_have_own_weights_and_the_trunk_of_branch_0():
     peers, whole = branches(3), networks(3)
     for p in range(3):
         for name, tensor in named(whole, p).items():
@@ -91,7 +91,7 @@ def test_every_branch_is_initialised_on_its_own_and_the_trunk_is_that_of_branch_
 
 
 @pytest.mark.parametrize("build", [networks, branches])
-def test_the_same_seed_gives_the_same_weights_and_another_seed_others(build):
+def test_weights_depend_on_the_seed_alone(build):
     first, second, other = build(3, 5), build(3, 5), build(3, 6)
     for (name, a), b, c in zip(first.named_parameters(), second.parameters(), other.parameters()):
         assert torch.equal(a, b), name
@@ -134,7 +134,7 @@ def test_one_built_network_cannot_be_several_peers():
 
 
 @pytest.mark.parametrize("build", [networks, branches])
-def test_a_callable_that_returns_one_and_the_same_network_is_refused(build):
+def test_a_callable_that_returns_the_same_network_is_refused(build):
     network = plain_network(0)
     with pytest.raises(InputError, match="same built model"):
         build(2, spec=lambda: network)
@@ -147,19 +147,19 @@ def test_the_same_module_twice_in_a_list_is_refused():
 
 
 @pytest.mark.parametrize("num_classes", [None, 5])
-def test_heads_that_end_in_different_numbers_of_classes_are_refused(num_classes):
+def test_heads_with_different_numbers_of_classes_are_refused(num_classes):
     with pytest.raises(InputError, match="5, 6 classes"):
         NetworkPeers([SmallNet(5), SmallNet(6)], num_classes=num_classes, image_size=SIZE)
 
 
-def test_heads_that_end_in_another_number_of_classes_than_asked_for_are_refused():
+def test_heads_with_a_wrong_number_of_classes_are_refused():
     for build in (NetworkPeers, BranchPeers):
         options = {"branch_at": "conv2"} if build is BranchPeers else {}
         with pytest.raises(InputError, match="all need 7"):
             build(lambda: SmallNet(5), 2, 7, image_size=SIZE, **options)
 
 
-def test_a_callable_gets_classes_and_channels_if_its_signature_takes_them():
+def test_a_callable_gets_the_parameters_in_its_signature():
     seen = []
 
     def both(num_classes, in_channels):
@@ -257,7 +257,7 @@ class HeadFirst(nn.Module):
 
 
 @pytest.mark.parametrize("build", [networks, branches])
-def test_a_head_that_is_not_the_last_linear_layer_is_found_by_trying_or_by_its_name(build):
+def test_a_head_before_the_last_linear_layer_is_found(build):
     options = {"branch_at": "last"} if build is branches else {}
     assert build(2, spec=HeadFirst, **options).member(1).head_path == "head"
 
@@ -278,7 +278,7 @@ def test_a_head_that_is_not_the_last_linear_layer_is_found_by_trying_or_by_its_n
 
 @pytest.mark.parametrize("in_training_only", [False, True])
 @pytest.mark.parametrize("error", [RuntimeError(), AssertionError(), KeyError()])
-def test_a_network_that_raises_without_a_message_is_refused_by_the_name_of_its_error(error, in_training_only):
+def test_an_error_without_a_message_is_named_by_its_class(error, in_training_only):
     class Silent(nn.Module):
         def __init__(self):
             super().__init__()
@@ -297,7 +297,7 @@ def test_a_network_that_raises_without_a_message_is_refused_by_the_name_of_its_e
 # Networks
 
 
-def test_networks_give_the_outputs_and_gradients_of_plain_networks():
+def test_networks_equal_plain_networks_with_gradients():
     peers, plains = networks(3), [plain_network(p) for p in range(3)]
     images = some_images()
     outputs = peers(images)
@@ -325,7 +325,7 @@ def test_every_network_sees_its_own_view():
 
 
 @pytest.mark.parametrize("views", [None, 3])
-def test_a_member_that_speaks_again_says_what_it_says_now_and_leaves_no_trace(views):
+def test_rerunning_a_member_uses_its_current_weights(views):
     peers, plain = networks(3), plain_network(1)
     images = some_images(views=views)
     outputs = peers(images)

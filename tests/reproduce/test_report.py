@@ -91,6 +91,7 @@ def test_the_page_holds_every_chart_and_the_commands(page):
     assert "best test epoch" in text
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(BROWSER is None, reason="no chromium or chrome on this machine")
 def test_a_browser_draws_it_without_errors_and_toggles_a_group(page, tmp_path):
     probe = """<script>
@@ -122,7 +123,7 @@ def test_a_browser_draws_it_without_errors_and_toggles_a_group(page, tmp_path):
     assert "<img" not in done.stdout
 
 
-def test_a_table_stands_against_the_paper_with_coloured_differences(tmp_path):
+def test_a_table_colors_its_differences_to_the_paper(tmp_path):
     folder = tmp_path / "grid"
     plan = fake_plan(folder, "paper")
     for cell in plan.cells:
@@ -158,7 +159,7 @@ def test_a_table_stands_against_the_paper_with_coloured_differences(tmp_path):
         ("n", "+3", True, ""),
     ],
 )
-def test_differences_are_coloured_only_where_they_are_differences(column, text, lower, tone):
+def test_only_significant_differences_are_colored(column, text, lower, tone):
     assert difference_class(column, text, lower) == tone
 
 

@@ -38,7 +38,7 @@ def every_cell():
             yield name, network, method
 
 
-def test_every_published_number_is_a_plausible_percentage_and_has_a_source():
+def test_published_numbers_are_percentages_with_sources():
     for name, table in load_published_tables().items():
         assert table["source"], name
         assert table["measure"] in ("error", "accuracy")
@@ -48,7 +48,7 @@ def test_every_published_number_is_a_plausible_percentage_and_has_a_source():
                 assert deviation is None or 0 < deviation < 1
 
 
-def test_every_published_table_has_a_recipe_and_every_place_its_number():
+def test_every_published_table_has_a_recipe_and_numbers():
     assert load_published_tables().keys() == TABLES.keys()
     for name, table in load_published_tables().items():
         held = {(row, column) for row, columns in table["rows"].items() for column in columns}
@@ -78,7 +78,8 @@ def test_every_recipe_resolves_at_every_scale(scale):
             assert (baseline.peers, baseline.topology) == (full.peers, full.topology), (name, method)
 
 
-def test_every_kind_of_cell_of_the_imagenet_tables_can_be_set_up_at_smoke_scale():
+@pytest.mark.slow
+def test_imagenet_cells_can_be_built_at_smoke_scale():
     from codistill.training.build import build_run
 
     seen = set()
@@ -126,7 +127,8 @@ def test_printed_commands_stand_after_their_teachers(tmp_path, capsys):
     assert not (tmp_path / "grid").exists()
 
 
-def test_the_smoke_table_prints_no_number_of_the_paper_and_trains_nothing_twice(tmp_path, capsys):
+@pytest.mark.slow
+def test_a_smoke_table_prints_no_published_number(tmp_path, capsys):
     folder = tmp_path / "grid"
     words = ["reproduce", "okddip_table2", "--scale", "smoke", "--method", "OKDDip-branch", "--seeds", "1"]
     assert main([*words, "--out", str(folder)]) == 0
@@ -158,7 +160,7 @@ def test_last_and_best_epoch_stand_in_their_own_columns(tmp_path):
     assert mean["test, last epoch, error %"] == "30.00 ± 1.00"
 
 
-def test_honest_tables_have_no_best_epoch_and_judge_the_declared_member(tmp_path):
+def test_honest_tables_evaluate_the_declared_member(tmp_path):
     plan = fake_plan(tmp_path, "honest")
     rows = make_table_rows(plan, make_figures(plan))
     assert not any("best" in column for column in rows[0])
@@ -207,7 +209,8 @@ def test_tables_escape_everything():
 # The grid
 
 
-def test_a_run_that_fails_or_dies_leaves_the_others_alone_and_its_students_wait_in_vain(tmp_path):
+@pytest.mark.slow
+def test_a_failed_run_stops_only_its_students(tmp_path):
     from codistill.config.methods import KDConfig
     from codistill.reproduce.workers import Processes
 
@@ -235,6 +238,7 @@ def test_a_run_that_fails_or_dies_leaves_the_others_alone_and_its_students_wait_
     assert read_json(tmp_path / "student/seed0/config.json")["method"]["teacher"] == str(tmp_path / "good" / "seed0")
 
 
+@pytest.mark.slow
 def test_a_killed_grid_goes_on_where_it_stood(tmp_path):
     folder = tmp_path / "grid"
     words = [sys.executable, "-m", "codistill", "compare", "independent", "--seeds", "1", "--peers", "2"]
@@ -298,6 +302,7 @@ def test_every_gpu_gets_one_worker(monkeypatch):
     assert seen == ["2", "5", "7"]
 
 
+@pytest.mark.slow
 def test_a_process_that_has_lost_its_gpu_is_replaced(tmp_path, monkeypatch):
     source = "def network(num_classes):\n    raise RuntimeError('CUDA error: an illegal memory access')\n"
     (tmp_path / "lost_gpu.py").write_text(source)
@@ -320,6 +325,7 @@ def test_a_process_that_has_lost_its_gpu_is_replaced(tmp_path, monkeypatch):
     assert served[0] != served[1] == served[2]
 
 
+@pytest.mark.slow
 def test_submitit_trains_on_this_machine(tmp_path):
     pytest.importorskip("submitit", reason="the extra slurm is not installed")
     words = ["reproduce", "okddip_table2", "--scale", "smoke", "--method", "Baseline", "--no-baselines"]
@@ -350,7 +356,7 @@ def test_mistakes_end_in_one_sentence(words, sentence, tmp_path, capsys):
     assert sentence in said
 
 
-def test_a_number_of_the_grid_is_an_input_error_where_two_rows_share_a_folder(tmp_path):
+def test_two_rows_that_share_a_folder_are_an_input_error(tmp_path):
     cells = [Cell(name, Config("independent", peers=1, **TINY)) for name in ("a b", "a-b")]
     with pytest.raises(InputError, match="rename one"):
         run_grid(cells, 1, tmp_path)

@@ -83,7 +83,7 @@ def test_every_flipped_bit_and_every_truncation_is_noticed(whole, tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["flipped", "truncated", "empty"])
-def test_the_checkpoint_before_a_damaged_one_is_used_and_the_run_ends_the_same(whole, copy, damage, capsys):
+def test_a_damaged_checkpoint_is_replaced_by_the_previous_one(whole, copy, damage, capsys):
     data = (copy / "last.pt").read_bytes()
     if damage == "flipped":
         flip(copy / "last.pt", data.index(b"archive/data/7") + 200)
@@ -99,7 +99,7 @@ def test_the_checkpoint_before_a_damaged_one_is_used_and_the_run_ends_the_same(w
     assert (copy / "metrics.jsonl").read_text() == (whole / "metrics.jsonl").read_text()
 
 
-def test_where_all_are_damaged_the_run_is_refused_and_nothing_is_touched(copy, capsys):
+def test_only_damaged_checkpoints_are_refused_unchanged(copy, capsys):
     for path in list_checkpoints(copy):
         path.write_bytes(b"PK")
     held = {p.name for p in copy.iterdir()} | {"run.lock"}
@@ -128,7 +128,7 @@ def test_a_kill_between_two_names_loses_nothing(whole, copy):
     assert not list(copy.glob(".*"))
 
 
-def test_the_best_epoch_on_validation_is_kept_for_who_asks_for_it(tmp_path, capsys):
+def test_the_best_validation_epoch_is_kept(tmp_path, capsys):
     out = tmp_path / "run"
     result = train(small(out, lr=0.05, epochs=6))
     curve = [line["val_student"]["top1"] for line in read_lines(out / "metrics.jsonl")]
@@ -196,7 +196,7 @@ def test_a_newer_schema_is_refused_in_a_sentence(copy, monkeypatch, capsys):
     assert f"written by a newer codistill (schema {SCHEMA + 1}); upgrade codistill" in capsys.readouterr().err
 
 
-def test_resume_says_from_what_and_a_checksum_that_is_cut_off_is_missed(tmp_path):
+def test_resume_names_its_checkpoint_and_needs_its_checksum(tmp_path):
     config = small(tmp_path / "run", checkpoint_every_steps=1, log_every_steps=1)
     with pytest.raises(KeyboardInterrupt):
         train(config, StopAt(1, 2))

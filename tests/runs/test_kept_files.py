@@ -58,7 +58,8 @@ def test_a_complete_run_without_its_last_weights_is_left_alone(gone, run, tmp_pa
     assert (tmp_path / "run" / "result.json").exists()
 
 
-def test_another_comparison_in_the_same_folder_is_refused_before_anything_is_lost(tmp_path, capsys):
+@pytest.mark.slow
+def test_another_comparison_in_the_same_folder_is_refused(tmp_path, capsys):
     compare = ["compare", "independent", *ROW, "--seeds", "1", "--out", str(tmp_path / "grid")]
     assert main([*compare, "--epochs", "1"]) == 0
     held = {path: path.read_bytes() for path in (tmp_path / "grid").glob("*.*")}

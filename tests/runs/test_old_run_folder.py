@@ -102,7 +102,7 @@ OLD_MODULES = ["codistill.recipes.networks", "codistill.reproduce.recipes.networ
 
 @pytest.mark.parametrize("module", OLD_MODULES)
 @pytest.mark.parametrize(("name", "width"), [("mobilenet_v2_x0_5", 0.5), ("mobilenet_v2_x1_2", 1.2)])
-def test_old_names_of_the_recipes_networks_are_networks_of_torchvision(module, name, width):
+def test_old_network_names_load_torchvision_networks(module, name, width):
     config = Config("independent", f"{module}:{name}")
     assert config.model == (f"torchvision:mobilenet_v2,width_mult={width}",)
     check_imports([f"{module}:{name}"], "a file")

@@ -32,6 +32,7 @@ def found(tmp_path_factory):
     return {case["case"]: case for case in map(json.loads, lines)}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
 def test_a_run_on_a_device_is_the_cpus_and_waits_for_nothing(found, name):
     case = found[name]
@@ -63,6 +64,7 @@ def test_float64_is_refused_on_a_device_without_it(monkeypatch):
         build_run(config)
 
 
+@pytest.mark.slow
 def test_what_a_device_refuses_is_seen(tmp_path):
     """Let the simulation itself fail where a GPU would, and count where the host would wait."""
     script = """

@@ -3,7 +3,6 @@
 import pytest
 from torch import nn
 
-from codistill.config.config import Config
 from codistill.config.methods import method_config
 from codistill.training.build import build_run
 from codistill.training.run import zero_sums
@@ -11,6 +10,7 @@ from codistill.training.step import train_step
 from codistill.utils.errors import InputError
 from helpers.common import close
 from helpers.mesh_reference import ChunkNorm
+from helpers.runs import tiny
 
 CASES = [("okddip", "networks"), ("okddip", "branches"), ("pcl", "networks"), ("kdcl", "networks"), ("dml", "branches")]
 
@@ -19,10 +19,8 @@ def build(name, topology, accumulate=1, **options):
     method = method_config(name)
     for key in [k for k in options if hasattr(method, k)]:
         setattr(method, key, options.pop(key))
-    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 20, "epochs": 2, "peers": 3}
-    t = build_run(
-        Config(method, topology=topology, accumulate=accumulate, dtype="float64", **values | options).resolved()
-    )
+    values = {"batch_size": 20, "epochs": 2, "topology": topology, "accumulate": accumulate, "dtype": "float64"}
+    t = build_run(tiny(method=method, **values | options).resolved())
     t.progress.sums = zero_sums(t)
     t.peers.train()
     return t

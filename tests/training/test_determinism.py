@@ -32,6 +32,7 @@ for threads in (1, 2, 2):
 """
 
 
+@pytest.mark.slow
 def test_a_run_repeats_bit_for_bit_on_as_many_threads():
     command = [sys.executable, "-W", "ignore", "-c", CODE]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -43,7 +44,7 @@ def test_a_run_repeats_bit_for_bit_on_as_many_threads():
     assert one[1] == pytest.approx(two[1], rel=1e-4)  # sums are added up in another order
 
 
-def test_an_operation_without_a_deterministic_kernel_is_a_sentence(monkeypatch, capsys, tmp_path):
+def test_a_nondeterministic_operation_is_a_clear_error(monkeypatch, capsys, tmp_path):
     def refuse(*_):
         raise RuntimeError("adaptive_avg_pool2d_backward_cuda does not have a deterministic implementation, but ...")
 

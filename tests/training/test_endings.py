@@ -77,7 +77,7 @@ def in_child(what) -> int:
     return child
 
 
-def test_a_folder_in_use_is_refused_until_its_process_dies_however_it_dies(tmp_path, capsys, whole):
+def test_a_folder_in_use_is_refused_until_its_process_ends(tmp_path, capsys, whole):
     out = tmp_path / "run"
 
     def hold():
@@ -187,6 +187,7 @@ def test_a_full_disk_while_metrics_are_written(tmp_path, capsys, whole, monkeypa
     same_end(out, whole)
 
 
+@pytest.mark.slow
 def test_a_full_disk_in_a_grids_bookkeeping(tmp_path):
     from codistill.reproduce.workers import train_job
 
@@ -282,7 +283,7 @@ def test_every_allocators_failure_is_a_sentence(error, sentence):
     assert explain_failure(torch.AcceleratorError("CUDA error: an illegal memory access")) == (None, 1)
 
 
-def test_running_statistics_survive_a_bad_first_step_of_a_continuation(tmp_path, capsys, whole, poisoned):
+def test_running_statistics_survive_a_bad_first_step_of_a_resume(tmp_path, capsys, whole, poisoned):
     out = tmp_path / "run"
     words = [*WORDS, "--checkpoint-every-steps", "1", "--out", str(out)]
     for _ in range(2):  # the second time it is the first step of the process

@@ -14,6 +14,7 @@ from codistill.training.step import train_step
 from codistill.training.student import deployed_network
 from codistill.utils.errors import InputError
 from helpers.common import close
+from helpers.runs import StopAt, tiny
 
 CASES = [
     ("okddip", "networks"),
@@ -26,8 +27,7 @@ CASES = [
 
 
 def config(name="okddip", topology="networks", **options) -> Config:
-    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 12, "epochs": 2, "peers": 3}
-    return Config(name, topology=topology, **values | options)
+    return tiny(**{"method": name, "topology": topology, "batch_size": 12, "epochs": 2} | options)
 
 
 def build(*args, **options):
@@ -85,9 +85,7 @@ def test_what_cannot_be_stacked_is_refused(options, sentence):
     assert build(execution="measure", **options).execution == "loop"
 
 
-def test_the_old_name_measure_is_auto_and_continues_as_the_checkpoint_ran(tmp_path):
-    from helpers.runs import StopAt
-
+def test_the_old_name_measure_means_auto(tmp_path):
     stacked = config(execution="stacked", out=str(tmp_path / "run"), epochs=2, log_every_steps=1)
     with pytest.raises(KeyboardInterrupt):
         train(stacked, StopAt(1, 2))
@@ -98,8 +96,6 @@ def test_the_old_name_measure_is_auto_and_continues_as_the_checkpoint_ran(tmp_pa
 
 
 def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):
-    from helpers.runs import StopAt
-
     options = {"execution": "stacked", "checkpoint_every_steps": 1, "log_every_steps": 1}
     whole = train(config(out=str(tmp_path / "whole"), **options))
     with pytest.raises(KeyboardInterrupt):
@@ -109,23 +105,19 @@ def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):
         assert torch.equal(value, again.peers.state_dict()[key]), key
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("optimizer", "topology"), [("sgd", "networks"), ("sgd", "branches"), ("adamw", "networks")])
 def test_a_checkpoint_does_not_show_how_the_peers_ran(tmp_path, optimizer, topology):
-    from helpers.runs import StopAt
-
     options = {"optimizer": optimizer, "topology": topology, "dtype": "float64", "log_every_steps": 1}
     if optimizer == "adamw":
         options["lr"] = 1e-3
     whole = train(config(out=str(tmp_path / "whole"), execution="loop", **options))
-    ways = ["stacked", "loop", "stacked"]
-    for number, execution in enumerate(ways):
-        now = config(out=str(tmp_path / "run"), execution=execution, resume="auto", checkpoint_every_steps=1, **options)
-        if number + 1 < len(ways):
-            with pytest.raises(KeyboardInterrupt):
-                train(now, StopAt(number, 2))
-        else:
-            again = train(now)
-            assert again.figures["execution"] == execution
+    options |= {"out": str(tmp_path / "run"), "resume": "auto", "checkpoint_every_steps": 1}
+    for epoch, execution in enumerate(["stacked", "loop"]):
+        with pytest.raises(KeyboardInterrupt):
+            train(config(execution=execution, **options), StopAt(epoch, 2))
+    again = train(config(execution="stacked", **options))
+    assert again.figures["execution"] == "stacked"
     for key, value in whole.peers.state_dict().items():
         close(again.peers.state_dict()[key].double(), value.double(), 1e-9)
 

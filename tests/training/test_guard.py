@@ -61,7 +61,7 @@ def test_members_who_stepped_before_another_failed_are_put_back(optimizer):
         assert any(not torch.equal(before[name], value) for name, value in t.peers.state_dict().items())
 
 
-def test_a_member_who_stepped_to_infinity_is_put_back_when_another_fails_of_it():
+def test_a_diverged_member_is_restored_when_another_fails():
     config = small(Path("unused"), model="resnet8")
     config.method, config.peers = "dml", 2
     config.__post_init__()
@@ -79,7 +79,7 @@ def test_a_member_who_stepped_to_infinity_is_put_back_when_another_fails_of_it()
         assert torch.equal(before[name], value), name
 
 
-def test_what_a_method_solved_for_between_epochs_survives_a_bad_step(tmp_path):
+def test_a_methods_epoch_weights_survive_a_bad_step(tmp_path):
     config = small(Path("unused"), model="resnet8", skip_nonfinite=1)
     config.method, config.peers = KDCLConfig(target="general", holdout_fraction=0.2), 2
     config.__post_init__()
@@ -96,7 +96,7 @@ def test_what_a_method_solved_for_between_epochs_survives_a_bad_step(tmp_path):
     assert torch.equal(t.method.weights_P, solved)
 
 
-def test_a_device_whose_optimisers_ignore_the_flag_keeps_good_weights_too(monkeypatch):
+def test_optimizers_that_ignore_the_flag_keep_good_weights(monkeypatch):
     step = torch.optim.SGD.step
 
     def heedless(self, *words):

@@ -39,7 +39,7 @@ def setup_plain(path):
     return deployed_network(load_run(path))
 
 
-def test_a_run_folder_an_export_and_a_state_dict_give_the_same_teacher(run):
+def test_all_teacher_sources_give_the_same_teacher(run):
     ways = [(run / "run", None), (run / "student.safetensors", None), (run / "plain.pt", "resnet8")]
     teachers = [build_run(student(path, model).resolved()).teacher for path, model in ways]
     x = torch.randn(4, 1, 8, 8)
@@ -108,7 +108,7 @@ def right(t) -> float:
 
 
 def test_a_teacher_sees_images_normalised_as_it_was_trained_with(tmp_path):
-    own = Config("independent", "resnet8", "digits", peers=1, epochs=6, normalise="0.9,0.1", out=str(tmp_path / "run"))
+    own = Config("independent", "resnet8", "digits", peers=1, epochs=6, normalize="0.9,0.1", out=str(tmp_path / "run"))
     top1 = train(own).figures["student"]["top1"]
     assert top1 > 50
     assert main(["export", str(tmp_path / "run"), "--out", str(tmp_path / "student.safetensors")]) == 0

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from codistill.config.config import Config
+from codistill.config.methods import OKDDipConfig
 from codistill.data import DeviceLoader, load_set, make_splits
 from codistill.data.loader import Augmentation, LoaderOptions
 from codistill.models import resolve
@@ -21,12 +22,7 @@ from codistill.training.step import train_step
 from codistill.utils.errors import InputError, MachineError, Stopped
 from helpers.common import read_json
 from helpers.host_reads import CountHostReads
-from helpers.runs import StopAt
-
-
-def tiny(**options) -> Config:
-    values = {"model": "resnet8", "data": "digits", "train_per_class": 6, "batch_size": 16, "epochs": 3, "peers": 3}
-    return Config(**({"method": "okddip"} | values | options))
+from helpers.runs import StopAt, tiny
 
 
 def test_the_rate_falls_when_the_papers_say():
@@ -80,15 +76,15 @@ def test_one_independent_peer_is_a_plain_network_bit_for_bit(tmp_path):
         assert torch.equal(student[name], value), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("topology", ["networks", "branches"])
 @pytest.mark.parametrize("place", [(1, 2), (0, 1), (2, 4)])
 def test_a_resumed_run_ends_bit_identical(tmp_path, topology, place):
     options = {"topology": topology, "checkpoint_every_steps": 1, "log_every_steps": 1, "cutout": 2}
-    method = {"ablation": "random"}  # draws from the global random state at every step
+    method = OKDDipConfig(ablation="random")  # draws from the global random state at every step
     runs = {}
     for name, stop in (("whole", None), ("stopped", place)):
-        config = tiny(out=str(tmp_path / name), **options)
-        config.method = dataclasses.replace(config.method, **method)
+        config = tiny(out=str(tmp_path / name), method=method, **options)
         if stop is not None:
             with pytest.raises(KeyboardInterrupt):
                 train(config, StopAt(*stop))
@@ -145,14 +141,14 @@ def test_the_papers_protocol_keeps_last_and_best_apart(tmp_path):
     assert "validation" not in result.figures["split"]
 
 
-def test_the_honest_protocol_does_not_look_at_the_test_set_while_training(tmp_path):
+def test_the_honest_protocol_reads_the_test_set_only_at_the_end(tmp_path):
     train(tiny(out=str(tmp_path / "run"), epochs=1))
     line = json.loads((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()[0])
     assert "val" in line
     assert "test" not in line
 
 
-def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_weights(tmp_path):
+def test_a_non_finite_loss_stops_the_run_and_keeps_weights(tmp_path):
     config = tiny(out=str(tmp_path / "run"), lr=1e18, log_every_steps=50)
     with pytest.raises(MachineError, match=r"epoch 0, step \d+ \(loss .*lower --lr \(now 1e\+18\)"):
         train(config)

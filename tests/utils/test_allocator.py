@@ -35,8 +35,9 @@ def probe(mode):
     return tuple(map(float, done.stdout.split()))
 
 
+@pytest.mark.slow
 @linux
-def test_kept_memory_is_not_cleared_anew_and_goes_back_when_asked():
+def test_kept_memory_is_not_cleared_again_and_is_released():
     default, _ = probe("default")
     kept, released = probe("keep")
     assert default > 20 * 12  # at least a page of 2 MB each time where huge pages are, or 12,000 small ones
@@ -44,6 +45,7 @@ def test_kept_memory_is_not_cleared_anew_and_goes_back_when_asked():
     assert released > 40
 
 
+@pytest.mark.slow
 @linux
 def test_training_on_a_cpu_keeps_it_and_lets_go_at_the_end(monkeypatch, tmp_path):
     called, loop = [], sys.modules[train.__module__]

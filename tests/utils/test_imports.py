@@ -89,8 +89,9 @@ def test_what_is_passed_in_python_is_run(spy, tmp_path):
     assert spy.exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["processes", "submitit"])
-def test_workers_run_the_code_that_their_command_was_asked_to_run(kind, run, spy, tmp_path, monkeypatch):
+def test_workers_use_the_import_policy_of_their_command(kind, run, spy, tmp_path, monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(spy.parent))  # a job is a program of its own
     if kind == "submitit":
         pytest.importorskip("submitit", reason="the extra slurm is not installed")

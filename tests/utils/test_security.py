@@ -54,7 +54,7 @@ def run(tmp_path_factory):
         "train kd {small} --peers 1 --out {out} --method.teacher {run}/last.pt --method.teacher-model resnet8",
     ],
 )
-def test_a_pickle_that_would_run_code_is_refused_wherever_weights_are_read(words, how, run, tmp_path, capsys):
+def test_a_pickle_that_runs_code_is_refused_everywhere(words, how, run, tmp_path, capsys):
     mark, place = tmp_path / "ran", tmp_path / "run"
     shutil.copytree(run, place)
     (place / "result.json").unlink()
@@ -125,9 +125,7 @@ def archive(path, **members: bytes):
         ("(9223372036854775807, 9223372036854775807)", "<u8"),
     ],
 )
-def test_arrays_that_claim_more_than_the_file_holds_are_refused_before_room_is_made(
-    shape, descr, tmp_path, capsys, monkeypatch
-):
+def test_arrays_that_claim_too_much_are_refused_early(shape, descr, tmp_path, capsys, monkeypatch):
     asked = []
     monkeypatch.setattr("numpy.lib.format.read_array", lambda *args, **kwargs: asked.append(args))
     data = archive(tmp_path / "forged.npz", x_train=npy(shape, descr, b"\0" * 64))
@@ -217,7 +215,7 @@ def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path,
     "links",
     [{"cow": "."}, {"cat/again": ".."}, {"cat/again": "."}, {"cat/x": "../dog", "dog/y": "../cat"}],
 )
-def test_links_that_go_round_in_a_circle_are_named_and_not_walked(links, tmp_path, monkeypatch):
+def test_links_that_form_a_loop_are_named_and_not_followed(links, tmp_path, monkeypatch):
     folder = image_folder(tmp_path / "photos")
     for name, target in links.items():
         (folder / name).symlink_to(target)
