@@ -165,7 +165,7 @@ def test_options_of_a_run(run):
 
 
 def steps_of(network: str, graph: bool):
-    """Train independent peers of a network from helpers/cuda_networks.py; return the run, the warnings, and what is drawn next."""
+    """Train peers of a network in helpers/cuda_networks.py; return the run, the warnings, and what is drawn next."""
     c = config("independent", "networks", model=(f"helpers.cuda_networks:{network}",))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -11,6 +11,7 @@ from codistill.config.config import Config
 from codistill.peers.stacked import StackedConv2d
 from codistill.training.build import build_run, load_run
 from codistill.training.execution import choose_execution
+from codistill.training.loaders import evaluation_batch
 from codistill.training.loop import train
 from codistill.training.run import zero_sums
 from codistill.training.state import checkpoint_state
@@ -156,6 +157,13 @@ def test_auto_stacks_networks_of_few_channels_on_a_gpu(model, execution):
     assert choose_execution(t.config, t.peers, t.method, on_gpu) == execution
     assert choose_execution(t.config, t.peers, t.method, on_gpu, saved="loop") == "loop"
     assert t.execution == "loop"
+
+
+def test_a_gpu_evaluates_more_small_images_at_once():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert evaluation_batch(128, 32, cuda) == 2048
+    assert evaluation_batch(128, 224, cuda) == evaluation_batch(128, 32, cpu) == 256
+    assert evaluation_batch(4096, 32, cuda) == 4096
 
 
 def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):

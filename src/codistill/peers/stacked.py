@@ -95,7 +95,7 @@ class StackedConv2d(nn.Conv2d):
         return self.num_peers // max(sizes, default=1)
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
-        """Return the merged groups' weight, made once: zeros, with blocks for the caller to fill with members' weights."""
+        """Return the merged groups' weight, made once: zeros, with blocks to be filled with the members' weights."""
         held: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_dense", {})
         if dtype not in held:
             rows, columns, *kernel = self.weight.shape
