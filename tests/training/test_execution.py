@@ -42,7 +42,7 @@ def build(*args, **options):
     return t
 
 
-@pytest.mark.parametrize("merged", [False, True])
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "topology"), CASES)
 def test_stacked_trains_as_the_loop_does(name, topology, merged):
     """Also as on a GPU: groups of few channels merged, one copy of the images for all members."""

@@ -77,18 +77,22 @@ def run_steps(t, epochs=5):
 CASES = [
     ("okddip", "networks", {}),
     ("okddip", "branches", {"execution": "stacked"}),
+    ("cl_ilr", "branches", {"accumulate": 2}),
+]
+SLOW_CASES = [
     ("okddip", "networks", {"ablation": "random"}),
     ("pcl", "branches", {}),
     ("one", "branches", {"label_smoothing": 0.1}),
     ("kdcl", "networks", {"target": "linear"}),
-    ("cl_ilr", "branches", {"accumulate": 2}),
     ("independent", "networks", {"mixup": 0.2, "cutmix": 1.0}),
     ("dml", "networks", {"update": "joint", "skip_nonfinite": 2}),
     ("okddip", "networks", {"freeze": ("conv1",), "head_lr_scale": 2.0, "optimizer": "adamw"}),
 ]
 
 
-@pytest.mark.parametrize(("name", "topology", "options"), CASES)
+@pytest.mark.parametrize(
+    ("name", "topology", "options"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+)
 def test_captured_steps_give_the_eager_numbers(name, topology, options):
     eager, graphed = build(name, topology, **options), build(name, topology, **options)
     assert eager.graph is None  # the CPU has none
