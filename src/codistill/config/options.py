@@ -180,7 +180,12 @@ class RunOptions:
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
     execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
     """How peers run in training: loop, one after the other; stacked, as one network (equal peers only; faster if kernel
-    launches cost more than the arithmetic); auto uses loop; measure is an old name of auto."""
+    launches cost more than the arithmetic); auto uses loop, and on an NVIDIA GPU stacked if no convolution of the
+    networks has more than 64 input channels; measure is an old name of auto."""
+    cuda_graph: bool = True
+    """On an NVIDIA GPU, record a step's forward and backward once and replay them as a CUDA graph: the same numbers,
+    without the cost of launching thousands of kernels. Not used with --mesh, --checkpoint-activations or alternating
+    updates. Turn it off for a network whose forward changes from step to step by Python code of its own."""
     checkpoint_activations: bool = False
     """Recompute the activations of a network in the backward pass instead of keeping them: less memory, a third more
     arithmetic (networks only)."""

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from codistill.peers.networks import NetworkPeers as NetworkPeers
     from codistill.peers.shared_trunk import SharedModule as SharedModule
     from codistill.peers.split_head import SplitMember as SplitMember
+    from codistill.peers.stacked import MERGED_CHANNELS as MERGED_CHANNELS
     from codistill.peers.stacked import StackedPeers as StackedPeers
 
 __getattr__, __dir__ = lazy_names(
@@ -30,6 +31,6 @@ __getattr__, __dir__ = lazy_names(
         "networks": "NetworkPeers",
         "shared_trunk": "SharedModule",
         "split_head": "SplitMember",
-        "stacked": "StackedPeers",
+        "stacked": "MERGED_CHANNELS StackedPeers",
     },
 )

@@ -24,6 +24,8 @@ from codistill.training.nonfinite_guard import FiniteGuard
 from codistill.training.optim import freeze_modules, make_optimizers
 from codistill.training.run import Run, zero_sums
 from codistill.training.state import restore_state
+from codistill.training.step import parameters_of
+from codistill.training.step_graph import StepGraph
 from codistill.training.teacher import load_teacher
 from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device, read_json
 
@@ -69,7 +71,7 @@ def build_run(
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
     loader = build_loader(config, data, splits, method, mesh)
-    execution = choose_execution(config, peers, method, execution) if mesh.world == 1 else "loop"
+    execution = choose_execution(config, peers, method, loader, execution) if mesh.world == 1 else "loop"
     if execution == "stacked":
         stack_peers(peers, ema, loader.sample_batch())
     optimizers = make_optimizers(config, peers.local, method)
@@ -88,9 +90,18 @@ def build_run(
         ema=ema,
         execution=execution,
         frozen=frozen,
+        graph=StepGraph(parameters_of(optimizers[0])) if can_capture_step(config, method, mesh) else None,
     )
     run.progress.sums = zero_sums(run)
     return run
+
+
+def can_capture_step(config: Config, method: Method, mesh: Mesh) -> bool:
+    """Return whether the training step can be a CUDA graph: on one GPU, unless the config turns it off."""
+    if mesh.device.type != "cuda" or mesh.world > 1 or not config.cuda_graph:
+        return False
+    # Recomputed activations save the random state on the host, which a capture refuses.
+    return method.update_mode == "joint" and not config.checkpoint_activations
 
 
 def adapt_to_device(config: Config, device: torch.device) -> Config:

@@ -93,7 +93,7 @@ def make_loader(
         views: Augmented views per image.
     """
     options = LoaderOptions(
-        batch_size=config.batch_size if augmentation else max(config.batch_size, 256),
+        batch_size=config.batch_size if augmentation else evaluation_batch(config.batch_size, data.image_size, device),
         augmentation=augmentation,
         views=views,
         seed=config.seed,
@@ -107,6 +107,12 @@ def make_loader(
         return DeviceLoader(images, labels, data.mean, data.std, options)
     workers = num_decoding_processes(config)
     return FileLoader(images, labels, data.mean, data.std, options, workers=workers, skip_corrupt=config.skip_corrupt)
+
+
+def evaluation_batch(batch_size: int, image_size: int, device: torch.device) -> int:
+    """Return how many images are evaluated at once: at least 256, and more small ones on a GPU, to use all of it."""
+    least = max(batch_size, 256)
+    return max(least, min(2_048, 2**21 // image_size**2)) if device.type == "cuda" else least
 
 
 def num_decoding_processes(config: Config) -> int:

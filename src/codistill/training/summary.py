@@ -45,7 +45,8 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
         f"{run.data.describe_augmentation(augment=config.augment, cutout=config.cutout)}; protocol {config.protocol}",
         f"{config.epochs} epochs of {len(run.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
-        f"{config.dtype} on {where}, execution {run.execution}, seed {config.seed}",
+        f"{config.dtype} on {where}, execution {run.execution}{', CUDA graph' if run.graph else ''}, "
+        f"seed {config.seed}",
     ]
     notes += run.data.provenance.messages
     class_imbalance = run.data.imbalance(run.splits.train)
