@@ -199,11 +199,17 @@ class CompareConfig(Config):
     topology: Literal["networks", "branches", "both"] | None = None  # type: ignore[assignment]
     """Whole networks as peers, branches on one shared trunk, or both; default each method's own."""
     seeds: int = 3
-    """Number of seeds: 0 .. n-1."""
+    """Number of seeds, counted from `first_seed`."""
+    first_seed: int = 0
+    """The first seed: choose options on some seeds, and compare on others."""
     workers: int = 1
     """Number of runs that train at the same time on this machine, each on one CPU thread."""
     out: str | None = None
     """Folder of the grid; runs that it already holds are not trained again. Default runs/compare-DATA."""
+
+    def seed_range(self) -> range:
+        """Return the seeds of every row."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass

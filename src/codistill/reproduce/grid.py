@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -105,7 +105,7 @@ class Executor(Protocol):
 
 def run_grid(
     cells: list[Cell],
-    seeds: int,
+    seeds: Sequence[int],
     folder: Path,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] | None = None,
@@ -115,7 +115,7 @@ def run_grid(
 
     Args:
         cells: The rows; their `results` and `failures` are filled in.
-        seeds: Seeds 0 .. n-1.
+        seeds: The seeds of every row.
         folder: The folder of all runs.
         workers: Processes, each on one CPU thread, or each on its own GPU where there are several; None: one per GPU.
         on_progress: Called several times per second with (epochs done, epochs in total).
@@ -145,9 +145,9 @@ def run_grid(
     _write_failures(cells, folder)
 
 
-def _make_jobs(cells: list[Cell], seeds: int, folder: Path) -> list[Job]:
+def _make_jobs(cells: list[Cell], seeds: Sequence[int], folder: Path) -> list[Job]:
     """Return all jobs, those with a result as ended, and create the folder."""
-    jobs = [Job(cell, seed, cell.run_config(folder, seed, cells)) for seed in range(seeds) for cell in cells]
+    jobs = [Job(cell, seed, cell.run_config(folder, seed, cells)) for seed in seeds for cell in cells]
     if len({str(job.config.out) for job in jobs}) < len(jobs):
         raise InputError("two rows of this grid have names that differ in punctuation or case only; rename one")
     for job in jobs:
@@ -194,10 +194,10 @@ def _write_failures(cells: list[Cell], folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_results(cells: list[Cell], seeds: int, folder: Path) -> None:
+def read_results(cells: list[Cell], seeds: Sequence[int], folder: Path) -> None:
     """Fill in the results that the folder already contains, without training."""
     for cell in cells:
-        for seed in range(seeds):
+        for seed in seeds:
             result = read_json(cell.run_path(folder, seed) / "result.json", "test", "student")
             if result is not None:
                 cell.results[seed] = result

@@ -53,7 +53,7 @@ def read_plan(folder: Path, grid_info: dict[str, Any]) -> Plan:
         setattr(options, key, value)
     options.out = str(folder)
     plan = make_plan(grid_info["table"], options)
-    read_results([*plan.cells], plan.options.seeds, folder)
+    read_results([*plan.cells], range(plan.options.seeds), folder)
     return plan
 
 

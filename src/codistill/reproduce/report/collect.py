@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,7 +99,7 @@ def _table_section(path: Path, grid_info: dict[str, Any]) -> Section:
     groups = []
     several = len({cell.network for cell in plan.cells}) > 1
     for cell in plan.cells:
-        runs = _read_runs(cell, path, plan.options.seeds)
+        runs = _read_runs(cell, path, range(plan.options.seeds))
         label = f"{network_label(plan, cell.network)}: {cell.method}" if several else cell.method
         groups += [Group(label, runs)] if runs else []
     lower = plan.published["measure"] == "error"
@@ -109,13 +110,19 @@ def _table_section(path: Path, grid_info: dict[str, Any]) -> Section:
 
 def _comparison_section(path: Path, grid_info: dict[str, Any]) -> Section:
     cells, groups = [], []
+    first_seed = grid_info.get("first_seed", 0)
+    seeds = range(first_seed, first_seed + grid_info["seeds"])
     for row in grid_info["cells"]:
         cell = Cell(row["label"], Config(), row["baseline"])
-        runs = _read_runs(cell, path, grid_info["seeds"])
+        runs = _read_runs(cell, path, seeds)
         cell.results = {run.config.seed: run.result for run in runs if run.result is not None}
         cells.append(cell)
         groups += [Group(cell.label, runs)] if runs else []
-    notes = ["Test set, last epoch, deployed member; differences are paired over seeds, ± 95 % t-interval."]
+    notes = [
+        *grid_info.get("summary", []),
+        "Test set, last epoch, deployed member; differences are paired over seeds with the independent member that "
+        "began with the same weights, ± 95 % t-interval, n.s. = not significant (Holm's correction over the table).",
+    ]
     return Section("Comparison", grid_info["title"], comparison_rows(cells), False, notes, groups, _read_failures(path))
 
 
@@ -149,8 +156,8 @@ def _runs_section(runs: list[RunData]) -> Section:
     )
 
 
-def _read_runs(cell: Cell, folder: Path, seeds: int) -> list[RunData]:
-    paths = [cell.run_path(folder, seed) for seed in range(seeds)]
+def _read_runs(cell: Cell, folder: Path, seeds: Sequence[int]) -> list[RunData]:
+    paths = [cell.run_path(folder, seed) for seed in seeds]
     return [read_run(path) for path in paths if (path / "config.json").exists()]
 
 
