@@ -18,7 +18,15 @@ from typing import Any, Self
 from torch import Tensor
 
 from codistill.config.methods import DMLConfig, MethodConfig
-from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, leave_one_out_mean, pairwise_kl, soften
+from codistill.losses import (
+    SOURCE_EPS,
+    cross_entropy,
+    kl_from_log_probs,
+    leave_one_out_mean,
+    pairwise_divergence,
+    pairwise_kl,
+    soften,
+)
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers.base import PeerOutputs
 
@@ -56,15 +64,19 @@ class DML(Method):
         """Return the terms; `targets_PBC` (target=mean) is for inspection."""
         self.check(outputs)
         z_PBC = outputs.logits_PBC
-        source_PBC = z_PBC.detach() if self.detach else z_PBC
         ce_P = cross_entropy(z_PBC, targets_B)
         if self.target == "mean":
+            source_PBC = z_PBC.detach() if self.detach else z_PBC
             log_target_PBC = soften(leave_one_out_mean(source_PBC), self.temperature)
             distill_P = self._kl(z_PBC, log_target_PBC)
             return combine_terms(ce_P, distill_P, weight * self.weight, targets_PBC=log_target_PBC)
-        distill_P = pairwise_kl(z_PBC, soften(source_PBC, self.temperature), self._kl)
-        if self.variant != "authors":
-            distill_P = distill_P / (self.num_peers - 1)
+        log_probs_PBC = soften(z_PBC, self.temperature)
+        log_source_PBC = log_probs_PBC.detach() if self.detach else log_probs_PBC
+        if self.variant == "authors":  # no closed form of the sum
+            distill_P = pairwise_divergence(z_PBC, log_source_PBC, self._kl)
+        else:
+            mean_kl_P = pairwise_kl(log_probs_PBC, log_source_PBC, self.eps) / (self.num_peers - 1)
+            distill_P = mean_kl_P * self.temperature**2
         return combine_terms(ce_P, distill_P, weight * self.weight)
 
     def _kl(self, student: Tensor, log_target: Tensor) -> Tensor:
