@@ -7,12 +7,10 @@ logits, in the dtype it is given, and averages over the batch ("batchmean"), nev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 SOURCE_EPS = 1e-7
 """What the code of ONE and OKDDip adds to every target probability before the logarithm."""
@@ -126,37 +124,6 @@ def pairwise_kl(student_log_probs_PBC: Tensor, target_log_probs_PBC: Tensor, eps
         return others_PP @ to_reference_P - (others_sum_PBC * (student_log_probs_PBC - reference_BC)).sum(-1).mean(-1)
 
 
-def pairwise_divergence(
-    student_PBC: Tensor, target_PBC: Tensor, divergence: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Return sum_{j != i} divergence(student_i, target_j) for every peer i, `P`.
-
-    For a divergence without a form like that of `pairwise_kl`: the time grows with P^2. The memory does not, because
-    what autograd needs of each target is computed again in the backward pass.
-
-    Args:
-        student_PBC: What the peers learn with, in the form that `divergence` takes.
-        target_PBC: What the others learn from.
-        divergence: Of a student and a target, mean over the batch: `P x B x C` twice -> `P`. Deterministic.
-
-    >>> logits_PBC = torch.tensor([[[0.0, 0.0]], [[0.0, 2.0]]])
-    >>> torch.allclose(
-    ...     pairwise_divergence(logits_PBC, logits_PBC, kl_divergence), kl_divergence(logits_PBC, logits_PBC.flip(0))
-    ... )
-    True
-    """
-
-    def of_shift(student_PBC: Tensor, target_PBC: Tensor, shift: int) -> Tensor:
-        return divergence(student_PBC, target_PBC.roll(shift, 0))
-
-    total_P = student_PBC.new_zeros(len(student_PBC))
-    for shift in range(1, len(student_PBC)):
-        total_P = total_P + checkpoint(
-            of_shift, student_PBC, target_PBC, shift, use_reentrant=False, preserve_rng_state=False
-        )
-    return total_P
-
-
 def soft_cross_entropy(student_logits: Tensor, target_log_probs: Tensor, temperature: float = 1.0) -> Tensor:
     """Return -T^2 sum_c t_c log softmax(student / T)_c, mean over the batch: its gradient is that of the KL."""
     return -(target_log_probs.exp() * soften(student_logits, temperature)).sum(-1).mean(-1) * temperature**2
@@ -262,7 +229,6 @@ __all__ = [
     "log_mixture",
     "mix_log_probs",
     "mix_logits",
-    "pairwise_divergence",
     "pairwise_kl",
     "peer_distance",
     "scale_gradient",

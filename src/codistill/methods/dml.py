@@ -15,7 +15,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Self
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from codistill.config.methods import DMLConfig, MethodConfig
 from codistill.losses import (
@@ -23,12 +25,14 @@ from codistill.losses import (
     cross_entropy,
     kl_from_log_probs,
     leave_one_out_mean,
-    pairwise_divergence,
     pairwise_kl,
     soften,
 )
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers.base import PeerOutputs
+
+AUTHORS_EPS = 1e-8
+"""What the authors' code adds to a probability that it divides by, and to the ratio before the logarithm."""
 
 
 class DML(Method):
@@ -72,8 +76,8 @@ class DML(Method):
             return combine_terms(ce_P, distill_P, weight * self.weight, targets_PBC=log_target_PBC)
         log_probs_PBC = soften(z_PBC, self.temperature)
         log_source_PBC = log_probs_PBC.detach() if self.detach else log_probs_PBC
-        if self.variant == "authors":  # no closed form of the sum
-            distill_P = pairwise_divergence(z_PBC, log_source_PBC, self._kl)
+        if self.variant == "authors":
+            distill_P = authors_pairwise_kl(log_probs_PBC.exp(), log_source_PBC.exp()) * self.temperature**2
         else:
             mean_kl_P = pairwise_kl(log_probs_PBC, log_source_PBC, self.eps) / (self.num_peers - 1)
             distill_P = mean_kl_P * self.temperature**2
@@ -83,5 +87,44 @@ class DML(Method):
         if self.variant != "authors":
             return kl_from_log_probs(student, log_target, self.temperature, self.eps)
         target, probs = log_target.exp(), (student / self.temperature).softmax(-1)
-        pointwise = target * (1e-8 + target / (probs + 1e-8)).log()
+        pointwise = target * (AUTHORS_EPS + target / (probs + AUTHORS_EPS)).log()
         return pointwise.sum(-1).mean(-1) * self.temperature**2
+
+
+def authors_pairwise_kl(probs_PBC: Tensor, target_PBC: Tensor) -> Tensor:
+    """Return sum_{j != i} sum_c t_j log(e + t_j / (p_i + e)), e = 1e-8, for every peer i, mean over the batch: `P`.
+
+    The logarithm keeps the sum over j from a closed form, so the time grows with P^2. The memory does not: the gradient
+    is added up along with the value.
+
+    Args:
+        probs_PBC: Probabilities p.
+        target_PBC: Probabilities t; they get no gradient.
+
+    >>> probs_PBC = torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]])
+    >>> authors_pairwise_kl(probs_PBC, probs_PBC)
+    tensor([0.1308, 0.1438])
+    """
+    return _AuthorsPairwiseKL.apply(probs_PBC, target_PBC.detach())  # pyrefly: ignore
+
+
+class _AuthorsPairwiseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, probs_PBC: Tensor, target_PBC: Tensor) -> Tensor:
+        batch = probs_PBC.shape[1]
+        divisor_PBC = probs_PBC + AUTHORS_EPS
+        value_PB, gradient_PBC = probs_PBC.new_zeros(probs_PBC.shape[:2]), torch.zeros_like(probs_PBC)
+        for shift in range(1, len(probs_PBC)):
+            other_PBC = target_PBC.roll(shift, 0)
+            ratio_PBC = other_PBC / divisor_PBC
+            guarded_PBC = ratio_PBC + AUTHORS_EPS
+            gradient_PBC.addcdiv_(ratio_PBC.square_(), guarded_PBC, value=-1 / batch)
+            value_PB += other_PBC.mul_(guarded_PBC.log_()).sum(-1)
+        ctx.save_for_backward(gradient_PBC)
+        return value_PB.mean(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore
+        (gradient_PBC,) = ctx.saved_tensors
+        return grad_outputs[0].view(-1, 1, 1) * gradient_PBC, None
