@@ -67,17 +67,21 @@ def kl_of_log_probs(student_log_probs: Tensor, target_log_probs: Tensor, eps: fl
     >>> kl_of_log_probs(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()).item()
     0.1308...
     """
-    target, target_log_probs = _add_eps(target_log_probs, eps)
+    return kl_of_probs(student_log_probs, *probs_with_eps(target_log_probs, eps))
+
+
+def kl_of_probs(student_log_probs: Tensor, target: Tensor, target_log_probs: Tensor) -> Tensor:
+    """Return KL(target || student), mean over the batch, of a target given both ways: `... x B x C` thrice -> `...`."""
     return (target * (target_log_probs - student_log_probs)).sum(-1).mean(-1)
 
 
-def _add_eps(target_log_probs: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the target's probabilities with `eps` added, and their logarithm."""
-    target = target_log_probs.exp()
+def probs_with_eps(log_probs: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the probabilities with `eps` added, and their logarithm."""
+    probs = log_probs.exp()
     if not eps:
-        return target, target_log_probs
-    target = target + eps
-    return target, target.log()
+        return probs, log_probs
+    probs = probs + eps
+    return probs, probs.log()
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
@@ -113,7 +117,7 @@ def pairwise_kl(student_log_probs_PBC: Tensor, target_log_probs_PBC: Tensor, eps
     >>> pairwise_kl(log_probs_PBC, log_probs_PBC)
     tensor([0.1308, 0.1438])
     """
-    target_PBC, target_log_probs_PBC = _add_eps(target_log_probs_PBC, eps)
+    target_PBC, target_log_probs_PBC = probs_with_eps(target_log_probs_PBC, eps)
     # A constant: the derivative with respect to r is zero. Where it is clamped every target is 0.
     reference_BC = target_PBC.detach().mean(0).clamp_min(torch.finfo(target_PBC.dtype).tiny).log()
     others_PP = 1 - torch.eye(len(target_PBC), dtype=target_PBC.dtype, device=target_PBC.device)
@@ -157,25 +161,26 @@ def mix_logits(weights_BPQ: Tensor, logits_QBC: Tensor) -> Tensor:
 def mix_log_probs(log_weights_BPQ: Tensor, logits_QBC: Tensor, temperature: float) -> Tensor:
     """Return log sum_b w_ab softmax(z_b / T) for every a: `B x P x Q`, `Q x B x C` -> `P x B x C`.
 
-    Probabilities are mixed as in `log_mixture`, so that confident peers do not underflow.
+    Probabilities are mixed as in `mix_probs`, so that confident peers do not underflow.
     """
-    return log_mixture(log_weights_BPQ, soften(logits_QBC, temperature))
+    return mix_probs(log_weights_BPQ, soften(logits_QBC, temperature))[1]
 
 
-def log_mixture(log_weights_BPQ: Tensor, log_probs_QBC: Tensor) -> Tensor:
-    """Return log sum_b w_ab p_b for every a: `B x P x Q`, `Q x B x C` -> `P x B x C`.
+def mix_probs(log_weights_BPQ: Tensor, log_probs_QBC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sum_b w_ab p_b for every a, and its logarithm: `B x P x Q`, `Q x B x C` -> `P x B x C` twice.
 
     A batched matrix product of the weights and of p_b / max_b p_b, the largest of each sample and class: nothing of
     size P x Q x C is made. A mixture below 1e-38 of that largest (float32; 1e-308 in float64), as where attention
-    excludes a confident peer, is taken as this much: finite, and 0 as a probability.
+    excludes a confident peer, has the logarithm of this much: finite, where the probability is 0.
 
-    >>> log_mixture(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]]).log()).exp()
+    >>> mix_probs(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]]).log())[0]
     tensor([[[0.3750, 0.6250]]])
     """
     top_BC = log_probs_QBC.detach().amax(0)  # a constant: it cancels
-    with torch.autocast(log_probs_QBC.device.type, enabled=False):
-        mixed_BPC = torch.bmm(log_weights_BPQ.exp(), (log_probs_QBC - top_BC).exp().transpose(0, 1))
-    return mixed_BPC.clamp_min(torch.finfo(mixed_BPC.dtype).tiny).log().transpose(0, 1) + top_BC
+    with torch.autocast(log_probs_QBC.device.type, enabled=False):  # bfloat16 would lose the differences
+        ratios_BQC = (log_probs_QBC - top_BC).exp().transpose(0, 1)
+        mixed_PBC = torch.bmm(log_weights_BPQ.exp(), ratios_BQC).transpose(0, 1)
+    return mixed_PBC * top_BC.exp(), mixed_PBC.clamp_min(torch.finfo(mixed_PBC.dtype).tiny).log() + top_BC
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -225,12 +230,14 @@ __all__ = [
     "kl_divergence",
     "kl_from_log_probs",
     "kl_of_log_probs",
+    "kl_of_probs",
     "leave_one_out_mean",
-    "log_mixture",
     "mix_log_probs",
     "mix_logits",
+    "mix_probs",
     "pairwise_kl",
     "peer_distance",
+    "probs_with_eps",
     "scale_gradient",
     "sigmoid_ramp",
     "soft_cross_entropy",

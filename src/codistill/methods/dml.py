@@ -75,7 +75,8 @@ class DML(Method):
             distill_P = self._kl(z_PBC, log_target_PBC)
             return combine_terms(ce_P, distill_P, weight * self.weight, targets_PBC=log_target_PBC)
         log_probs_PBC = soften(z_PBC, self.temperature)
-        log_source_PBC = log_probs_PBC.detach() if self.detach else log_probs_PBC
+        # Softened again, not shared: the sum of both gradients would lose digits before log_softmax's subtraction.
+        log_source_PBC = log_probs_PBC.detach() if self.detach else soften(z_PBC, self.temperature)
         if self.variant == "authors":
             distill_P = authors_pairwise_kl(log_probs_PBC.exp(), log_source_PBC.exp()) * self.temperature**2
         else:

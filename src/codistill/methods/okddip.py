@@ -28,9 +28,10 @@ from codistill.losses import (
     attention_log_weights,
     cross_entropy,
     entropy,
-    kl_of_log_probs,
-    log_mixture,
+    kl_of_probs,
     mix_logits,
+    mix_probs,
+    probs_with_eps,
     soften,
 )
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
@@ -138,15 +139,16 @@ class OKDDip(Method):
         """
         num_auxiliary = len(self.group)
         log_probs_PBC = soften(z_PBC, self.temperature)
+        source = z_PBC[:num_auxiliary] if self.detach == "none" else z_PBC[:num_auxiliary].detach()
         if self.variant == "paper":
-            log_source = log_probs_PBC[:num_auxiliary]
-            mixed = log_mixture(log_weights, log_source if self.detach == "none" else log_source.detach())
+            # Softened again: a gradient through a target is large for confident peers, and its sum with the student's
+            # would lose the latter's digits before log_softmax subtracts the common part.
+            probs, log_probs = mix_probs(log_weights, soften(source, self.temperature))
+            targets = log_probs
         else:
-            source = z_PBC[:num_auxiliary]
-            mixed = soften(
-                mix_logits(log_weights.exp(), source if self.detach == "none" else source.detach()), self.temperature
-            )
-        targets = mixed.detach() if self.detach == "all" else mixed
-        eps = SOURCE_EPS if self.variant == "okddip_code" else 0.0
-        distill = kl_of_log_probs(log_probs_PBC[-len(targets) :], targets, eps) * self.temperature**2
+            targets = soften(mix_logits(log_weights.exp(), source), self.temperature)
+            probs, log_probs = probs_with_eps(targets, SOURCE_EPS)
+        if self.detach == "all":
+            probs, log_probs = probs.detach(), log_probs.detach()
+        distill = kl_of_probs(log_probs_PBC[-len(targets) :], probs, log_probs) * self.temperature**2
         return F.pad(distill, (len(z_PBC) - len(targets), 0)), targets
