@@ -31,6 +31,8 @@ CASES = {
     "independent": ("independent", {}, "networks"),
     "independent, branches": ("independent", {}, "branches"),
     "kd": ("kd", {}, "networks"),
+    "kd, dist": ("kd", {"divergence": "dist", "temperature": 1.0}, "networks"),
+    "pcl, dist": ("pcl", {"divergence": "dist"}, "networks"),
     "dml, alternating": ("dml", {}, "networks"),
     "dml, joint": ("dml", {"update": "joint"}, "networks"),
     "dml, authors": ("dml", {"variant": "authors"}, "networks"),
@@ -95,7 +97,7 @@ def num_peers(case: str, meshes: list[str]) -> int:
 
 
 def teacher(case: str):
-    if case != "kd":
+    if CASES[case][0] != "kd":
         return None
     return NetworkPeers("resnet8", 1, 10, seed=5, in_channels=1, image_size=8).export_member(0)
 

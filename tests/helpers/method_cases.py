@@ -25,6 +25,13 @@ OPTIONS = {
     "okddip-detached": ("okddip", {"detach": "all"}),
     "okddip-no-leader": ("okddip", {"ablation": "no_leader"}),
     "okddip-random": ("okddip", {"ablation": "random"}),
+    "kd-dist": ("kd", {"divergence": "dist", "temperature": 1.0}),
+    "dml-dkd": ("dml", {"divergence": "dkd", "update": "joint"}),
+    "cl_ilr-js": ("cl_ilr", {"divergence": "js"}),
+    "one-mse": ("one", {"divergence": "mse"}),
+    "okddip-reverse_kl": ("okddip", {"divergence": "reverse_kl"}),
+    "pcl-dist": ("pcl", {"divergence": "dist"}),
+    "kdcl-standardized": ("kdcl", {"standardize_logits": True}),
     "independent-rescaled": ("independent", {"rescale": True}),
 }
 

@@ -223,3 +223,64 @@ def kdcl(z, y, *, target, temperature, weight, mixture=None, mix="probs"):
         for i in range(len(z)):
             total = total + weight * kl_row(log_t, z[i][b], temperature) / z.shape[1]
     return total
+
+
+def standardized(row: Tensor) -> Tensor:
+    mean = sum(row) / len(row)
+    deviation = torch.sqrt(sum((v - mean) ** 2 for v in row) / (len(row) - 1))
+    return torch.stack([(v - mean) / (deviation + 1e-7) for v in row])
+
+
+def pearson(a: list[Tensor], b: list[Tensor]) -> Tensor:
+    mean_a, mean_b = sum(a) / len(a), sum(b) / len(b)
+    a, b = [v - mean_a for v in a], [v - mean_b for v in b]
+    norms = torch.sqrt(sum(v * v for v in a)) * torch.sqrt(sum(v * v for v in b))
+    return sum(u * v for u, v in zip(a, b)) / (norms + 1e-8)
+
+
+def divergence(student, target, y, *, kind, temperature, standardize=False, weights=None):
+    """D(student <- target) of B x C logits, from its equation."""
+    if standardize:
+        student, target = (torch.stack([standardized(row) for row in z]) for z in (student, target))
+    rows, total = [], ZERO
+    for b in range(len(student)):
+        ls, lt = log_softmax(student[b] / temperature), log_softmax(target[b] / temperature)
+        s, t = [torch.exp(v) for v in ls], [torch.exp(v) for v in lt]
+        rows.append((s, t))
+        for c in range(len(ls)):
+            if kind == "kl":
+                total = total + temperature**2 * t[c] * (lt[c] - ls[c])
+            elif kind == "reverse_kl":
+                total = total + temperature**2 * s[c] * (ls[c] - lt[c])
+            elif kind == "js":
+                log_m = log_sum([ls[c], lt[c]]) - math.log(2)
+                total = total + temperature**2 / 2 * (t[c] * (lt[c] - log_m) + s[c] * (ls[c] - log_m))
+            elif kind == "mse":
+                u, v = (z[b][c] - sum(z[b]) / len(ls) for z in (student, target))
+                total = total + (u - v) ** 2 / len(ls)
+        if kind == "dkd":
+            alpha, beta = weights or (1.0, 8.0)
+            own, others = int(y[b]), [c for c in range(len(ls)) if c != int(y[b])]
+            for weight, of in ((alpha, lambda l: [l[own], log_sum([l[c] for c in others])]), (beta, None)):
+                if of is None:
+                    a, d = (log_softmax(torch.stack([l[c] for c in others])) for l in (ls, lt))
+                else:
+                    a, d = of(ls), of(lt)
+                total = total + weight * temperature**2 * sum(torch.exp(v) * (v - u) for u, v in zip(a, d))
+    total = total / len(student)
+    if kind == "dist":
+        beta, gamma = weights or (1.0, 1.0)
+        of_samples = sum(pearson(s, t) for s, t in rows) / len(rows)
+        classes = range(len(rows[0][0]))
+        of_classes = sum(pearson([s[c] for s, _ in rows], [t[c] for _, t in rows]) for c in classes) / len(classes)
+        total = temperature**2 * (beta * (1 - of_samples) + gamma * (1 - of_classes))
+    return total
+
+
+def with_divergence(z, y, targets, *, ce_weight=1.0, weight=1.0, **how):
+    """sum_i ce_weight CE_i + weight sum_(i, target of i) D(z_i <- target); `targets` maps i to B x C logits."""
+    total = sum(ce_weight * ce(z[i], y) for i in range(len(z)))
+    for i, of in targets.items():
+        for target in of:
+            total = total + weight * divergence(z[i], target, y, **how)
+    return total

@@ -9,7 +9,15 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from codistill.config.ranges import ABOVE_0, AT_LEAST_0, BETWEEN_0_AND_1, FINITE, FROM_0_BELOW_1, FROM_0_TO_1
+from codistill.config.ranges import (
+    ABOVE_0,
+    AT_LEAST_0,
+    BETWEEN_0_AND_1,
+    EACH_AT_LEAST_0,
+    FINITE,
+    FROM_0_BELOW_1,
+    FROM_0_TO_1,
+)
 from codistill.utils import InputError, suggest
 
 if TYPE_CHECKING:
@@ -60,6 +68,35 @@ class MethodConfig:
 
 
 @dataclass(kw_only=True)
+class DivergenceConfig(MethodConfig):
+    """What methods have in common whose students learn from a target."""
+
+    divergence: Literal["kl", "dkd", "dist", "reverse_kl", "js", "mse"] = "kl"
+    """How a student is compared with its target: the method's own KL, decoupled KL, correlation, KL(student || target),
+    Jensen-Shannon, or squared differences of centered logits."""
+    standardize_logits: bool = False
+    """Standardize the logits of student and target before they are softened, so that only their order of sizes counts
+    and not their scale."""
+    divergence_weights: Annotated[tuple[float, ...], EACH_AT_LEAST_0] = ()
+    """The two weights of dkd (own class, the others; default 1 8) or of dist (classes, samples; default 1 1)."""
+
+    def check(self, options: Options) -> None:
+        """Refuse soft labels for dkd, and weights that a divergence does not have."""
+        soft = next((name for name in ("label_smoothing", "mixup", "cutmix") if getattr(options, name)), None)
+        if soft is not None and self.divergence == "dkd":
+            raise InputError(
+                f"--{soft.replace('_', '-')} makes labels soft, and --method.divergence dkd reads one hard label each; "
+                "drop one of the two"
+            )
+        if self.divergence_weights and self.divergence not in ("dkd", "dist"):
+            raise InputError(
+                f"--method.divergence-weights are those of dkd or dist; --method.divergence {self.divergence} has none"
+            )
+        if self.divergence_weights and len(self.divergence_weights) != 2:
+            raise InputError("--method.divergence-weights takes two numbers, as in --method.divergence-weights 1 8")
+
+
+@dataclass(kw_only=True)
 class TeacherConfig(MethodConfig):
     """What methods have in common that learn from a network trained before."""
 
@@ -82,7 +119,7 @@ class IndependentConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
-class KDConfig(TeacherConfig):
+class KDConfig(TeacherConfig, DivergenceConfig):
     """Classic distillation from a trained teacher (Hinton et al., 2015), as a comparison."""
 
     name: ClassVar[str] = "kd"
@@ -98,7 +135,7 @@ class KDConfig(TeacherConfig):
 
 
 @dataclass(kw_only=True)
-class DMLConfig(MethodConfig):
+class DMLConfig(DivergenceConfig):
     """Deep mutual learning (Zhang et al., CVPR 2018): every network learns from every other one's predictions."""
 
     name: ClassVar[str] = "dml"
@@ -120,12 +157,13 @@ class DMLConfig(MethodConfig):
 
     def check(self, options: Options) -> None:
         """Refuse alternating updates of branches."""
+        super().check(options)
         if options.topology == "branches" and self.update == "alternating":
             raise InputError("--method.update alternating steps one network at a time; branches share a trunk, drop it")
 
 
 @dataclass(kw_only=True)
-class CLILRConfig(MethodConfig):
+class CLILRConfig(DivergenceConfig):
     """Collaborative learning with shared intermediate layers (Song & Chai, NeurIPS 2018)."""
 
     name: ClassVar[str] = "cl_ilr"
@@ -152,7 +190,7 @@ class CLILRConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
-class ONEConfig(MethodConfig):
+class ONEConfig(DivergenceConfig):
     """On-the-fly native ensemble (Lan et al., NeurIPS 2018): a gate on the trunk makes the branches' teacher."""
 
     name: ClassVar[str] = "one"
@@ -175,7 +213,7 @@ class ONEConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
-class OKDDipConfig(MethodConfig):
+class OKDDipConfig(DivergenceConfig):
     """Online distillation with diverse peers (Chen et al., AAAI 2020): attention among peers, and a leader."""
 
     name: ClassVar[str] = "okddip"
@@ -203,7 +241,7 @@ class OKDDipConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
-class PCLConfig(MethodConfig):
+class PCLConfig(DivergenceConfig):
     """Peer collaborative learning (Wu & Gong, AAAI 2021): an ensemble teacher and the peers' mean teachers."""
 
     name: ClassVar[str] = "pcl"
@@ -225,7 +263,7 @@ class PCLConfig(MethodConfig):
 
 
 @dataclass(kw_only=True)
-class KDCLConfig(MethodConfig):
+class KDCLConfig(DivergenceConfig):
     """Online distillation via collaborative learning (Guo et al., CVPR 2020): one teacher made of all the networks."""
 
     name: ClassVar[str] = "kdcl"
@@ -255,6 +293,7 @@ class KDCLConfig(MethodConfig):
 
     def check(self, options: Options) -> None:
         """Refuse soft labels for the targets that read one hard label per image."""
+        super().check(options)
         soft = next((name for name in ("label_smoothing", "mixup", "cutmix") if getattr(options, name)), None)
         if soft is not None and self.target != "general":
             raise InputError(

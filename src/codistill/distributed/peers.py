@@ -159,6 +159,12 @@ class MeshPeers(Peers):
         pairs = [_unpack(part, count, self.num_classes, d) for part, d in zip(parts, dims)]
         return PeerOutputs(torch.cat([z for z, _ in pairs]), [f for _, fs in pairs for f in fs], outputs.trunk_BD)
 
+    def gather_rows(self, x_BN: Tensor) -> Tensor:
+        """Return the rows of all data ranks, in the order of the batch: `B x N` of this rank's rows -> `B x N`."""
+        mesh = self.mesh
+        local = x_BN[: mesh.rows[mesh.data_index]]
+        return torch.cat(mesh.all_gather(local, "data", mesh.rows, [x_BN.shape[1]] * mesh.num_data))
+
     def _gather_batch(self, outputs: PeerOutputs, *, features: bool) -> PeerOutputs:
         """All-gather the outputs for the rows of all data ranks."""
         mesh = self.mesh
@@ -167,8 +173,7 @@ class MeshPeers(Peers):
         dims = list(self._feature_dims) if features else []
         trunk = [] if outputs.trunk_BD is None else [outputs.trunk_BD]
         dims += [x.shape[1] for x in trunk]
-        packed = _pack(outputs.logits_PBC, outputs.features + trunk)[: mesh.rows[mesh.data_index]]
-        whole = torch.cat(mesh.all_gather(packed, "data", mesh.rows, [packed.shape[1]] * mesh.num_data))
+        whole = self.gather_rows(_pack(outputs.logits_PBC, outputs.features + trunk))
         logits_PBC, tail = _unpack(whole, self.num_peers, self.num_classes, dims)
         return PeerOutputs(logits_PBC, tail[:-1] if trunk else tail, tail[-1] if trunk else None)
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from codistill.methods.base import PeerInfo as PeerInfo
     from codistill.methods.base import Terms as Terms
     from codistill.methods.cl_ilr import CLILR as CLILR
+    from codistill.methods.divergence import Divergence as Divergence
     from codistill.methods.dml import DML as DML
     from codistill.methods.independent import Independent as Independent
     from codistill.methods.kd import KD as KD
@@ -24,6 +25,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "base": "Method PeerInfo Terms",
         "cl_ilr": "CLILR",
+        "divergence": "Divergence",
         "dml": "DML",
         "independent": "Independent",
         "kd": "KD",

@@ -21,7 +21,7 @@ from typing import Any, ClassVar, Literal, Self, get_type_hints
 import torch
 from torch import Tensor, nn
 
-from codistill.config import MethodConfig
+from codistill.config import DivergenceConfig, MethodConfig
 from codistill.losses import sigmoid_ramp
 from codistill.peers import PeerOutputs, Peers
 from codistill.utils import InputError
@@ -172,7 +172,8 @@ def combine_terms(
 def takes_options(config: type[MethodConfig], without: Sequence[str] = ()) -> Callable[[Callable], Callable[..., None]]:
     """Replace the argument `options` of an `__init__` by the fields of a method's config (a decorator).
 
-    So the defaults are written in the config only; `inspect.signature` and `help` show them as arguments.
+    So the defaults are written in the config only; `inspect.signature` and `help` show them as arguments. Those of
+    `DivergenceConfig`, which many methods share, are keywords only.
 
     Args:
         config: The class of `options`.
@@ -188,14 +189,18 @@ def takes_options(config: type[MethodConfig], without: Sequence[str] = ()) -> Ca
     2.0
     """
     fields = [field for field in dataclasses.fields(config) if field.name not in without]
-    kind = inspect.Parameter.POSITIONAL_OR_KEYWORD
+    shared = {field.name for field in dataclasses.fields(DivergenceConfig)}
+    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     types = get_type_hints(config)
-    arguments = [inspect.Parameter(f.name, kind, default=f.default, annotation=types[f.name]) for f in fields]
+    arguments = [
+        inspect.Parameter(f.name, kinds[f.name in shared], default=f.default, annotation=types[f.name]) for f in fields
+    ]
 
     def decorate(init: Callable) -> Callable[..., None]:
         parameters = []
         for parameter in inspect.signature(init).parameters.values():
             parameters += arguments if parameter.name == "options" else [parameter]
+        parameters.sort(key=lambda parameter: parameter.kind)  # keywords last
         signature = inspect.Signature(parameters)
 
         @functools.wraps(init)

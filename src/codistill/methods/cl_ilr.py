@@ -18,12 +18,12 @@ from codistill.config import CLILRConfig
 from codistill.losses import (
     SOURCE_EPS,
     cross_entropy,
-    kl_from_log_probs,
     leave_one_out_mean,
     soft_cross_entropy,
     soften,
 )
 from codistill.methods.base import Method, Terms, combine_terms, takes_options
+from codistill.methods.divergence import Divergence
 from codistill.peers import PeerOutputs
 
 
@@ -48,18 +48,20 @@ class CLILR(Method):
         self.weight = 1 - options.beta if self.paper else options.weight
         self.ramp_epochs = options.ramp_length()
         self.rescale_trunk = options.rescale
+        self.divergence = Divergence(options, self.temperature, 0.0 if self.paper else SOURCE_EPS)
+        self.needs_full_batch = self.divergence.needs_full_batch
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms; `targets_PBC` is for inspection."""
         self.check(outputs)
         z_PBC = outputs.logits_PBC
         ce_P = cross_entropy(z_PBC, targets_B)
-        if self.paper:
-            log_target_PBC = soften(leave_one_out_mean(z_PBC.detach()), self.temperature)
+        source_PBC = z_PBC.detach() if self.paper else z_PBC
+        log_target_PBC = soften(leave_one_out_mean(source_PBC), self.temperature)
+        if self.paper and self.divergence.is_plain_kl:
             distill_P = soft_cross_entropy(z_PBC, log_target_PBC, self.temperature)
         else:
-            log_target_PBC = soften(leave_one_out_mean(z_PBC), self.temperature)
-            distill_P = kl_from_log_probs(z_PBC, log_target_PBC, self.temperature, SOURCE_EPS)
+            distill_P = self.divergence(z_PBC, log_target_PBC, targets_B)
         return combine_terms(
             ce_P, distill_P, weight * self.weight, ce_weight=self.ce_weight, targets_PBC=log_target_PBC
         )

@@ -20,8 +20,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from codistill.config import DMLConfig, MethodConfig
-from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, leave_one_out_mean, pairwise_kl, soften
+from codistill.losses import SOURCE_EPS, cross_entropy, leave_one_out_mean, pairwise_kl, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
+from codistill.methods.divergence import Divergence
 from codistill.peers import PeerOutputs
 
 AUTHORS_EPS = 1e-8
@@ -46,7 +47,9 @@ class DML(Method):
         okddip_code = options.variant == "okddip_code"
         self.variant, self.target, self.weight = options.variant, options.target, options.weight
         self.temperature = options.temperature or (3.0 if okddip_code else 1.0)
-        self.detach, self.eps = not okddip_code, SOURCE_EPS if okddip_code else 0.0
+        self.detach, eps = not okddip_code, SOURCE_EPS if okddip_code else 0.0
+        self.divergence = Divergence(options, self.temperature, eps)
+        self.needs_full_batch = self.divergence.needs_full_batch
         self.update_mode = options.update or ("joint" if okddip_code else "alternating")
 
     @classmethod
@@ -65,21 +68,27 @@ class DML(Method):
         if self.target == "mean":
             source_PBC = z_PBC.detach() if self.detach else z_PBC
             log_target_PBC = soften(leave_one_out_mean(source_PBC), self.temperature)
-            distill_P = self._kl(z_PBC, log_target_PBC)
+            distill_P = self._divergence(z_PBC, log_target_PBC, targets_B)
             return combine_terms(ce_P, distill_P, weight * self.weight, targets_PBC=log_target_PBC)
+        if not self.divergence.is_plain_kl:
+            source_PBC = z_PBC.detach() if self.detach else z_PBC
+            distill_P = self.divergence.pairwise(z_PBC, source_PBC, targets_B)
+            if self.variant != "authors":
+                distill_P = distill_P / (self.num_peers - 1)
+            return combine_terms(ce_P, distill_P, weight * self.weight)
         log_probs_PBC = soften(z_PBC, self.temperature)
         # Softened again, not shared: the sum of both gradients would lose digits before log_softmax's subtraction.
         log_source_PBC = log_probs_PBC.detach() if self.detach else soften(z_PBC, self.temperature)
         if self.variant == "authors":
             distill_P = authors_pairwise_kl(log_probs_PBC.exp(), log_source_PBC.exp()) * self.temperature**2
         else:
-            mean_kl_P = pairwise_kl(log_probs_PBC, log_source_PBC, self.eps) / (self.num_peers - 1)
+            mean_kl_P = pairwise_kl(log_probs_PBC, log_source_PBC, self.divergence.eps) / (self.num_peers - 1)
             distill_P = mean_kl_P * self.temperature**2
         return combine_terms(ce_P, distill_P, weight * self.weight)
 
-    def _kl(self, student: Tensor, log_target: Tensor) -> Tensor:
-        if self.variant != "authors":
-            return kl_from_log_probs(student, log_target, self.temperature, self.eps)
+    def _divergence(self, student: Tensor, log_target: Tensor, targets_B: Tensor) -> Tensor:
+        if self.variant != "authors" or not self.divergence.is_plain_kl:
+            return self.divergence(student, log_target, targets_B)
         target, probs = log_target.exp(), (student / self.temperature).softmax(-1)
         pointwise = target * (AUTHORS_EPS + target / (probs + AUTHORS_EPS)).log()
         return pointwise.sum(-1).mean(-1) * self.temperature**2

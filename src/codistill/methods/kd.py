@@ -14,8 +14,9 @@ from typing import Self
 from torch import Tensor
 
 from codistill.config import KDConfig, MethodConfig, TeacherConfig
-from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, soften
+from codistill.losses import SOURCE_EPS, cross_entropy, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
+from codistill.methods.divergence import Divergence
 from codistill.peers import PeerOutputs
 
 TEACHER_FIELDS = tuple(field.name for field in dataclasses.fields(TeacherConfig))
@@ -40,7 +41,8 @@ class KD(Method):
         self.temperature = options.temperature or (4.0 if paper else 3.0)
         self.alpha = (0.9 if paper else 1.0) if options.alpha is None else options.alpha
         self.ce_weight = 1 - self.alpha if paper else 1.0
-        self.eps = 0.0 if paper else SOURCE_EPS
+        self.divergence = Divergence(options, self.temperature, 0.0 if paper else SOURCE_EPS)
+        self.needs_full_batch = self.divergence.needs_full_batch
 
     @classmethod
     def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
@@ -54,6 +56,6 @@ class KD(Method):
         assert outputs.teacher_logits_BC is not None
         log_target_BC = soften(outputs.teacher_logits_BC.detach(), self.temperature)
         ce_P = cross_entropy(outputs.logits_PBC, targets_B)
-        distill_P = kl_from_log_probs(outputs.logits_PBC, log_target_BC, self.temperature, self.eps)
+        distill_P = self.divergence(outputs.logits_PBC, log_target_BC, targets_B)
         terms = combine_terms(ce_P, distill_P, weight * self.alpha, ce_weight=self.ce_weight)
         return terms | {"targets_PBC": log_target_BC.expand_as(outputs.logits_PBC)}

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from codistill.config import KDCLConfig
-from codistill.losses import cross_entropy, kl_from_log_probs, mix_log_probs, mix_logits, soften
+from codistill.losses import cross_entropy, mix_log_probs, mix_logits, soften
 from codistill.methods.base import Method, Terms, combine_terms, takes_options
+from codistill.methods.divergence import Divergence
 from codistill.methods.simplex import best_mixture, quadratic_on_simplex
 from codistill.peers import PeerOutputs
 from codistill.utils import InputError, accumulation_dtype
@@ -45,7 +46,9 @@ class KDCL(Method):
         self.needs = frozenset(need for need, condition in conditions.items() if condition)
         self.target, self.temperature, self.weight = options.target, options.temperature, options.weight
         self.granularity, self.mix = options.granularity, options.mix
-        self.needs_full_batch = self.target == "linear" and self.granularity == "batch"
+        self.divergence = Divergence(options, self.temperature)
+        one_mixture = self.target == "linear" and self.granularity == "batch"
+        self.needs_full_batch = one_mixture or self.divergence.needs_full_batch
         self.holdout_fraction = options.holdout_fraction if options.needs_holdout() else 0.0
         self.weights_P: Tensor
         if self.target == "general":  # uniform until the first update on the holdout
@@ -57,7 +60,7 @@ class KDCL(Method):
         z_PBC = outputs.logits_PBC
         log_target_BC, weights_BP = self.teacher(z_PBC.detach(), targets_B)
         ce_P = cross_entropy(z_PBC, targets_B)
-        distill_P = kl_from_log_probs(z_PBC, log_target_BC, self.temperature)
+        distill_P = self.divergence(z_PBC, log_target_BC, targets_B)
         terms = combine_terms(ce_P, distill_P, weight * self.weight, weights_BP=weights_BP)
         return terms | {"targets_PBC": log_target_BC.expand_as(z_PBC)}
 

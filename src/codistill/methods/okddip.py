@@ -35,6 +35,7 @@ from codistill.losses import (
     soften,
 )
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
+from codistill.methods.divergence import Divergence
 from codistill.peers import PeerOutputs
 from codistill.utils import InputError
 
@@ -63,7 +64,9 @@ class OKDDip(Method):
         self.variant, self.temperature, self.detach = options.variant, options.temperature, options.detach
         self.weight, self.ramp_epochs = options.weight, options.ramp_length()
         self.mask_self, self.ablation, self.entropy_weight = options.mask_self, ablation, options.entropy_weight
-        self.needs_full_batch = ablation == "random"  # all processes make one draw for the batch
+        self.divergence = Divergence(options, self.temperature, SOURCE_EPS if self.variant == "okddip_code" else 0.0)
+        # With "random", all processes make one draw for the batch.
+        self.needs_full_batch = ablation == "random" or self.divergence.needs_full_batch
         self.has_leader = ablation != "no_leader"
         if self.has_leader:
             self.deployed = num_peers - 1
@@ -109,7 +112,7 @@ class OKDDip(Method):
             attention, rows = log_attention.exp(), [log_attention]
         if self.has_leader:  # who learns from the mean of all
             rows.append(z_PBC.new_full((z_PBC.shape[1], 1, num_auxiliary), -math.log(num_auxiliary)))
-        distill_P, targets_PBC = self._distill(torch.cat(rows, 1), z_PBC)
+        distill_P, targets_PBC = self._distill(torch.cat(rows, 1), z_PBC, targets_B)
         return combine_terms(ce_P, distill_P, weight * self.weight, targets_PBC=targets_PBC, attention_BAA=attention)
 
     def _log_attention(self, features: list[Tensor], z_ABC: Tensor) -> Tensor:
@@ -130,15 +133,16 @@ class OKDDip(Method):
         query, key = torch.stack([F.linear(h_BD, projections) for h_BD in features]).chunk(2, -1)
         return attention_log_weights(query, key, self.mask_self)
 
-    def _distill(self, log_weights: Tensor, z_PBC: Tensor) -> tuple[Tensor, Tensor]:
+    def _distill(self, log_weights: Tensor, z_PBC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return every member's distillation term, `P`, and the softened log-probabilities of its mixture.
 
         Args:
             log_weights: Of each mixture, `B x P x A`, or `B x 1 x A` if the leader alone has one.
             z_PBC: All members' logits.
+            targets_B: Labels.
         """
         num_auxiliary = len(self.group)
-        log_probs_PBC = soften(z_PBC, self.temperature)
+        log_probs_PBC = soften(z_PBC, self.temperature)  # not used where another divergence softens for itself
         source = z_PBC[:num_auxiliary] if self.detach == "none" else z_PBC[:num_auxiliary].detach()
         if self.variant == "paper":
             # Softened again: a gradient through a target is large for confident peers, and its sum with the student's
@@ -147,8 +151,11 @@ class OKDDip(Method):
             targets = log_probs
         else:
             targets = soften(mix_logits(log_weights.exp(), source), self.temperature)
-            probs, log_probs = probs_with_eps(targets, SOURCE_EPS)
+            probs, log_probs = probs_with_eps(targets, self.divergence.eps)
         if self.detach == "all":
             probs, log_probs = probs.detach(), log_probs.detach()
-        distill = kl_of_probs(log_probs_PBC[-len(targets) :], probs, log_probs) * self.temperature**2
+        if self.divergence.is_plain_kl:
+            distill = kl_of_probs(log_probs_PBC[-len(targets) :], probs, log_probs) * self.temperature**2
+        else:
+            distill = self.divergence(z_PBC[-len(targets) :], log_probs, targets_B)
         return F.pad(distill, (len(z_PBC) - len(targets), 0)), targets

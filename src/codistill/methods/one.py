@@ -19,8 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codistill.config import MethodConfig, ONEConfig
-from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, soften
+from codistill.losses import SOURCE_EPS, cross_entropy, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
+from codistill.methods.divergence import Divergence
 from codistill.peers import PeerOutputs
 from codistill.utils import InputError
 
@@ -45,7 +46,8 @@ class ONE(Method):
         self.temperature, self.weight = options.temperature, options.weight
         self.ramp_epochs = options.ramp_length()
         self.detach = options.variant != "okddip_code"
-        self.eps = 0.0 if options.variant == "paper" else SOURCE_EPS
+        eps = 0.0 if options.variant == "paper" else SOURCE_EPS
+        self.divergence = Divergence(options, self.temperature, eps)
         self.gate = nn.Linear(trunk_dim, num_peers)
         self.gate_norm = nn.BatchNorm1d(num_peers)
 
@@ -83,7 +85,7 @@ class ONE(Method):
         teacher_BC = gated_mean(gate_BP, z_PBC)
         ce_teacher = cross_entropy(teacher_BC, targets_B)
         log_target_BC = soften(teacher_BC.detach() if self.detach else teacher_BC, self.temperature)
-        distill_P = kl_from_log_probs(z_PBC, log_target_BC, self.temperature, self.eps)
+        distill_P = self.divergence(z_PBC, log_target_BC, targets_B)
         terms = combine_terms(cross_entropy(z_PBC, targets_B), distill_P, weight * self.weight, gate_BP=gate_BP)
         terms["loss"] = terms["loss"] + ce_teacher
         return terms | {"ce_teacher": ce_teacher.detach(), "targets_PBC": log_target_BC.detach().expand_as(z_PBC)}

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from codistill.config import MethodConfig, PCLConfig
 from codistill.losses import cross_entropy, kl_of_log_probs, pairwise_kl, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
+from codistill.methods.divergence import Divergence
 from codistill.peers import PeerOutputs
 
 
@@ -46,6 +47,8 @@ class PCL(Method):
         self.needs = frozenset({"features", "ema"} | ({"views"} if options.own_views else set()))
         self.temperature, self.weight, self.ema_decay = options.temperature, options.weight, options.ema_decay
         self.ramp_epochs = options.ramp_length()
+        self.divergence = Divergence(options, self.temperature)
+        self.needs_full_batch = self.divergence.needs_full_batch
         self.classifier = nn.Linear(sum(feature_dims), num_classes)
 
     @classmethod
@@ -60,11 +63,16 @@ class PCL(Method):
         z_PBC = outputs.logits_PBC
         ensemble_BC = self._classify(outputs.features)
         ce_teacher = cross_entropy(ensemble_BC, targets_B)
-        log_probs_PBC = soften(z_PBC, self.temperature)
-        log_mean_PBC = soften(outputs.ema_logits_PBC.detach(), self.temperature)
-        from_ensemble_P = kl_of_log_probs(log_probs_PBC, soften(ensemble_BC.detach(), self.temperature))
-        from_peers_P = pairwise_kl(log_probs_PBC, log_mean_PBC) / (self.num_peers - 1)
-        distill_P = (from_ensemble_P + from_peers_P) * self.temperature**2
+        log_ensemble_BC = soften(ensemble_BC.detach(), self.temperature)
+        mean_PBC = outputs.ema_logits_PBC.detach()
+        log_mean_PBC = soften(mean_PBC, self.temperature)
+        if self.divergence.is_plain_kl:
+            log_probs_PBC = soften(z_PBC, self.temperature)
+            from_peers_P = pairwise_kl(log_probs_PBC, log_mean_PBC) / (self.num_peers - 1)
+            distill_P = (kl_of_log_probs(log_probs_PBC, log_ensemble_BC) + from_peers_P) * self.temperature**2
+        else:
+            from_peers_P = self.divergence.pairwise(z_PBC, mean_PBC, targets_B) / (self.num_peers - 1)
+            distill_P = self.divergence(z_PBC, log_ensemble_BC, targets_B) + from_peers_P
         terms = combine_terms(
             cross_entropy(z_PBC, targets_B), distill_P, weight * self.weight, targets_PBC=log_mean_PBC
         )

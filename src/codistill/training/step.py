@@ -140,6 +140,8 @@ def forward_all(run: Run, views_VBCHW: Tensor) -> PeerOutputs:
         autocast = run.peers.autocast
         with torch.no_grad(), torch.autocast(run.device.type, autocast, enabled=autocast is not None):
             outputs.teacher_logits_BC = run.teacher(views_VBCHW[0]).to(outputs.logits_PBC.dtype)
+            if run.peers.training and run.method.needs_full_batch and isinstance(run.peers, MeshPeers):
+                outputs.teacher_logits_BC = run.peers.gather_rows(outputs.teacher_logits_BC)
     return outputs
 
 
