@@ -37,6 +37,7 @@ QUICK = [
     (2, "pcl", False, ["data=1,peer=2"]),
     (2, "kdcl, general", False, ["data=1,peer=2"]),
     (2, "kd", False, ["data=1,peer=2"]),
+    (2, "codistillation", False, ["data=1,peer=2"]),
     (2, "cl_ilr, two parts, mixed", False, ["data=1,peer=2"]),
     (2, "dml, okddip_code", False, ["data=2,peer=1"]),
     (2, "kd, dist", False, ["data=2,peer=1"]),

@@ -284,3 +284,16 @@ def with_divergence(z, y, targets, *, ce_weight=1.0, weight=1.0, **how):
         for target in of:
             total = total + weight * divergence(z[i], target, y, **how)
     return total
+
+
+def codistillation(z, stale, y, *, temperature, weight):
+    """sum_i CE_i + weight T^2 softCE(z_i; mean over the others of the snapshots' probabilities)."""
+    total = sum(ce(z[i], y) for i in range(len(z)))
+    for i in range(len(z)):
+        for b in range(len(y)):
+            log_s = log_softmax(z[i][b] / temperature)
+            others = [log_softmax(stale[j][b].detach() / temperature) for j in range(len(z)) if j != i]
+            for c in range(len(log_s)):
+                q = sum(torch.exp(row[c]) for row in others) / len(others)
+                total = total - weight * temperature**2 * q * log_s[c] / len(y)
+    return total

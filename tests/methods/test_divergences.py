@@ -45,9 +45,7 @@ def test_equals_the_loop_with_gradients_on_both_sides(kind, standardize, weights
     pair = WEIGHTS.get(kind, ()) if weights else ()
     measure = build(divergence=kind, standardize_logits=standardize, divergence_weights=pair)
     ours = measure(z[0], soften(z[1], 2.0), y)
-    naive = oracles.divergence(
-        z[0], z[1], y, kind=kind, temperature=2.0, standardize=standardize, weights=pair or None
-    )
+    naive = oracles.divergence(z[0], z[1], y, kind=kind, temperature=2.0, standardize=standardize, weights=pair or None)
     compare(ours, naive, [z])
 
 
@@ -174,7 +172,12 @@ def test_dist_asks_for_the_full_batch_and_refuses_microbatches():
 
     with pytest.raises(InputError, match="--accumulate: dml needs the full batch"):
         build_run("dml", {"divergence": "dist", "update": "joint"}, "networks", accumulate=2)
-    methods = [DML(2, divergence="dist"), CLILR(2, divergence="dist"), KDCL(2, divergence="dist"), KD(divergence="dist")]
+    methods = [
+        DML(2, divergence="dist"),
+        CLILR(2, divergence="dist"),
+        KDCL(2, divergence="dist"),
+        KD(divergence="dist"),
+    ]
     assert all(method.needs_full_batch for method in [*methods, PCL(2, [4, 4], 5, divergence="dist")])
     assert OKDDip(3, 8, divergence="dist").needs_full_batch and not OKDDip(3, 8).needs_full_batch
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from codistill.config.config import slug as slug
     from codistill.config.methods import METHODS as METHODS
     from codistill.config.methods import CLILRConfig as CLILRConfig
+    from codistill.config.methods import CodistillationConfig as CodistillationConfig
     from codistill.config.methods import DivergenceConfig as DivergenceConfig
     from codistill.config.methods import DMLConfig as DMLConfig
     from codistill.config.methods import IndependentConfig as IndependentConfig
@@ -34,8 +35,8 @@ __getattr__, __dir__ = lazy_names(
         "checks": "mesh_shape parse_normalize",
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
         "methods": (
-            "CLILRConfig DMLConfig DivergenceConfig IndependentConfig KDCLConfig KDConfig METHODS MethodConfig "
-            "OKDDipConfig ONEConfig PCLConfig TeacherConfig method_config"
+            "CLILRConfig CodistillationConfig DMLConfig DivergenceConfig IndependentConfig KDCLConfig KDConfig METHODS "
+            "MethodConfig OKDDipConfig ONEConfig PCLConfig TeacherConfig method_config"
         ),
         "old_names": "rename_old_flags",
     },

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 from codistill.config.ranges import (
     ABOVE_0,
     AT_LEAST_0,
+    AT_LEAST_1,
     BETWEEN_0_AND_1,
     EACH_AT_LEAST_0,
     FINITE,
@@ -302,9 +303,56 @@ class KDCLConfig(DivergenceConfig):
             )
 
 
+@dataclass(kw_only=True)
+class CodistillationConfig(DivergenceConfig):
+    """Codistillation (Anil et al., ICLR 2018): networks learn from snapshots of each other, taken now and then."""
+
+    name: ClassVar[str] = "codistillation"
+    default_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
+
+    interval: Annotated[int, AT_LEAST_1] = 50
+    """Steps (or epochs) from one snapshot to the next; 50 steps in Preferred Networks' code."""
+    interval_unit: Literal["steps", "epochs"] = "steps"
+    """What `interval` counts."""
+    burn_in_epochs: Annotated[float | None, AT_LEAST_0] = None
+    """Epochs without distillation at the start; default 0.4 of the run, 28 of 70 in Preferred Networks' study."""
+    temperature: Annotated[float, ABOVE_0] = 1.0
+    """T, with the gradient scaled by T^2; the paper has none."""
+    weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the distillation terms after the burn-in."""
+
+    def burn_in(self, epochs: int = 300) -> float:
+        """Return the epochs without distillation in a run of so many epochs."""
+        return 0.4 * epochs if self.burn_in_epochs is None else self.burn_in_epochs
+
+    def resolved(self, epochs: int) -> Self:
+        """Return a copy with the length of the burn-in filled in."""
+        return dataclasses.replace(self, burn_in_epochs=self.burn_in(epochs))
+
+    def check(self, options: Options) -> None:
+        """Refuse a burn-in that leaves no epoch to distill."""
+        super().check(options)
+        if self.burn_in_epochs is not None and self.burn_in_epochs > options.epochs - 1:
+            raise InputError(
+                f"--method.burn-in-epochs {self.burn_in_epochs:g} leaves none of --epochs {options.epochs} to distill; "
+                "shorten it"
+            )
+
+
 METHODS: dict[str, type[MethodConfig]] = {
     method.name: method
-    for method in (IndependentConfig, KDConfig, DMLConfig, CLILRConfig, ONEConfig, OKDDipConfig, PCLConfig, KDCLConfig)
+    for method in (
+        IndependentConfig,
+        KDConfig,
+        DMLConfig,
+        CLILRConfig,
+        ONEConfig,
+        OKDDipConfig,
+        PCLConfig,
+        KDCLConfig,
+        CodistillationConfig,
+    )
 }
 """Every method's config, by its name."""
 

@@ -107,6 +107,10 @@ class Method(nn.Module):
         """Return the ramp's value in an epoch; epochs are counted from 0."""
         return sigmoid_ramp(epoch, self.ramp_epochs)
 
+    def snapshot_interval(self, steps_per_epoch: int) -> int:
+        """Return the steps between two snapshots of the peers that teach them; 0: the teachers are moving averages."""
+        return 0
+
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms of the loss; `weight` is the ramp's value, from `weight_at`."""
         raise NotImplementedError

@@ -182,5 +182,3 @@ def _pearson(a: Tensor, b: Tensor, dim: int) -> Tensor:
     """Return the correlation along a dimension; 1e-8 is added to the product of the norms, as in the source."""
     a, b = a - a.mean(dim, keepdim=True), b - b.mean(dim, keepdim=True)
     return (a * b).sum(dim) / (a.norm(dim=dim) * b.norm(dim=dim) + 1e-8)
-
-

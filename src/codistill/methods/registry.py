@@ -5,6 +5,7 @@ from __future__ import annotations
 from codistill.config import MethodConfig
 from codistill.methods.base import Method, PeerInfo
 from codistill.methods.cl_ilr import CLILR
+from codistill.methods.contrib.codistillation import Codistillation
 from codistill.methods.dml import DML
 from codistill.methods.independent import Independent
 from codistill.methods.kd import KD
@@ -15,7 +16,7 @@ from codistill.methods.pcl import PCL
 from codistill.peers import Peers
 
 CLASSES: dict[str, type[Method]] = {
-    method.name: method for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL)
+    method.name: method for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL, Codistillation)
 }
 
 

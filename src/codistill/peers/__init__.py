@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from codistill.peers.branch_points import branch_point_rows as branch_point_rows
     from codistill.peers.branches import BranchPeers as BranchPeers
     from codistill.peers.ema import MeanTeacher as MeanTeacher
+    from codistill.peers.ema import SnapshotTeacher as SnapshotTeacher
     from codistill.peers.from_config import build_peers as build_peers
     from codistill.peers.modes import eval_mode as eval_mode
     from codistill.peers.modes import frozen_batchnorm_stats as frozen_batchnorm_stats
@@ -25,7 +26,7 @@ __getattr__, __dir__ = lazy_names(
         "base": "PeerOutputs Peers",
         "branch_points": "branch_point_rows",
         "branches": "BranchPeers",
-        "ema": "MeanTeacher",
+        "ema": "MeanTeacher SnapshotTeacher",
         "from_config": "build_peers",
         "modes": "eval_mode frozen_batchnorm_stats",
         "networks": "NetworkPeers",

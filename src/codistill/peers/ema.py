@@ -1,4 +1,4 @@
-"""An exponential moving average of peers, which teaches them (PCL).
+"""Teachers made of the peers' earlier weights: an exponential moving average (PCL), or snapshots (codistillation).
 
 Shapes: V views, P peers, B batch, C classes, H height, W width.
 """
@@ -55,14 +55,47 @@ class MeanTeacher(nn.Module):
             good: Whether the step counts, one number on the device; where it is 0, the average is unchanged.
         """
         keep = min(1.0 - 1.0 / (step + 1), self.decay)
-        averages = [*self.peers.trained_parameters(), *(b for b in self.peers.buffers() if b.is_floating_point())]
-        current = [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
+        averages, current = _floating_tensors(self.peers), _floating_tensors(peers)
         if good is None or step == 0:  # before the first step both are the same
             torch._foreach_lerp_(averages, current, 1.0 - keep)
             return
         changes = torch._foreach_sub(current, averages)
         torch._foreach_mul_(changes, good.to(averages[0].dtype) * (1.0 - keep))
         torch._foreach_add_(averages, changes)
+
+
+class SnapshotTeacher(MeanTeacher):
+    """Copies of the peers, taken at the start and after every `interval` steps (codistillation).
+
+    In training mode they normalize by batch statistics, like the mean teachers.
+
+    Args:
+        peers: The peers to copy.
+        interval: Steps from one snapshot to the next, at least 1.
+    """
+
+    def __init__(self, peers: Peers, interval: int) -> None:
+        super().__init__(peers, 0.0)
+        self.interval = interval
+
+    @torch.no_grad()
+    def update(self, peers: Peers, step: int, good: Tensor | None = None) -> None:
+        """Copy the peers after step `step`, counted from 0, if a snapshot is due.
+
+        Args:
+            peers: The peers that were trained.
+            step: Number of the step.
+            good: Whether the step counts, one number on the device; where it is 0, the snapshot is unchanged.
+        """
+        if (step + 1) % self.interval:
+            return
+        for old, new in zip(_floating_tensors(self.peers), _floating_tensors(peers)):
+            old.copy_(new if good is None else torch.where(good, new, old))
+
+
+def _floating_tensors(peers: Peers) -> list[Tensor]:
+    """Return the trained parameters and the running statistics."""
+    return [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
 
 
 def _track_running_stats(network: nn.Module, *, enabled: bool) -> nn.Module:

@@ -16,7 +16,7 @@ from codistill.config import Checkpoint, Config, Device, TeacherConfig
 from codistill.data import Augmentation, ImageSet, Loader, Provenance, Splits
 from codistill.distributed import Mesh, MeshPeers, ProcessMesh, SingleProcess, convert_batchnorm
 from codistill.methods import Method, build_method
-from codistill.peers import BranchPeers, MeanTeacher, Peers, build_peers
+from codistill.peers import BranchPeers, MeanTeacher, Peers, SnapshotTeacher, build_peers
 from codistill.runs import load_run_checkpoint, open_run
 from codistill.training.execution import choose_execution, stack_peers
 from codistill.training.loaders import load_images, make_loader
@@ -62,7 +62,8 @@ def build_run(
     peers, method = build_networks(config, data, mesh, load_weights=load_weights)
     if "teacher" in method.needs:
         teacher = build_teacher(config, data, mesh.device, teacher)
-    ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
+    loader = build_loader(config, data, splits, method, mesh)
+    ema = build_ema(peers, method, len(loader))
     frozen = freeze_modules(peers.local, config.freeze)
     if ema is not None:
         frozen += ema.counterparts(peers, frozen)
@@ -70,7 +71,6 @@ def build_run(
         peers.count_trained()
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
-    loader = build_loader(config, data, splits, method, mesh)
     execution = choose_execution(config, peers, method, loader, execution) if mesh.world == 1 else "loop"
     if execution == "stacked":
         stack_peers(peers, ema, loader.sample_batch())
@@ -153,6 +153,14 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
     _to_device(peers, config, mesh.device)
     method.to(mesh.device, DTYPES[config.dtype])
     return peers, method
+
+
+def build_ema(peers: Peers, method: Method, steps_per_epoch: int) -> MeanTeacher | None:
+    """Return the teachers made of the peers' earlier weights, None for a method without them."""
+    if "ema" not in method.needs:
+        return None
+    interval = method.snapshot_interval(steps_per_epoch)
+    return SnapshotTeacher(peers, interval) if interval else MeanTeacher(peers, method.ema_decay)
 
 
 def build_teacher(config: Config, data: ImageSet, device: torch.device, teacher: nn.Module | None) -> nn.Module:

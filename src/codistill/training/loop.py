@@ -352,7 +352,8 @@ def evaluate_test_set(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     memory = peak_megabytes(run.device)
     loader, detail = test_loader(run), len(run.data.classes) <= MAX_CLASSES_IN_DETAIL
     members = evaluate_peers(run.peers, run.method, loader, run.mesh, detail=detail)
-    ema = None if run.ema is None else evaluate_peers(run.ema.peers, run.method, loader, run.mesh, detail=detail)
+    ema = run.mean_teacher
+    ema = None if ema is None else evaluate_peers(ema.peers, run.method, loader, run.mesh, detail=detail)
     figures = run_result(run, members.compute(), ema.compute() if ema is not None else None)
     figures["cost"] = {"training_peak_mb": memory, **measure_cost(run, partial(forward_all, run))}
     return figures, collect_details(run, members, ema)

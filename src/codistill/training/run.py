@@ -79,6 +79,11 @@ class Run:
         return [self.peers] if self.ema is None else [self.peers, self.ema]
 
     @property
+    def mean_teacher(self) -> MeanTeacher | None:
+        """The mean teachers, if they are moving averages: they can be deployed, so they are evaluated."""
+        return self.ema if self.config.method.keeps_ema else None
+
+    @property
     def steps_done(self) -> int:
         """Number of steps done in all epochs."""
         return self.progress.epoch * len(self.loader) + self.progress.step

@@ -81,7 +81,8 @@ def _warn_of_settings(run: Run) -> None:
 def evaluate_run(run: Run, loader: Loader) -> dict[str, Any]:
     """Return the figures of the `members`, of their mean teachers (`ema`, else None) and of the deployed `student`."""
     members = evaluate_peers(run.peers, run.method, loader, run.mesh).compute()
-    ema = evaluate_peers(run.ema.peers, run.method, loader, run.mesh).compute() if run.ema is not None else None
+    ema = run.mean_teacher
+    ema = evaluate_peers(ema.peers, run.method, loader, run.mesh).compute() if ema is not None else None
     return {"members": members, "ema": ema, "student": deployed_figures(run, members, ema)}
 
 

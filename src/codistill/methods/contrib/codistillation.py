@@ -1,0 +1,87 @@
+"""Codistillation (Anil et al., ICLR 2018): networks learn from each other's stale predictions.
+
+    L_i = CE(z_i, y) + w(e) T^2 softCE(z_i; q_i),   q_i = 1/(P-1) sum_{j != i} softmax(z_j^stale / T),   T = 1
+    theta^stale <- theta at the start and after every k steps
+    w(e) = 0 in the epochs of the burn-in, 1 afterwards
+
+softCE(z; q) = -sum_c q_c log softmax(z / T)_c: its gradient is that of KL(q || softmax(z / T)). The targets are the means of
+*probabilities*; they are constants.
+
+Where the sources differ: the paper gives each network its own part of the data, and so does the code of Preferred
+Networks by default; here all see the same images, as in that code's mode "equalized", but the predictions stay stale.
+That code copies parameters only and never puts the copies in evaluation mode, so they normalize by the batch: so do
+the snapshots here in training. Their running statistics are copied too, but not used in training. Its loss by default is
+KL(own || other), `divergence="reverse_kl"`.
+Cost: one forward without gradient for each network and step, also during the burn-in.
+Shapes: P peers, B batch, C classes.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from codistill.config import CodistillationConfig
+from codistill.losses import cross_entropy, soft_cross_entropy, soften
+from codistill.methods.base import Method, Terms, combine_terms, takes_options
+from codistill.methods.divergence import Divergence
+from codistill.peers import PeerOutputs
+
+
+class Codistillation(Method):
+    """Learning from snapshots of the other peers; see the module's docstring for the equations.
+
+    Args:
+        num_peers: Networks P, at least 2.
+        options: The fields of `CodistillationConfig`; the default burn-in is 120 epochs, 0.4 of 300.
+    """
+
+    name = "codistillation"
+    citation = "Anil et al.: Large Scale Distributed Neural Network Training through Online Distillation. ICLR 2018"
+
+    @takes_options(CodistillationConfig)
+    def __init__(self, num_peers: int, options: CodistillationConfig) -> None:
+        super().__init__(num_peers)
+        self.needs = frozenset({"ema"})
+        self.interval, self.interval_unit = options.interval, options.interval_unit
+        self.burn_in_epochs = options.burn_in()
+        self.temperature, self.weight = options.temperature, options.weight
+        self.divergence = Divergence(options, self.temperature)
+        self.needs_full_batch = self.divergence.needs_full_batch
+
+    def weight_at(self, epoch: float) -> float:
+        """Return 0 during the burn-in, 1 afterwards."""
+        return float(epoch >= self.burn_in_epochs)
+
+    def snapshot_interval(self, steps_per_epoch: int) -> int:
+        """Return the steps from one snapshot to the next."""
+        return self.interval * (steps_per_epoch if self.interval_unit == "epochs" else 1)
+
+    def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
+        """Return the terms; `outputs.ema_logits_PBC` holds the snapshots' logits, `targets_PBC` is for inspection."""
+        self.check(outputs)
+        assert outputs.ema_logits_PBC is not None
+        z_PBC = outputs.logits_PBC
+        log_target_PBC = others_log_mean(soften(outputs.ema_logits_PBC.detach(), self.temperature))
+        if self.divergence.is_plain_kl:
+            distill_P = soft_cross_entropy(z_PBC, log_target_PBC, self.temperature)
+        else:
+            distill_P = self.divergence(z_PBC, log_target_PBC, targets_B)
+        return combine_terms(
+            cross_entropy(z_PBC, targets_B), distill_P, weight * self.weight, targets_PBC=log_target_PBC
+        )
+
+
+def others_log_mean(log_probs_PBC: Tensor) -> Tensor:
+    """Return log mean_{j != i} p_j for every peer i, `P x B x C`; the time grows with P^2.
+
+    >>> others_log_mean(torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]]).log()).exp()
+    tensor([[[0.2500, 0.7500]],
+    <BLANKLINE>
+            [[0.5000, 0.5000]]])
+    """
+    num_peers = len(log_probs_PBC)
+    others = [torch.cat((log_probs_PBC[:i], log_probs_PBC[i + 1 :])).logsumexp(0) for i in range(num_peers)]
+    return torch.stack(others) - math.log(num_peers - 1)

@@ -1,0 +1,126 @@
+"""Codistillation: its loss, when snapshots are taken, and the burn-in."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from codistill.config import CodistillationConfig
+from codistill.losses import kl_divergence, soften
+from codistill.methods import Codistillation, Independent
+from codistill.peers import NetworkPeers, PeerOutputs, SnapshotTeacher
+from codistill.training.build import build_run
+from codistill.training.loop import train
+from codistill.training.run import zero_sums
+from codistill.training.state import checkpoint_state
+from codistill.training.step import train_step
+from codistill.utils import InputError
+from helpers import oracles
+from helpers.common import close, random_peers
+from helpers.runs import StopAt, small, tiny
+
+
+def build(**options):
+    t = build_run(tiny(method=CodistillationConfig(**options), dtype="float64", model="tiny_network:Tiny").resolved())
+    t.progress.sums = zero_sums(t)
+    t.peers.train()
+    return t
+
+
+@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("temperature", [1.0, 2.0])
+@pytest.mark.parametrize("num_peers", [2, 3])
+def test_equals_the_loop(scale, temperature, num_peers):
+    z, h, y = random_peers(num_peers, batch=3, classes=5, scale=scale)
+    stale = z.detach().roll(1, 1).requires_grad_()
+    method = Codistillation(num_peers, temperature=temperature, weight=0.5)
+    loss = method(PeerOutputs(z, h, ema_logits_PBC=stale), y, weight=0.8)["loss"]
+    naive = oracles.codistillation(z, stale, y, temperature=temperature, weight=0.4)
+    close(loss, naive)
+    close(torch.autograd.grad(loss, z, retain_graph=True)[0], torch.autograd.grad(naive, z)[0])
+    assert torch.autograd.grad(loss, stale, allow_unused=True)[0] is None
+
+
+def test_another_divergence_takes_the_place_of_the_cross_entropy():
+    z, h, y = random_peers(2)
+    stale = z.detach().roll(1, 1)
+    method = Codistillation(2, divergence="reverse_kl")
+    expected = oracles.with_divergence(z, y, {0: [stale[1]], 1: [stale[0]]}, kind="reverse_kl", temperature=1.0)
+    close(method(PeerOutputs(z, h, ema_logits_PBC=stale), y)["loss"], expected)
+
+
+def test_with_an_interval_of_1_the_gradient_is_that_of_the_mean_of_current_probabilities():
+    t = build(interval=1, burn_in_epochs=0)
+    for views, targets in list(t.loader.epoch(0))[:3]:
+        now = t.peers(views)  # batch statistics, as in the step
+        said = t.ema(views).logits_PBC
+        assert torch.equal(said, now.logits_PBC.detach())
+        z = now.logits_PBC.detach().requires_grad_()
+        ours = t.method(PeerOutputs(z, [], ema_logits_PBC=said), targets)["loss"]
+        probs = z.detach().softmax(-1)
+        others = [(probs.sum(0) - probs[i]) / 2 for i in range(3)]
+        dml = sum(oracles.ce(z[i], targets) + kl_divergence(z[i], others[i].log()) for i in range(3))
+        close(torch.autograd.grad(ours, z)[0], torch.autograd.grad(dml, z)[0])
+        train_step(t, views, targets, 1.0)
+
+
+def test_snapshots_are_the_weights_at_multiples_of_the_interval():
+    peers = NetworkPeers("resnet8", 2, 10, in_channels=1, image_size=8)
+    teacher = SnapshotTeacher(peers, 3)
+    values = list(peers.parameters())[0]
+    seen = []
+    for step in range(7):
+        seen.append(teacher.peers.state_dict()["members.0.body.conv1.weight"].flatten()[0].item())
+        with torch.no_grad():
+            values.fill_(float(step + 1))
+        good = torch.tensor(step != 5)  # the snapshot due after step 5 is left out
+        teacher.update(peers, step, good)
+    assert seen[0] == seen[1] == seen[2] and seen[3:] == [3.0, 3.0, 3.0, 3.0]
+    assert [Codistillation(2, n, u).snapshot_interval(7) for n, u in ((5, "steps"), (2, "epochs"))] == [5, 14]
+
+
+def test_the_interval_in_epochs_counts_the_steps_of_the_run():
+    t = build(interval=2, interval_unit="epochs")
+    assert isinstance(t.ema, SnapshotTeacher) and t.ema.interval == 2 * len(t.loader)
+
+
+def test_the_burn_in_trains_independent_peers_bit_for_bit():
+    ours = build(burn_in_epochs=1)
+    plain = build_run(tiny(method="independent", dtype="float64", model="tiny_network:Tiny").resolved())
+    plain.progress.sums = zero_sums(plain)
+    plain.peers.train()
+    assert [ours.method.weight_at(epoch) for epoch in (0, 1, 2)] == [0.0, 1.0, 1.0]
+    for batch in list(ours.loader.epoch(0)):
+        train_step(ours, *batch, ours.method.weight_at(0))
+        train_step(plain, *batch, plain.method.weight_at(0))
+    assert isinstance(plain.method, Independent)
+    for key, value in plain.peers.state_dict().items():
+        assert torch.equal(ours.peers.state_dict()[key], value), key
+    train_step(ours, *batch, ours.method.weight_at(1))
+    train_step(plain, *batch, plain.method.weight_at(1))
+    assert not torch.equal(ours.peers.state_dict()[key], plain.peers.state_dict()[key])
+
+
+def test_the_default_burn_in_is_two_fifths_and_none_may_fill_the_run():
+    assert tiny(method="codistillation", epochs=70).resolved().method.burn_in_epochs == pytest.approx(28)
+    assert Codistillation(2).burn_in_epochs == 120
+    with pytest.raises(InputError, match="leaves none of --epochs 3 to distill"):
+        tiny(method=CodistillationConfig(burn_in_epochs=3)).resolved()
+    with pytest.raises(InputError, match="keeps no mean teachers"):
+        tiny(method="codistillation", deploy="ema").resolved()
+
+
+def test_a_resumed_run_keeps_its_snapshot(tmp_path: Path):
+    method = CodistillationConfig(interval=3, burn_in_epochs=0)
+    options = {"method": method, "epochs": 2, "checkpoint_every_steps": 1, "log_every_steps": 1}
+    whole = train(small(tmp_path / "whole", **options))
+    with pytest.raises(KeyboardInterrupt):
+        train(small(tmp_path / "stopped", **options), StopAt(1, 1))
+    again = train(small(tmp_path / "stopped", **options, resume="auto"))
+    ours, theirs = checkpoint_state(again.training), checkpoint_state(whole.training)
+    assert ours["ema"].keys() == theirs["ema"].keys()
+    for part in ("ema", "peers"):
+        assert all(torch.equal(value, ours[part][key]) for key, value in theirs[part].items())
+    snapshot, trained = theirs["ema"]["peers.members.0.head.weight"], theirs["peers"]["members.0.head.weight"]
+    assert not torch.equal(snapshot, trained)  # 2 steps old
+    assert not any("teacher" in name or "ema" in name for name in whole.figures)
