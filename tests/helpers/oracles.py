@@ -261,12 +261,10 @@ def divergence(student, target, y, *, kind, temperature, standardize=False, weig
         if kind == "dkd":
             alpha, beta = weights or (1.0, 8.0)
             own, others = int(y[b]), [c for c in range(len(ls)) if c != int(y[b])]
-            for weight, of in ((alpha, lambda l: [l[own], log_sum([l[c] for c in others])]), (beta, None)):
-                if of is None:
-                    a, d = (log_softmax(torch.stack([l[c] for c in others])) for l in (ls, lt))
-                else:
-                    a, d = of(ls), of(lt)
-                total = total + weight * temperature**2 * sum(torch.exp(v) * (v - u) for u, v in zip(a, d))
+            binary = [[row[own], log_sum([row[c] for c in others])] for row in (ls, lt)]
+            rest = [log_softmax(torch.stack([row[c] for c in others])) for row in (ls, lt)]
+            for weight, (of_s, of_t) in ((alpha, binary), (beta, rest)):
+                total = total + weight * temperature**2 * sum(torch.exp(v) * (v - u) for u, v in zip(of_s, of_t))
     total = total / len(student)
     if kind == "dist":
         beta, gamma = weights or (1.0, 1.0)

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from codistill.config import CodistillationConfig
-from codistill.losses import kl_divergence, soften
+from codistill.losses import kl_divergence
 from codistill.methods import Codistillation, Independent
 from codistill.peers import NetworkPeers, PeerOutputs, SnapshotTeacher
 from codistill.training.build import build_run
@@ -67,7 +67,7 @@ def test_with_an_interval_of_1_the_gradient_is_that_of_the_mean_of_current_proba
 def test_snapshots_are_the_weights_at_multiples_of_the_interval():
     peers = NetworkPeers("resnet8", 2, 10, in_channels=1, image_size=8)
     teacher = SnapshotTeacher(peers, 3)
-    values = list(peers.parameters())[0]
+    values = next(iter(peers.parameters()))
     seen = []
     for step in range(7):
         seen.append(teacher.peers.state_dict()["members.0.body.conv1.weight"].flatten()[0].item())
@@ -75,13 +75,15 @@ def test_snapshots_are_the_weights_at_multiples_of_the_interval():
             values.fill_(float(step + 1))
         good = torch.tensor(step != 5)  # the snapshot due after step 5 is left out
         teacher.update(peers, step, good)
-    assert seen[0] == seen[1] == seen[2] and seen[3:] == [3.0, 3.0, 3.0, 3.0]
+    assert seen[0] == seen[1] == seen[2]
+    assert seen[3:] == [3.0, 3.0, 3.0, 3.0]
     assert [Codistillation(2, n, u).snapshot_interval(7) for n, u in ((5, "steps"), (2, "epochs"))] == [5, 14]
 
 
 def test_the_interval_in_epochs_counts_the_steps_of_the_run():
     t = build(interval=2, interval_unit="epochs")
-    assert isinstance(t.ema, SnapshotTeacher) and t.ema.interval == 2 * len(t.loader)
+    assert isinstance(t.ema, SnapshotTeacher)
+    assert t.ema.interval == 2 * len(t.loader)
 
 
 def test_the_burn_in_trains_independent_peers_bit_for_bit():

@@ -179,7 +179,8 @@ def test_dist_asks_for_the_full_batch_and_refuses_microbatches():
         KD(divergence="dist"),
     ]
     assert all(method.needs_full_batch for method in [*methods, PCL(2, [4, 4], 5, divergence="dist")])
-    assert OKDDip(3, 8, divergence="dist").needs_full_batch and not OKDDip(3, 8).needs_full_batch
+    assert OKDDip(3, 8, divergence="dist").needs_full_batch
+    assert not OKDDip(3, 8).needs_full_batch
 
 
 def test_dkd_refuses_soft_labels_given_to_the_method():

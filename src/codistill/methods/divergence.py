@@ -16,8 +16,8 @@ Logit standardization (Sun et al., CVPR 2024) replaces the logits of both sides,
 
 A target made of several peers' outputs is standardized as a whole. Its logits are then T times its log-probabilities,
 which differ from any other logits of it by a constant per sample, and no divergence sees that constant. dkd reads one
-hard label per sample. dist correlates over the batch, so processes gather it and `--accumulate` is refused. The 1e-7 that
-some codes add to the target (`variant`) belongs to kl without standardization. Nothing is detached here.
+hard label per sample. dist correlates over the batch, so processes gather it and `--accumulate` is refused. The 1e-7
+that some codes add to the target (`variant`) belongs to kl without standardization. Nothing is detached here.
 Shapes: P peers, B batch, C classes; `...` any leading dimensions.
 """
 

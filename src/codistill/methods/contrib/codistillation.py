@@ -4,14 +4,14 @@
     theta^stale <- theta at the start and after every k steps
     w(e) = 0 in the epochs of the burn-in, 1 afterwards
 
-softCE(z; q) = -sum_c q_c log softmax(z / T)_c: its gradient is that of KL(q || softmax(z / T)). The targets are the means of
-*probabilities*; they are constants.
+softCE(z; q) = -sum_c q_c log softmax(z / T)_c: its gradient is that of KL(q || softmax(z / T)). The targets are means
+of *probabilities*; they are constants.
 
 Where the sources differ: the paper gives each network its own part of the data, and so does the code of Preferred
 Networks by default; here all see the same images, as in that code's mode "equalized", but the predictions stay stale.
 That code copies parameters only and never puts the copies in evaluation mode, so they normalize by the batch: so do
-the snapshots here in training. Their running statistics are copied too, but not used in training. Its loss by default is
-KL(own || other), `divergence="reverse_kl"`.
+the snapshots here in training. Their running statistics are copied too, but not used in training. Its loss by default
+is KL(own || other), `divergence="reverse_kl"`.
 Cost: one forward without gradient for each network and step, also during the burn-in.
 Shapes: P peers, B batch, C classes.
 """
