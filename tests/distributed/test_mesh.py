@@ -41,6 +41,7 @@ QUICK = [
     (2, "cl_ilr, two parts, mixed", False, ["data=1,peer=2"]),
     (2, "dml, okddip_code", False, ["data=2,peer=1"]),
     (2, "kd, dist", False, ["data=2,peer=1"]),
+    (2, "switokd", False, ["data=2,peer=1"]),
     (2, "okddip, smoothed labels", False, ["data=2,peer=1"]),
     (2, "okddip, two parts", False, ["data=2,peer=1"]),
     (2, "one, okddip_code, branches", False, ["data=2,peer=1"]),

@@ -60,6 +60,7 @@ CASES = {
     "kdcl, general": ("kdcl", {"target": "general", "holdout_fraction": 0.1}, "networks"),
     "kdcl, branches": ("kdcl", {}, "branches"),
     "codistillation": ("codistillation", {"interval": 3}, "networks"),
+    "switokd": ("switokd", {}, "networks"),
     "okddip, smoothed labels": ("okddip", {}, "networks"),
     "cl_ilr, two parts, mixed": ("cl_ilr", {}, "networks"),
     "okddip, two parts": ("okddip", {}, "networks"),

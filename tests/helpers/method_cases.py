@@ -32,6 +32,7 @@ OPTIONS = {
     "okddip-reverse_kl": ("okddip", {"divergence": "reverse_kl"}),
     "pcl-dist": ("pcl", {"divergence": "dist"}),
     "kdcl-standardized": ("kdcl", {"standardize_logits": True}),
+    "switokd-two-students": ("switokd", {"students": 2}),
     "independent-rescaled": ("independent", {"rescale": True}),
 }
 

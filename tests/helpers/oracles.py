@@ -295,3 +295,33 @@ def codistillation(z, stale, y, *, temperature, weight):
                 q = sum(torch.exp(row[c]) for row in others) / len(others)
                 total = total - weight * temperature**2 * q * log_s[c] / len(y)
     return total
+
+
+def distance(p: list[list[Tensor]], q: list[list[Tensor]]) -> float:
+    """mean_b ||p - q||_1 of rows of probabilities."""
+    return sum(float(abs(u - v)) for a, b in zip(p, q) for u, v in zip(a, b)) / len(p)
+
+
+def switokd_learns(student: Tensor, teacher: Tensor, y: Tensor) -> tuple[bool, float, float]:
+    """Whether the teacher is in learning mode, G, and the threshold."""
+    s, t = ([[torch.exp(v) for v in log_softmax(row)] for row in z.detach()] for z in (student, teacher))
+    labels = [[float(c == int(y[b])) for c in range(student.shape[1])] for b in range(len(y))]
+    a, b, gap = distance(s, labels), distance(t, labels), distance(s, t)
+    threshold = a - math.exp(-b / (b + a)) * b
+    return not (gap > threshold and b < a), gap, threshold
+
+
+def switokd(z, y, *, students, weight=1.0):
+    """Sum of the losses (a paused teacher's included), and who learns, teacher by teacher and student by student."""
+    teachers, fixed, total = len(z) - students, z.detach(), ZERO
+    learns = [[switokd_learns(z[s], z[t], y)[0] for s in range(teachers, len(z))] for t in range(teachers)]
+    for i in range(len(z)):
+        others = {j: 1.0 for j in range(len(z)) if j != i}
+        label_weight = 1.0
+        if students == 2 and i == 0:
+            others = {1: float(learns[0][0]), 2: float(learns[0][1])}
+            label_weight = max(others.values())
+        total = (
+            total + label_weight * ce(z[i], y) + weight * sum(w * kl(z[i], fixed[j], 1.0) for j, w in others.items())
+        )
+    return total, learns

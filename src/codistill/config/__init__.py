@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from codistill.config.methods import OKDDipConfig as OKDDipConfig
     from codistill.config.methods import ONEConfig as ONEConfig
     from codistill.config.methods import PCLConfig as PCLConfig
+    from codistill.config.methods import SwitOKDConfig as SwitOKDConfig
     from codistill.config.methods import TeacherConfig as TeacherConfig
     from codistill.config.methods import method_config as method_config
     from codistill.config.old_names import rename_old_flags as rename_old_flags
@@ -36,7 +37,7 @@ __getattr__, __dir__ = lazy_names(
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
         "methods": (
             "CLILRConfig CodistillationConfig DMLConfig DivergenceConfig IndependentConfig KDCLConfig KDConfig METHODS "
-            "MethodConfig OKDDipConfig ONEConfig PCLConfig TeacherConfig method_config"
+            "MethodConfig OKDDipConfig ONEConfig PCLConfig SwitOKDConfig TeacherConfig method_config"
         ),
         "old_names": "rename_old_flags",
     },

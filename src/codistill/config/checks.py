@@ -35,7 +35,10 @@ def check_peers(options: Options, peers: int) -> None:
     """
     method, topology = options.method, options.topology
     if topology not in method.topologies:
-        raise InputError(f"{method.name} needs a trunk, so it works on branches only; drop --topology {topology}")
+        why = "needs a trunk, so it works on branches only"
+        if topology == "branches":
+            why = "steps some members and not others, so it works on networks only: branches share a trunk"
+        raise InputError(f"{method.name} {why}; drop --topology {topology}")
     if peers < method.min_peers:
         raise InputError(f"--peers is {peers}; {method.name} needs at least {method.min_peers}{method.min_peers_note}")
     _check_deploy(options, peers)

@@ -340,6 +340,31 @@ class CodistillationConfig(DivergenceConfig):
             )
 
 
+@dataclass(kw_only=True)
+class SwitOKDConfig(DivergenceConfig):
+    """SwitOKD (Qian et al., ECCV 2022): a teacher that is too far ahead of its student waits for it."""
+
+    name: ClassVar[str] = "switokd"
+    default_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
+    topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
+
+    students: Literal[1, 2] = 1
+    """How many of the networks, the last ones, are students; the first ones are teachers. 2 takes 3 networks."""
+    temperature: Annotated[float, ABOVE_0] = 1.0
+    """T of the distillation terms; who steps is decided at T = 1."""
+    weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the distillation terms."""
+
+    def check(self, options: Options) -> None:
+        """Refuse numbers of networks that the method does not define."""
+        super().check(options)
+        if options.peers is not None and options.peers > 3:
+            raise InputError(f"--peers is {options.peers}; switokd is defined for 2 or 3 networks")
+        if self.students == 2 and (options.peers or self.default_peers) < 3:
+            raise InputError("--method.students 2 leaves no teacher of 2 networks; give --peers 3, or drop it")
+
+
 METHODS: dict[str, type[MethodConfig]] = {
     method.name: method
     for method in (
@@ -352,6 +377,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         PCLConfig,
         KDCLConfig,
         CodistillationConfig,
+        SwitOKDConfig,
     )
 }
 """Every method's config, by its name."""

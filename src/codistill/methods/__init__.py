@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from codistill.methods.base import Terms as Terms
     from codistill.methods.cl_ilr import CLILR as CLILR
     from codistill.methods.contrib.codistillation import Codistillation as Codistillation
+    from codistill.methods.contrib.switokd import SwitOKD as SwitOKD
     from codistill.methods.divergence import Divergence as Divergence
     from codistill.methods.dml import DML as DML
     from codistill.methods.independent import Independent as Independent
@@ -27,6 +28,7 @@ __getattr__, __dir__ = lazy_names(
         "base": "Method PeerInfo Terms",
         "cl_ilr": "CLILR",
         "contrib.codistillation": "Codistillation",
+        "contrib.switokd": "SwitOKD",
         "divergence": "Divergence",
         "dml": "DML",
         "independent": "Independent",

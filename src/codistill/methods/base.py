@@ -2,9 +2,9 @@
 
 A method is a small `nn.Module`. Its `forward(outputs, targets, weight)` takes the outputs of the peers for a batch and
 returns a dict: `loss` (on which backward is called), `loss_P` (each member's own loss; `loss` is their sum, plus terms
-that belong to no member, such as an ensemble's cross-entropy), `ce_P` and `distill_P` (its unweighted parts), and,
-detached and for inspection only, `targets_PBC` (softened log-probabilities) and the method's own weights. It knows no
-loop, optimizer, device, data set or logger.
+that belong to no member, such as an ensemble's cross-entropy), `ce_P` and `distill_P` (its unweighted parts),
+`active_P` (bool, only where not all members step: who does), and, detached and for inspection only, `targets_PBC`
+(softened log-probabilities) and the method's own weights. It knows no loop, optimizer, device, data set or logger.
 
 Shapes: P peers, B batch, C classes.
 """
@@ -70,6 +70,8 @@ class Method(nn.Module):
     needs_full_batch: bool = False
     """Whether the loss is not a mean over samples (it uses batch statistics, or one random draw per batch), so that
     processes that split a batch must each gather the whole batch's outputs."""
+    pauses_members: bool = False
+    """Whether `active_P` is among the terms: the others keep their weights and the optimizer's state."""
     holdout_fraction: float = 0.0
     """Fraction of the training set that is held out, for a method that needs it."""
 

@@ -6,6 +6,7 @@ from codistill.config import MethodConfig
 from codistill.methods.base import Method, PeerInfo
 from codistill.methods.cl_ilr import CLILR
 from codistill.methods.contrib.codistillation import Codistillation
+from codistill.methods.contrib.switokd import SwitOKD
 from codistill.methods.dml import DML
 from codistill.methods.independent import Independent
 from codistill.methods.kd import KD
@@ -16,7 +17,7 @@ from codistill.methods.pcl import PCL
 from codistill.peers import Peers
 
 CLASSES: dict[str, type[Method]] = {
-    method.name: method for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL, Codistillation)
+    method.name: method for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL, Codistillation, SwitOKD)
 }
 
 

@@ -67,6 +67,8 @@ def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | Non
         return "--freeze and --head-lr-scale apply to single modules, and stacked modules hold all members' parameters"
     if method.update_mode == "alternating":
         return "alternating updates step one member at a time"
+    if method.pauses_members:
+        return f"{method.name} steps some members and not others, and stacked modules hold all members' parameters"
     if isinstance(peers, BranchPeers) and "views" in method.needs:
         return "branches with a view each run their trunk once per view"
     return None

@@ -8,6 +8,8 @@ Shapes: P peers, V views (1, or one per peer), B batch, C classes.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 
 import torch
@@ -65,9 +67,38 @@ def joint_step(
         terms, hits_P = run.graph(partial(compute_gradients, run), views_VBCHW, targets_B, labels_B, weight)
     run.guard.update_flag(terms)
     if run.guard.should_step():
-        optimizer.step()
+        with keep_inactive(run, terms.get("active_P")):
+            optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return terms, hits_P
+
+
+@contextmanager
+def keep_inactive(run: Run, active_P: Tensor | None) -> Iterator[None]:
+    """Put back the weights and the optimizer's state of members that are not active after the steps made within.
+
+    Chosen on the device, like `FiniteGuard.rollback_if_bad`; costs a copy of the parameters and of the state. A weight
+    of 0 would not do: decay and momentum move a member whose gradient is 0.
+
+    Args:
+        run: What is trained.
+        active_P: Who steps, on the device; None: everyone.
+    """
+    if active_P is None:
+        yield
+        return
+    (optimizer,) = run.optimizers
+    changed = []
+    for k, p in enumerate(run.mesh.local_members):
+        for parameter in run.peers.local.member(k).parameters():
+            if parameter.requires_grad:
+                changed += [(p, x) for x in (parameter, *optimizer.state[parameter].values())]
+    with torch.no_grad():
+        before = [x.clone() for _, x in changed]
+    yield
+    with torch.no_grad():
+        for (p, x), old in zip(changed, before):
+            x.copy_(torch.where(active_P[p], x, old))
 
 
 def compute_gradients(
