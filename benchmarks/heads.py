@@ -181,7 +181,8 @@ def panel(left: float, title: str, x_values: tuple[int, ...], curves: list[tuple
 
     parts = [f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="#555"/>']
     parts += [
-        f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{v:,}</text>' for x, v in zip(xs, x_values)
+        f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="{"start" if v == x_values[-1] else "middle"}">{v:,}</text>'
+        for x, v in zip(xs, x_values)
     ]
     parts += [f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">{title}</text>']
     for power in range(int(lowest), int(highest) + 1):
