@@ -129,9 +129,8 @@ class OKDDip(Method):
             h_ABD = torch.stack(features)
             return attention_log_weights(h_ABD, h_ABD, self.mask_self)
         # Projected one by one: the features of all peers would be larger than all logits where they are wide.
-        projections = torch.cat((self.query.weight, self.key.weight))
-        query, key = torch.stack([F.linear(h_BD, projections) for h_BD in features]).chunk(2, -1)
-        return attention_log_weights(query, key, self.mask_self)
+        query_ABE, key_ABE = (torch.stack([project(h_BD) for h_BD in features]) for project in (self.query, self.key))
+        return attention_log_weights(query_ABE, key_ABE, self.mask_self)
 
     def _distill(self, log_weights: Tensor, z_PBC: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
         """Return every member's distillation term, `P`, and the softened log-probabilities of its mixture.
