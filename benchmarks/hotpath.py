@@ -118,7 +118,7 @@ def overheads() -> list[dict[str, str]]:
     rows = []
     for name, options in variants:
         topology = METHODS[name].topologies[0] if name == "one" else "networks"
-        peers = (BranchPeers if topology == "branches" else NetworkPeers)("resnet32", 4, 100)
+        peers = (BranchPeers if topology == "branches" else NetworkPeers)("resnet32", METHODS[name].max_peers or 4, 100)
         peers.to(memory_format=torch.channels_last)
         method = build_method(dataclasses.replace(method_config(name), **options), peers)
         views, targets = torch.randn(1, 128, 3, 32, 32), torch.randint(100, (128,))
@@ -247,7 +247,12 @@ print(peak_megabytes(t.device) - start)
 def memory() -> list[dict[str, str]]:
     """Return every method's peak memory relative to that of as many plain networks."""
     plain = peak_memory("independent", "networks")
-    cells = [(name, topology, False) for name, c in METHODS.items() if name != "kd" for topology in c.topologies]
+    cells = [
+        (name, topology, False)
+        for name, c in METHODS.items()
+        if name != "kd" and not c.max_peers
+        for topology in c.topologies
+    ]
     rows = []
     for name, topology, recompute in [*cells, ("okddip", "networks", True)]:
         what = f"{name}, 4 {topology}" + (", --checkpoint-activations" if recompute else "")

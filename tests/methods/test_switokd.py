@@ -149,7 +149,7 @@ def test_unequal_networks_train_and_resume_exactly(tmp_path: Path):
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"peers": 4}, "defined for 2 or 3 networks"),
+        ({"peers": 4}, "--peers is 4; switokd is defined for at most 3"),
         ({"peers": 2, "students": 2}, "leaves no teacher of 2 networks"),
         ({"peers": 2, "topology": "branches"}, "works on networks only"),
         ({"peers": 2, "execution": "stacked"}, "steps some members and not others"),

@@ -41,6 +41,8 @@ def check_peers(options: Options, peers: int) -> None:
         raise InputError(f"{method.name} {why}; drop --topology {topology}")
     if peers < method.min_peers:
         raise InputError(f"--peers is {peers}; {method.name} needs at least {method.min_peers}{method.min_peers_note}")
+    if method.max_peers is not None and peers > method.max_peers:
+        raise InputError(f"--peers is {peers}; {method.name} is defined for at most {method.max_peers}")
     _check_deploy(options, peers)
     if len(options.model) > 1 and len(options.model) != peers:
         raise InputError(f"--model is given {len(options.model)} times for --peers {peers}; give one, or one per peer")

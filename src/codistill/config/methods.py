@@ -35,6 +35,7 @@ class MethodConfig:
     name: ClassVar[str]
     default_peers: ClassVar[int]
     min_peers: ClassVar[int]
+    max_peers: ClassVar[int | None] = None
     min_peers_note: ClassVar[str] = ""
     """Follows the minimum in an error message, where the number needs an explanation."""
     topologies: ClassVar[tuple[Topology, ...]] = ("networks", "branches")
@@ -347,6 +348,7 @@ class SwitOKDConfig(DivergenceConfig):
     name: ClassVar[str] = "switokd"
     default_peers: ClassVar[int] = 2
     min_peers: ClassVar[int] = 2
+    max_peers: ClassVar[int | None] = 3
     topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
 
     students: Literal[1, 2] = 1
@@ -357,10 +359,8 @@ class SwitOKDConfig(DivergenceConfig):
     """Weight of the distillation terms."""
 
     def check(self, options: Options) -> None:
-        """Refuse numbers of networks that the method does not define."""
+        """Refuse two students of two networks."""
         super().check(options)
-        if options.peers is not None and options.peers > 3:
-            raise InputError(f"--peers is {options.peers}; switokd is defined for 2 or 3 networks")
         if self.students == 2 and (options.peers or self.default_peers) < 3:
             raise InputError("--method.students 2 leaves no teacher of 2 networks; give --peers 3, or drop it")
 

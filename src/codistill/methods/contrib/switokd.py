@@ -57,7 +57,7 @@ class SwitOKD(Method):
     def __init__(self, num_peers: int, options: SwitOKDConfig) -> None:
         super().__init__(num_peers)
         if num_peers not in (2, 3):
-            raise InputError(f"switokd is defined for 2 or 3 networks; --peers is {num_peers}")
+            raise InputError(f"--peers is {num_peers}; switokd is defined for 2 or 3")
         if num_peers == 2 and options.students == 2:
             raise InputError("--method.students 2 leaves no teacher of 2 networks; give --peers 3, or drop it")
         self.num_teachers = num_peers - options.students
