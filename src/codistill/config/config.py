@@ -170,7 +170,7 @@ def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Tell whether a plain value fits an annotation."""
+    """Return whether a plain value fits an annotation."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in parts)

@@ -28,7 +28,7 @@ Checkpoint = Literal["last", "best"]
 if TYPE_CHECKING:
 
     class MethodField:
-        """Tells type checkers that the field `method` takes a name too, and is always read as a config."""
+        """Declares to type checkers that the field `method` takes a name too, and is always read as a config."""
 
         def __get__(self, instance: object, owner: object = None) -> MethodConfig: ...
         def __set__(self, instance: object, value: MethodConfig | str) -> None: ...

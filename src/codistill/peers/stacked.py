@@ -96,14 +96,14 @@ class StackedConv2d(nn.Conv2d):
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the merged groups' weight, made once: zeros, with blocks to be filled with the members' weights."""
-        held: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_dense", {})
-        if dtype not in held:
+        dense_weights: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_dense", {})
+        if dtype not in dense_weights:
             rows, columns, *kernel = self.weight.shape
             dense = self.weight.new_zeros(
                 rows, columns * (self.num_peers // self.num_merged_groups), *kernel, dtype=dtype
             )
-            held[dtype] = dense.contiguous(memory_format=torch.channels_last)
-        return held[dtype]
+            dense_weights[dtype] = dense.contiguous(memory_format=torch.channels_last)
+        return dense_weights[dtype]
 
     def by_member(self, weight: Tensor) -> Tensor:
         """Return a view `G x M x O x I x h x w` of a stacked weight: M members in each of G merged groups."""
