@@ -61,19 +61,19 @@ def opened(file: str | Path) -> Iterator[Image.Image]:
             mode = os.stat(file).st_mode
             if not stat.S_ISREG(mode):
                 raise InputError(f"{file} cannot be read as an image (it is no regular file); remove it")
-            with open(file, "rb", opener=_open_without_waiting) as stream:
-                with Image.open(stream, formats=[*FORMATS]) as image:
-                    if image.width * image.height > MAX_PIXELS:
-                        size = f"{image.width:,} x {image.height:,} pixels"
-                        raise InputError(
-                            f"{file} cannot be read as an image ({size}; the limit is {MAX_PIXELS:,}); fix or remove it"
-                        )
-                    yield image
+            stream = open(file, "rb", opener=_open_without_waiting)  # noqa: SIM115
+            with stream, Image.open(stream, formats=[*FORMATS]) as image:
+                if image.width * image.height > MAX_PIXELS:
+                    size = f"{image.width:,} x {image.height:,} pixels"
+                    raise InputError(
+                        f"{file} cannot be read as an image ({size}; the limit is {MAX_PIXELS:,}); fix or remove it"
+                    )
+                yield image
     except InputError:
         raise
     except FileNotFoundError:
         raise InputError(f"{file} does not exist; name image files that are there") from None
-    except Exception as error:  # whatever a decoder raises, MemoryError included: the file is named, and others are read
+    except Exception as error:  # whatever a decoder raises, MemoryError included: it is about this file alone
         reason = "its content is none of " + ", ".join(FORMATS)
         reason = reason if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
         raise InputError(f"{file} cannot be read as an image ({reason}); fix or remove it") from None

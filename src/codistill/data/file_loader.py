@@ -266,8 +266,8 @@ class FileLoader(Loader):
                 if count <= 5 or str(count).strip("0") == "1":  # then every power of ten
                     cause = reason.partition("; ")[0]
                     judged = self.options.augmentation is None
-                what = "it is left out" if judged else "the next one of its class replaces it"
-                warnings.warn(f"{cause}; {what} ({count} so far)", stacklevel=3)
+                    what = "it is left out" if judged else "the next one of its class replaces it"
+                    warnings.warn(f"{cause}; {what} ({count} so far)", stacklevel=3)
 
 
 def _iterate(loader: DataLoader) -> Iterator[Any]:

@@ -118,7 +118,8 @@ def _find_parts(path: Path, left_out: LeftOut) -> tuple[Path, dict[str, str]]:
         with_parts = [name for name in folders if _has_folders_only(path / name) and _parts_of(path / name)]
         if len(with_parts) > 1:
             raise InputError(
-                f"--data folder:{path}: {' and '.join(sorted(with_parts)[:3])} have parts of their own; name one of them"
+                f"--data folder:{path}: {' and '.join(sorted(with_parts)[:3])} have parts of their own; name "
+                "one of them"
             )
         inside = with_parts or [name for name in folders if len(folders) == 1 and _has_folders_only(path / name)]
         if inside and _part_of(inside[0]) is None:
@@ -257,7 +258,8 @@ def _check_link(entry: os.DirEntry[str], path: Path, root: str, *, is_top: bool)
     target = os.path.realpath(entry.path)
     if os.path.commonpath([root, target]) != root:
         raise InputError(
-            f"--data folder: {entry.path} is a link out of {path}; only links inside are followed, so copy the file there"
+            f"--data folder: {entry.path} is a link out of {path}; only links inside are followed, so copy the file "
+            "there"
         )
     if entry.is_dir() and (not is_top or target == root):
         raise InputError(

@@ -72,14 +72,23 @@ def load_folder(
     else:
         fields, provenance = _resident_fields(parts, image_size, skip_corrupt=skip_corrupt)
         provenance = replace(provenance, messages=(*provenance.messages, *messages))
+    if (
+        isinstance(x := fields["x_train"], np.ndarray)
+        and len(x)
+        and (x[0] == x.flat[0]).all()
+        and (x == x.flat[0]).all()
+    ):
+        provenance = replace(
+            provenance, messages=(*provenance.messages, "all training images are of one and the same color")
+        )
     return ImageSet(f"folder:{path}", classes=classes, flip=True, bits=bits, provenance=provenance, **fields)
 
 
 def _messages_on_bits(files: ImageFiles, bits: int) -> list[str]:
-    """Return a message where files of 16 bits use less than half of the range, as cameras of 10 to 14 bits write."""
+    """Return a message where files of 16 bits use less than a quarter of the range, as cameras of 10 to 14 bits write."""
     values = (largest_value(files.path(index)) for index in evenly_spaced(len(files), NUM_DEEP_IMAGES))
     largest = max((value for value in values if value is not None), default=0)
-    if not largest or largest >= 2 ** (bits - 1):
+    if not largest or largest >= 2 ** (bits - 2):
         return []
     return [
         f"files of 16 bits a pixel use values up to {largest:,} only, of {2**bits - 1:,}, so the upper 8 bits hardly "

@@ -211,8 +211,8 @@ class ImageSet:
             raise InputError(f"{flag} has a label {highest:,}, but {len(self.classes):,} classes; labels count from 0")
         if len(self.classes) > max(1_000, 2 * used):
             raise InputError(
-                f"{flag} has {len(self.classes):,} classes, and training images of {used:,} of them; number the classes "
-                "from 0 without gaps"
+                f"{flag} has {len(self.classes):,} classes, and training images of {used:,} of them; number the "
+                "classes from 0 without gaps"
             )
         return self
 

@@ -133,7 +133,11 @@ class Loader:
         index, num_shards = self._shard
         counts = share_out(batch.stop - batch.start, num_shards)
         first = batch.start + sum(counts[:index])
-        return slice(first, first + counts[index]) if counts[index] else slice(batch.start, min(batch.start + 2, batch.stop))
+        return (
+            slice(first, first + counts[index])
+            if counts[index]
+            else slice(batch.start, min(batch.start + 2, batch.stop))
+        )
 
     def _generator(self, epoch: int) -> torch.Generator:
         # On the CPU whatever the device, so that every machine sees the same samples.

@@ -8,7 +8,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from codistill.cli.console import err, members_table, out, print_rows
+from codistill.cli.console import err, members_table, out, print_rows, show_progress
 from codistill.cli.options import EvaluateOptions, Parsed
 from codistill.data import Loader, count_trained_images, load_external_test_set
 from codistill.deploy import calibrate_student
@@ -25,13 +25,14 @@ from codistill.training import (
     make_loader,
     test_loader,
 )
-from codistill.utils import InputError, keep_freed_memory
+from codistill.utils import InputError, keep_freed_memory, set_progress_display
 
 
 def run(parsed: Parsed) -> int:
     """Evaluate, and print a table or JSON."""
     options: EvaluateOptions = parsed.options
     folder = Path(parsed.positionals[0])
+    set_progress_display(show_progress)
     if options.data is not None and not options.calibrate:  # the run's own images are not needed
         trained = load_without_images(folder, options.device, checkpoint=options.checkpoint)
     else:
@@ -59,8 +60,8 @@ def _load_images(trained: Run, options: EvaluateOptions, folder: Path) -> Loader
         known = count_trained_images(images, read_trained_hashes(folder))
         if known:
             warnings.warn(
-                f"{known:,} of the {len(labels):,} images of {options.data} were trained on (their files are the same), "
-                "so the figures are too good; judge on other images",
+                f"{known:,} of the {len(labels):,} images of {options.data} were trained on (their files are the "
+                "same), so the figures are too good; judge on other images",
                 stacklevel=1,
             )
         config = dataclasses.replace(trained.config, skip_corrupt=True)  # unreadable files are left out and named
