@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -22,6 +25,17 @@ def progress_bar(console: Console) -> Progress:
     """Return the progress bar of all commands; it is shown only in a terminal."""
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal)
+
+
+def show_progress(items: Sequence[Any], description: str) -> Iterator[Any]:
+    """Yield the items under a progress bar, which disappears at the end; on the first rank of a job alone."""
+    with progress_bar(err) as bar:
+        bar.live.transient = True
+        bar.disable |= os.environ.get("RANK", "0") != "0"
+        task = bar.add_task(description, total=len(items), note="")
+        for item in items:
+            yield item
+            bar.advance(task)
 
 
 class RichReporter(Reporter):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import tomllib
 from dataclasses import dataclass
@@ -79,6 +80,7 @@ class Config(Options):
         if full.milestones is None:
             halves = (max(full.epochs // 2, 1), max(full.epochs * 3 // 4, 1))
             full.milestones = halves if full.schedule == "step" else ()
+        full.out = full.out and os.path.expanduser(full.out)
         if full.out is None:
             name = "-".join(slug(part) for part in [full.data, method.name, topology, *full.model])
             full.out = f"runs/{name}-seed{full.seed}"
@@ -123,7 +125,7 @@ class Config(Options):
         Raises:
             InputError: the file is missing, is not JSON or TOML, or holds an unknown key.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         path = path / "config.json" if path.is_dir() else path
         try:
             text = path.read_text()

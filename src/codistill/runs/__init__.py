@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from codistill.runs.run_folder import RunFolder as RunFolder
     from codistill.runs.run_folder import open_run as open_run
     from codistill.runs.trackers import Tracker as Tracker
+    from codistill.runs.trained_images import read_trained_hashes as read_trained_hashes
+    from codistill.runs.trained_images import write_trained_hashes as write_trained_hashes
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -23,5 +25,6 @@ __getattr__, __dir__ = lazy_names(
         "records": "CheckpointState DataInfo EpochLine Figures RunResult",
         "run_folder": "RunFolder open_run",
         "trackers": "Tracker",
+        "trained_images": "read_trained_hashes write_trained_hashes",
     },
 )

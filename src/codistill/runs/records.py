@@ -126,6 +126,8 @@ class DataInfo(TypedDict):
     std: list[float]
     fit: NotRequired[str]
     """`crop` or `stretch`; missing in early run folders."""
+    bits: NotRequired[int]
+    """Bits that image files of 16 bits a pixel use, where fewer."""
     checksum: NotRequired[str]
     temperature: NotRequired[float]
     """Fitted by `evaluate --calibrate` to the newest checkpoint."""

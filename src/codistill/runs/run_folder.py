@@ -7,6 +7,7 @@ metrics.jsonl      one line per epoch
 last.pt            the newest checkpoint: weights, optimizers, position, every random state (checkpoint.py)
 last-1.pt ...      those before it (--keep-checkpoints);  best.pt: the best epoch on validation, where there is one
 run.lock           locked by the process that trains; the system releases the lock when that process dies
+trained_images.bin hashes of the image files that were trained on, where they were decoded into memory
 details.json       what a report draws: reliability by bins, confusion matrix of the deployed member
 result.json        the final figures; it exists if and only if the run is complete
 """
@@ -89,6 +90,8 @@ class RunFolder:
         old, new = saved.to_dict(), self.config.to_dict()
         keys = sorted(new, key=lambda k: k == "method")  # last: its ramp follows from the epochs
         differing = [k for k in keys if k not in Config.NOT_IDENTITY and json.dumps(new[k]) != json.dumps(old.get(k))]
+        if {new["data"].partition(":")[0], str(old.get("data")).partition(":")[0]} in ({"folder"}, {"npz"}):
+            differing = [k for k in differing if k != "data"]  # it may have moved: its checksum in data.json decides
         if differing:
             key, was, now = _find_difference(differing[0], old, new)
             raise InputError(

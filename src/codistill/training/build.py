@@ -143,6 +143,7 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
         convert_batchnorm(local, mesh)
     peers = MeshPeers(local, mesh) if isinstance(mesh, ProcessMesh) else local
     method = build_method(config.method, peers, config.seed)
+    method.targets_checked = True  # the data set's labels are checked when it is loaded
     if isinstance(peers, MeshPeers):
         peers.require(features="features" in method.needs, needs_full_batch=method.needs_full_batch)
     if isinstance(local, BranchPeers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from typing import Any
 
@@ -39,11 +40,11 @@ def load_images(config: Config, data: ImageSet | None, data_info: dict[str, Any]
         InputError: the data set cannot be used, or is not what data.json describes.
     """
     if data is None:
-        data = load_set(
-            config.data, config.data_dir, config.image_size, config.data_pipeline, skip_corrupt=config.skip_corrupt
-        )
+        how = {"skip_corrupt": config.skip_corrupt, "bits": config.bits}
+        data = load_set(config.data, config.data_dir, config.image_size, config.data_pipeline, **how)
     elif not data.provenance.placeholder_reason:
         data.check()
+    data = dataclasses.replace(data, flip=data.flip and config.flip)
     if not data.provenance.placeholder_reason:
         data = data.with_channels(num_input_channels(config, data.channels))
         if data_info is not None and data_info.get("checksum", data.checksum()) != data.checksum():

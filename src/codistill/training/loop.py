@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch import nn
 
 from codistill.config import Config
@@ -24,7 +25,7 @@ from codistill.data import ImageSet, Loader
 from codistill.distributed import init_mesh, resume_after_restart
 from codistill.evaluation import evaluate_peers
 from codistill.peers import Peers
-from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker
+from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker, write_trained_hashes
 from codistill.training.build import build_run, load_run
 from codistill.training.loaders import curve_loader, test_loader
 from codistill.training.optim import learning_rate_at, set_learning_rate
@@ -172,9 +173,12 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
 
 
 def write_metadata(run: Run, folder: RunFolder) -> None:
-    """Write config.json, environment.json and data.json where they are missing; drop metrics that will be redone."""
+    """Write the files on config, machine and data where they are missing; drop metrics that will be redone."""
     folder.write_metadata()
     folder.write_data_info(run.data.metadata())
+    hashes = run.data.provenance.content_hashes
+    if hashes is not None:
+        write_trained_hashes(folder.path, hashes[np.concatenate([run.splits.train, run.splits.holdout])])
     folder.truncate_metrics(run.progress.epoch)
 
 

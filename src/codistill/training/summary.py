@@ -12,7 +12,7 @@ from torch import Tensor
 from codistill.data import Loader
 from codistill.distributed import MeshPeers, describe_imbalance
 from codistill.evaluation import PeerMetrics, evaluate_peers, inference_cost, training_flops
-from codistill.peers import PeerOutputs, eval_mode
+from codistill.peers import PeerOutputs, Peers, eval_mode
 from codistill.training.loaders import part_loader
 from codistill.training.run import Run
 from codistill.training.student import (
@@ -25,6 +25,9 @@ from codistill.training.student import (
 from codistill.utils import DTYPES
 
 MAX_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes is unreadable
+
+LARGEST_SMALL_SIZE = 96
+"""Side of images up to which the built-in networks, which are made for 32 x 32, raise no warning."""
 
 
 def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
@@ -48,6 +51,7 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
         f"{config.dtype} on {where}, execution {run.execution}{', CUDA graph' if run.graph else ''}, "
         f"seed {config.seed}",
     ]
+    notes.append(_describe_classes(run.data.classes))
     notes += run.data.provenance.messages
     class_imbalance = run.data.imbalance(run.splits.train)
     if config.balanced_sampling:
@@ -62,8 +66,50 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
     return notes
 
 
+def _describe_classes(classes: tuple[str, ...]) -> str:
+    """Return the number of classes and the first names.
+
+    >>> _describe_classes(("ant", "bee"))
+    '2 classes: ant, bee'
+    """
+    more = f", ... {classes[-1]}" if len(classes) > 11 else ""
+    return f"{len(classes):,} classes: {', '.join(classes[: 10 if more else 11])}{more}"
+
+
+def _warn_of_size(run: Run) -> None:
+    """Warn of networks for small images that are trained on large ones, with an estimate of the memory."""
+    config, size = run.config, run.data.image_size
+    small = [name for name in config.model if ":" not in name]
+    if size <= LARGEST_SMALL_SIZE or not small or run.mesh.world > 1:
+        return
+    image = torch.zeros(1, 1, run.data.channels, size, size, device=run.device, dtype=DTYPES[config.dtype])
+    megabytes = activation_bytes(run.peers, image) / 1e6
+    warnings.warn(
+        f"{small[0]} is made for images of about 32 x 32: at {size} x {size} the activations of all peers take about "
+        f"{megabytes:,.0f} MB an image, {megabytes * config.batch_size / 1e3:,.1f} GB for a batch of "
+        f"{config.batch_size}; take a network for large images, such as torchvision:resnet18, or a smaller "
+        "--image-size",
+        stacklevel=4,
+    )
+
+
+def activation_bytes(peers: Peers, views_VBCHW: Tensor) -> int:
+    """Return the bytes that a forward of all peers keeps for its backward, without the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in peers.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with eval_mode(peers), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outputs = peers(views_VBCHW)  # kept until here, so that no memory is used twice
+    del outputs
+    return sum(count for place, count in kept.items() if place not in parameters)
+
+
 def _warn_of_settings(run: Run) -> None:
-    """Warn (on the main rank) of a ramp longer than the run, and of ranks with unequal work."""
+    """Warn (on the main rank) of a ramp longer than the run, of large images, and of ranks with unequal work."""
     epochs, is_main = run.config.epochs, run.mesh.rank == 0
     reached = run.method.weight_at(epochs - 1)
     if run.method.ramp_epochs and reached < 0.99 and is_main:
@@ -72,6 +118,7 @@ def _warn_of_settings(run: Run) -> None:
             "shorten --method.ramp-epochs",
             stacklevel=3,
         )
+    _warn_of_size(run)
     if isinstance(run.peers, MeshPeers):
         warning = describe_imbalance(run.peers, run.loader.sample_batch()[0][:1])
         if warning is not None and is_main:

@@ -39,10 +39,12 @@ if TYPE_CHECKING:
     from codistill.utils.files import write_json as write_json
     from codistill.utils.files import write_text as write_text
     from codistill.utils.parameters import count_parameters as count_parameters
+    from codistill.utils.progress import set_progress_display as set_progress_display
+    from codistill.utils.progress import track as track
     from codistill.utils.safe_load import check_npz_sizes as check_npz_sizes
-    from codistill.utils.safe_load import find_looping_links as find_looping_links
     from codistill.utils.safe_load import find_outside_links as find_outside_links
     from codistill.utils.safe_load import load_tensors as load_tensors
+    from codistill.utils.shares import share_out as share_out
     from codistill.utils.signals import catch_signals as catch_signals
     from codistill.utils.tables import Rows as Rows
     from codistill.utils.tables import comma_separated as comma_separated
@@ -65,7 +67,9 @@ __getattr__, __dir__ = lazy_names(
         ),
         "files": "DISK_FULL LockedError lock read_json read_lines write_atomically write_json write_text",
         "parameters": "count_parameters",
-        "safe_load": "check_npz_sizes find_looping_links find_outside_links load_tensors",
+        "progress": "set_progress_display track",
+        "safe_load": "check_npz_sizes find_outside_links load_tensors",
+        "shares": "share_out",
         "signals": "catch_signals",
         "tables": "Rows comma_separated escape_markdown latex looks_numeric markdown",
     },
