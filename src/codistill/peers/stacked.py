@@ -11,7 +11,6 @@ Shapes: V views, P peers, B batch, C channels or classes, D features.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -67,7 +66,7 @@ class StackedPeers:
         """Stacked BatchNorms and their members' common count of batches."""
         self._parts: list[list[Tensor]] = []
         """For every one of `parameters`, the members' parameters that it concatenates."""
-        body = copy.deepcopy(members[0].body, {id(shared): shared for shared in trunk})
+        body = copy_module(members[0].body, {id(shared): shared for shared in trunk})
         self.body = self._convert(body, [m.body for m in members])
         heads = [m.head for m in members if isinstance(m.head, nn.Linear)]
         if len(heads) < len(members):

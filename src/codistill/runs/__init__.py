@@ -7,6 +7,7 @@ from codistill.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from codistill.runs.checkpoint import load_run_checkpoint as load_run_checkpoint
     from codistill.runs.checkpoint import restore_rng as restore_rng
+    from codistill.runs.checkpoint import rng_state as rng_state
     from codistill.runs.records import CheckpointState as CheckpointState
     from codistill.runs.records import DataInfo as DataInfo
     from codistill.runs.records import EpochLine as EpochLine
@@ -19,7 +20,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "checkpoint": "load_run_checkpoint restore_rng",
+        "checkpoint": "load_run_checkpoint restore_rng rng_state",
         "records": "CheckpointState DataInfo EpochLine Figures RunResult",
         "run_folder": "RunFolder open_run",
         "trackers": "Tracker",

@@ -25,6 +25,7 @@ from codistill.training.optim import freeze_modules, make_optimizers
 from codistill.training.run import Run, zero_sums
 from codistill.training.state import restore_state
 from codistill.training.teacher import load_teacher
+from codistill.training.trial import try_networks
 from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device, read_json
 
 
@@ -60,6 +61,10 @@ def build_run(
     peers, method = build_networks(config, data, mesh, load_weights=load_weights)
     if "teacher" in method.needs:
         teacher = build_teacher(config, data, mesh.device, teacher)
+    notes: list[str] = []
+    if not (mesh.sync_bn and mesh.num_data > 1):  # whose norms exchange statistics with the other ranks
+        shape = (data.channels, data.image_size, data.image_size)
+        config, notes = try_networks(config, peers.local, teacher, shape)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
     frozen = freeze_modules(peers.local, config.freeze)
     if ema is not None:
@@ -88,6 +93,7 @@ def build_run(
         ema=ema,
         execution=execution,
         frozen=frozen,
+        notes=notes,
     )
     run.progress.sums = zero_sums(run)
     return run

@@ -57,6 +57,8 @@ class Run:
     """How the peers run in training: `loop` or `stacked`."""
     frozen: list[nn.Module] = field(default_factory=list)
     """Modules that do not change, running statistics included."""
+    notes: list[str] = field(default_factory=list)
+    """What set-up changed in the config, in sentences."""
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codistill.config import Config
 from codistill.data import Loader
 from codistill.distributed import MeshPeers, describe_imbalance
 from codistill.evaluation import PeerMetrics, evaluate_peers, inference_cost, training_flops
@@ -47,7 +48,7 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
         f"{config.dtype} on {where}, execution {run.execution}, seed {config.seed}",
     ]
-    notes += run.data.provenance.messages
+    notes += [*run.data.provenance.messages, *run.notes]
     class_imbalance = run.data.imbalance(run.splits.train)
     if config.balanced_sampling:
         notes.append(f"every class is drawn equally often{f', though {class_imbalance}' if class_imbalance else ''}")
@@ -62,7 +63,7 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
 
 
 def _warn_of_settings(run: Run) -> None:
-    """Warn (on the main rank) of a ramp longer than the run, and of ranks with unequal work."""
+    """Warn (on the main rank) of a ramp or a warm-up longer than the run, and of ranks with unequal work."""
     epochs, is_main = run.config.epochs, run.mesh.rank == 0
     reached = run.method.weight_at(epochs - 1)
     if run.method.ramp_epochs and reached < 0.99 and is_main:
@@ -71,10 +72,30 @@ def _warn_of_settings(run: Run) -> None:
             "shorten --method.ramp-epochs",
             stacklevel=3,
         )
+    warning = _describe_warmup(run.config)
+    if warning is not None and is_main:
+        warnings.warn(warning, stacklevel=3)
     if isinstance(run.peers, MeshPeers):
         warning = describe_imbalance(run.peers, run.loader.sample_batch()[0][:1])
         if warning is not None and is_main:
             warnings.warn(warning, stacklevel=3)
+
+
+def _describe_warmup(config: Config) -> str | None:
+    """Return a sentence about a warm-up that ends after the run or after a milestone, None for any other."""
+    warmup = config.warmup_epochs
+    if not warmup:
+        return None
+    if warmup >= config.epochs:
+        return f"the warm-up of {warmup:g} epochs does not end within the {config.epochs} epochs; shorten --warmup-epochs"
+    missed = [m for m in config.milestones or () if m < warmup] if config.schedule == "step" else []
+    if missed:
+        numbers = ", ".join(map(str, missed))
+        return (
+            f"the warm-up of {warmup:g} epochs ends after the milestone {numbers}, so the peak learning rate is never "
+            "reached; shorten --warmup-epochs, or give later --milestones"
+        )
+    return None
 
 
 def evaluate_run(run: Run, loader: Loader) -> dict[str, Any]:
