@@ -45,10 +45,10 @@ def compare(methods: list[str], config: CompareConfig) -> int:
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         run_grid(cells, config.seeds, folder, config.workers, show)
     rows = comparison_rows(cells)
+    write_comparison(cells, config, folder, rows)
     print_rows(rows, comparison_title(config))
     out.print(LEGEND)
     out.print(f"{time.perf_counter() - start:.0f} s in total; runs and table in {folder}")
-    write_comparison(cells, config, folder, rows)
     failures = list_failures(cells)
     if failures:
         raise MachineError("some runs failed: " + "; ".join(failures))

@@ -305,7 +305,9 @@ def import_callable(source: Source) -> Callable[..., nn.Module]:
             f"{', '.join(KINDS)} or an importable package.module before the colon"
         ) from None
     except (Exception, SystemExit) as error:  # the module's own code may raise anything
-        raise InputError(f"--model {source.name}: importing {source.kind} fails ({first_line(error)}); fix it") from error
+        raise InputError(
+            f"--model {source.name}: importing {source.kind} fails ({first_line(error)}); fix it"
+        ) from error
     finally:
         sys.path.remove(folder)
     factory = getattr(module, source.path, None)

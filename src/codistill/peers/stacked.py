@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from codistill.losses import scale_gradient
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branches import BranchPeers
-from codistill.peers.modes import frozen_batchnorm_stats, train_mode
+from codistill.peers.modes import copy_module, frozen_batchnorm_stats, train_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule
 from codistill.utils import InputError
 

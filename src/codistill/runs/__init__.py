@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from codistill.runs.run_folder import RunFolder as RunFolder
     from codistill.runs.run_folder import open_run as open_run
     from codistill.runs.trackers import Tracker as Tracker
+    from codistill.runs.trackers import find_tracker as find_tracker
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -23,6 +24,6 @@ __getattr__, __dir__ = lazy_names(
         "checkpoint": "load_run_checkpoint restore_rng rng_state",
         "records": "CheckpointState DataInfo EpochLine Figures RunResult",
         "run_folder": "RunFolder open_run",
-        "trackers": "Tracker",
+        "trackers": "Tracker find_tracker",
     },
 )

@@ -23,7 +23,7 @@ from codistill.training.student import (
     deployed_name,
     deployed_network,
 )
-from codistill.utils import DTYPES
+from codistill.utils import DTYPES, out_of_memory
 
 MAX_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes is unreadable
 
@@ -87,7 +87,9 @@ def _describe_warmup(config: Config) -> str | None:
     if not warmup:
         return None
     if warmup >= config.epochs:
-        return f"the warm-up of {warmup:g} epochs does not end within the {config.epochs} epochs; shorten --warmup-epochs"
+        return (
+            f"the warm-up of {warmup:g} epochs does not end within the {config.epochs} epochs; shorten --warmup-epochs"
+        )
     missed = [m for m in config.milestones or () if m < warmup] if config.schedule == "step" else []
     if missed:
         numbers = ", ".join(map(str, missed))
@@ -145,7 +147,8 @@ def run_result(run: Run, members: dict[str, Any], ema: dict[str, Any] | None) ->
 def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str, Any]:
     """Measure what training and inference cost (keys as in result.json).
 
-    On several ranks no process holds everything that is trained, so most figures are left out.
+    On several ranks no process holds everything that is trained, so most figures are left out, as are those that a
+    network cannot be measured for; the run is complete all the same.
 
     Args:
         run: What was trained.
@@ -157,15 +160,18 @@ def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str
     views = run.peers.num_peers if "views" in run.method.needs else 1
     zeros_VBCHW = torch.zeros(views, 2, *size, dtype=DTYPES[run.config.dtype], device=run.device)
     labels_B = torch.zeros(2, dtype=torch.int64, device=run.device)
+    flops, inference = None, {}
     try:
+        inference = inference_cost(deployed_network(run), zeros_VBCHW[0, 0], run.peers.autocast)
         flops = training_flops(run.peers, run.method, forward, zeros_VBCHW, labels_B)
-    except RuntimeError:  # some users' networks have no backward in evaluation mode; the run is complete all the same
-        flops = None
+    except Exception as error:  # users' networks may raise anything: some have no backward in evaluation mode
+        if out_of_memory(error) is not None:
+            raise
     return {
         "training_flops_a_sample": flops,
         "samples_seen": run.loader.num_samples * run.config.epochs,
         "measured_on": str(run.device.type),
-        **inference_cost(deployed_network(run), zeros_VBCHW[0, 0], run.peers.autocast),
+        **inference,
     }
 
 

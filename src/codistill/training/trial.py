@@ -60,9 +60,12 @@ def _try(
 ) -> tuple[str, Exception] | None:
     """Run every part once; return the part that failed and its error, None if none did."""
     parameter = next(peers.parameters())
-    pixels = torch.linspace(-40.0, 40.0, 2 * image_shape[0] * image_shape[1] * image_shape[2]).sin()
-    memory_format = torch.channels_last if config.channels_last else torch.contiguous_format
-    images_BCHW = pixels.view(2, *image_shape).to(parameter).contiguous(memory_format=memory_format)
+    channels, height, width = image_shape
+    pixels = torch.linspace(-40.0, 40.0, 2 * channels * height * width).sin().to(parameter)
+    if config.channels_last:  # as the loaders make them
+        images_BCHW = pixels.view(2, height, width, channels).movedim(-1, 1)
+    else:
+        images_BCHW = pixels.view(2, channels, height, width)
     buffers = [(buffer, buffer.clone()) for buffer in peers.buffers()]
     random_states = rng_state()
     part = "training"
