@@ -246,7 +246,7 @@ def poisoned(monkeypatch):
 
     def with_poison(self, number=0, start=0):
         for step, (views, targets) in enumerate(epoch(self, number, start), start):
-            bad = (number, step) in places and self.augmentation is not None
+            bad = (number, step) in places and self.options.augmentation is not None
             yield (torch.full_like(views, float("nan")) if bad else views), targets
 
     monkeypatch.setattr(DeviceLoader, "epoch", with_poison)
