@@ -11,6 +11,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 from codistill.config.config import Config
 from codistill.evaluation.fold_batchnorm import folded_for_evaluation
 from codistill.models.external import parse_source
+from codistill.models.weights import load_weights, read_weights, without_wrappers
 from codistill.peers.ema import MeanTeacher
 from codistill.peers.modes import copy_module
 from codistill.peers.networks import NetworkPeers
@@ -143,3 +144,38 @@ def test_a_callable_without_a_signature_is_refused():
 def test_built_in_networks_are_not_tried(monkeypatch):
     monkeypatch.setattr("codistill.training.trial._try", lambda *_: pytest.fail("tried"))
     build_run(Config("independent", "resnet8", "digits", peers=1).resolved())
+
+
+class Net(nn.Module):
+    def __init__(self, num_classes=3, in_channels=3):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(in_channels, 4, 3), nn.BatchNorm2d(4), nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x)).mean((2, 3)))
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.backbone."])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", None])
+def test_weights_of_wrapped_networks_load(prefix, key, tmp_path):
+    trained = Net()
+    state = {prefix + name: value for name, value in trained.state_dict().items()} | {"loss.weight": torch.zeros(3)}
+    if not prefix.startswith("model."):
+        del state["loss.weight"]
+    torch.save(state if key is None else {key: state, "epoch": 3}, tmp_path / "w.pt")
+    network = load_weights(Net(), read_weights(str(tmp_path / "w.pt")), "--weights w.pt")
+    assert all(torch.equal(value, trained.state_dict()[name]) for name, value in network.state_dict().items())
+
+
+def test_a_prefix_that_cannot_be_dropped_is_named():
+    weights = {f"encoder.{name}": value for name, value in Net().state_dict().items() if "norm" not in name}
+    with pytest.raises(InputError, match=r"at conv.weight \(the file has encoder.conv.weight\)"):
+        load_weights(Net(), weights, "--weights w.pt")
+
+
+def test_names_of_wrapped_networks_have_no_prefix():
+    network = nn.DataParallel(torch.compile(Net(), backend="eager"))
+    assert without_wrappers(network).state_dict().keys() == Net().state_dict().keys()
+    weights = Net().state_dict()
+    load_weights(network, weights, "--weights w.pt")
+    assert torch.equal(without_wrappers(network).conv.weight, weights["conv.weight"])

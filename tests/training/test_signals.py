@@ -9,8 +9,19 @@ from codistill.cli.main import main
 from codistill.utils.signals import catch_signals, raise_on_signals
 from helpers.common import read_json
 
-WORDS = "train independent --peers 1 --model tiny_network:Tiny --data digits --train-per-class 6".split()
-WORDS += "--batch-size 16 --epochs 1 --device cpu --out".split()
+WORDS = [
+    "train",
+    "independent",
+    "--peers",
+    "1",
+    "--model",
+    "tiny_network:Tiny",
+    "--data",
+    "digits",
+    "--train-per-class",
+    "6",
+]
+WORDS += ["--train-per-class", "6", "--batch-size", "16", "--epochs", "1", "--device", "cpu", "--out"]
 
 
 def send(name):
