@@ -4,13 +4,17 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from codistill.cli.main import main
+from codistill.deploy.export import _export_errors_as_sentence
 from codistill.training.build import load_run
+from codistill.training.teacher import read_export_metadata
+from codistill.utils.errors import InputError
 from codistill.utils.tables import escape_markdown
 from helpers.common import read_json
 from helpers.folders import ODD, write_folder
@@ -144,7 +148,7 @@ def test_weights_load_into_their_own_library(model, load, tmp_path, capsys):
     assert main(["train", "dml", "--model", model, *words, "--out", str(tmp_path / "run")]) == 0
     out = export(tmp_path / "run", "safetensors", tmp_path / "s.safetensors", capsys)
     with safe_open(out, "pt") as archive:
-        about = {key: json.loads(value) for key, value in archive.metadata().items()}
+        about = json.loads(archive.metadata()["codistill"])
     assert about["channels"] == (3 if model.startswith("torchvision") else 1)  # gray digits, repeated for torchvision
     network = load(len(about["classes"]), about["channels"])
     network.load_state_dict(load_file(out))
@@ -161,3 +165,43 @@ def test_a_file_that_exists_or_ends_wrongly_is_refused(run, tmp_path, capsys):
     assert main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "s.onnx")]) == 2
     assert "exists; remove it" in capsys.readouterr().err
     assert (tmp_path / "s.onnx").read_text() == "mine"
+
+
+@pytest.mark.slow
+def test_an_onnx_file_can_be_quantized(run, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    export(run, "onnx", tmp_path / "s.onnx", capsys)
+    quantize_dynamic(tmp_path / "s.onnx", tmp_path / "q.onnx", weight_type=QuantType.QUInt8)
+    x = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
+    outputs = [
+        onnxruntime.InferenceSession(tmp_path / name).run(None, {"images": x})[0] for name in ("s.onnx", "q.onnx")
+    ]
+    assert np.abs(outputs[0] - outputs[1]).max() < 0.2 * np.abs(outputs[0]).max()
+
+
+def _raise_chained():
+    try:
+        raise ValueError("the real reason\nand more")
+    except ValueError as error:
+        raise RuntimeError("Failed to export") from error
+
+
+def test_the_reason_of_a_failed_export_is_the_first_one():
+    with pytest.raises(InputError, match=r"in that format \(the real reason\)"), _export_errors_as_sentence("onnx"):
+        _raise_chained()
+
+
+def test_safetensors_has_the_usual_format_and_the_same_bytes_every_time(run, tmp_path, capsys):
+    from safetensors import safe_open
+
+    files = [export(run, "safetensors", tmp_path / name / "s.safetensors", capsys) for name in "ab"]
+    assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
+    with safe_open(files[0], "pt") as archive:
+        texts = archive.metadata()
+    assert list(texts) == ["codistill", "format"]
+    assert texts["format"] == "pt"
+    early = {key: json.dumps(value) for key, value in json.loads(texts["codistill"]).items()}
+    assert read_export_metadata(early) == read_export_metadata(texts)
+    assert read_export_metadata({"format": "pt"}) == {}

@@ -118,7 +118,7 @@ def _identity(batch: Any) -> Any:
 
 def _ignore_signals(_worker: int) -> None:
     """Ignore signals in a worker: they reach the whole process group, and the main process still needs its batches."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 

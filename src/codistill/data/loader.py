@@ -160,7 +160,8 @@ class Loader:
         if "cut_y" in draws and augmentation is not None:
             x = x * _outside_square(draws["cut_y"], draws["cut_x"], augmentation.cutout, x.shape[2]).to(x.dtype)
         x = x.movedim(-1, 2)
-        return x if self.options.channels_last else x.contiguous()
+        # Through a flat view: one channel is contiguous in both orders, and its strides would still say channels_last.
+        return x if self.options.channels_last else x.contiguous().flatten().view(x.shape)
 
 
 def _outside_square(y_VB: Tensor, x_VB: Tensor, side: int, size: int) -> Tensor:

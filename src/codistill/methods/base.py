@@ -106,7 +106,15 @@ class Method(nn.Module):
         return cls(num_peers=info.num_peers, **dataclasses.asdict(config))
 
     def weight_at(self, epoch: float) -> float:
-        """Return the ramp's value in an epoch; epochs are counted from 0."""
+        """Return the ramp's value in an epoch; epochs are counted from 0.
+
+        A method that is built by hand does not know the length of the run: its ramp lasts `ramp_epochs` (80 where it is
+        not given, as in the papers' runs of 300 epochs), so give `ramp_epochs` in a shorter run of your own.
+
+        >>> import codistill as cd
+        >>> f"{cd.methods.OKDDip(4, 64).weight_at(9):.3f}, {cd.methods.OKDDip(4, 64, ramp_epochs=3).weight_at(9):.3f}"
+        '0.020, 1.000'
+        """
         return sigmoid_ramp(epoch, self.ramp_epochs)
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
@@ -147,11 +155,14 @@ class Method(nn.Module):
         """Update the method's own state from the outputs on the holdout, once per epoch."""
 
     def deploy(self, peers: Peers) -> nn.Module:
-        """Return the one plain network that is deployed."""
-        return peers.export_member(self.deployed)
+        """Return the one plain network that is deployed, in evaluation mode."""
+        return peers.export_member(self.deployed).eval()
 
     def deploy_ensemble(self, peers: Peers) -> nn.Module:
-        """Return the ensemble as one network that returns log-probabilities, at the cost of all its members."""
+        """Return the ensemble as one network that returns log-probabilities, at the cost of all its members.
+
+        It holds the peers themselves. Evaluation mode is left to the caller, who may go on training them.
+        """
         return Ensemble(peers, self)
 
 

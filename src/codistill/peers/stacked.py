@@ -11,7 +11,6 @@ Shapes: V views, P peers, B batch, C channels or classes, D features.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from codistill.losses import scale_gradient
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branches import BranchPeers
-from codistill.peers.modes import frozen_batchnorm_stats, train_mode
+from codistill.peers.modes import copy_module, frozen_batchnorm_stats, train_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule
 from codistill.utils import InputError
 
@@ -156,7 +155,7 @@ class StackedPeers:
         """Stacked BatchNorms and their members' common count of batches."""
         self._parts: list[list[Tensor]] = []
         """For every one of `parameters`, the members' parameters that it concatenates."""
-        body = copy.deepcopy(members[0].body, {id(shared): shared for shared in trunk})
+        body = copy_module(members[0].body, {id(shared): shared for shared in trunk})
         self.body = self._convert(body, [m.body for m in members])
         heads = [m.head for m in members if isinstance(m.head, nn.Linear)]
         if len(heads) < len(members):

@@ -7,6 +7,7 @@ from codistill.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from codistill.runs.checkpoint import load_run_checkpoint as load_run_checkpoint
     from codistill.runs.checkpoint import restore_rng as restore_rng
+    from codistill.runs.checkpoint import rng_state as rng_state
     from codistill.runs.records import CheckpointState as CheckpointState
     from codistill.runs.records import DataInfo as DataInfo
     from codistill.runs.records import EpochLine as EpochLine
@@ -15,16 +16,17 @@ if TYPE_CHECKING:
     from codistill.runs.run_folder import RunFolder as RunFolder
     from codistill.runs.run_folder import open_run as open_run
     from codistill.runs.trackers import Tracker as Tracker
+    from codistill.runs.trackers import find_tracker as find_tracker
     from codistill.runs.trained_images import read_trained_hashes as read_trained_hashes
     from codistill.runs.trained_images import write_trained_hashes as write_trained_hashes
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "checkpoint": "load_run_checkpoint restore_rng",
+        "checkpoint": "load_run_checkpoint restore_rng rng_state",
         "records": "CheckpointState DataInfo EpochLine Figures RunResult",
         "run_folder": "RunFolder open_run",
-        "trackers": "Tracker",
+        "trackers": "Tracker find_tracker",
         "trained_images": "read_trained_hashes write_trained_hashes",
     },
 )

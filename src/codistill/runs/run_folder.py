@@ -19,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -113,6 +113,7 @@ class RunFolder:
             MachineError: the disk is full.
         """
         with ExitStack() as stack:
+            stack.callback(self._remove_if_unused, _missing_folders(self.path))
             try:
                 stack.enter_context(lock(self.path / "run.lock"))
             except LockedError as error:
@@ -129,6 +130,16 @@ class RunFolder:
             for leftover in self.path.glob(".*.tmp"):  # of a killed process
                 leftover.unlink(missing_ok=True)
             yield
+
+    def _remove_if_unused(self, created: list[Path]) -> None:
+        """Remove the folder, and those above it that were created with it, where no run began in it."""
+        with suppress(OSError):
+            files = list(self.path.iterdir())
+            if all(map(_is_leftover, files)):
+                for file in files:
+                    file.unlink(missing_ok=True)
+                for folder in created:
+                    folder.rmdir()
 
     @property
     def complete(self) -> bool:
@@ -182,6 +193,11 @@ class RunFolder:
     def load(self) -> CheckpointState | None:
         """Return the newest good checkpoint, None if there is none yet; damaged ones are renamed."""
         return load_newest(self.path, rename_damaged=True)
+
+
+def _missing_folders(path: Path) -> list[Path]:
+    """Return `path` and the folders above it that do not exist, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def _is_leftover(path: Path) -> bool:

@@ -27,6 +27,7 @@ from codistill.training.state import restore_state
 from codistill.training.step import parameters_of
 from codistill.training.step_graph import StepGraph
 from codistill.training.teacher import load_teacher
+from codistill.training.trial import try_networks
 from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device, read_json
 
 
@@ -62,6 +63,10 @@ def build_run(
     peers, method = build_networks(config, data, mesh, load_weights=load_weights)
     if "teacher" in method.needs:
         teacher = build_teacher(config, data, mesh.device, teacher)
+    notes: list[str] = []
+    if not (mesh.sync_bn and mesh.num_data > 1):  # whose norms exchange statistics with the other ranks
+        shape = (data.channels, data.image_size, data.image_size)
+        config, notes = try_networks(config, peers.local, teacher, shape)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
     frozen = freeze_modules(peers.local, config.freeze)
     if ema is not None:
@@ -91,6 +96,7 @@ def build_run(
         execution=execution,
         frozen=frozen,
         graph=StepGraph(parameters_of(optimizers[0])) if can_capture_step(config, method, mesh) else None,
+        notes=notes,
     )
     run.progress.sums = zero_sums(run)
     return run

@@ -60,6 +60,8 @@ class Run:
     """Modules that do not change, running statistics included."""
     graph: StepGraph | None = None
     """Runs forward and backward as a captured CUDA graph; None: eagerly."""
+    notes: list[str] = field(default_factory=list)
+    """What set-up changed in the config, in sentences."""
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codistill.config import Config
 from codistill.data import Loader
 from codistill.distributed import MeshPeers, describe_imbalance
 from codistill.evaluation import PeerMetrics, evaluate_peers, inference_cost, training_flops
@@ -22,7 +23,7 @@ from codistill.training.student import (
     deployed_name,
     deployed_network,
 )
-from codistill.utils import DTYPES
+from codistill.utils import DTYPES, out_of_memory
 
 MAX_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes is unreadable
 
@@ -52,7 +53,7 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
         f"seed {config.seed}",
     ]
     notes.append(_describe_classes(run.data.classes))
-    notes += run.data.provenance.messages
+    notes += [*run.data.provenance.messages, *run.notes]
     class_imbalance = run.data.imbalance(run.splits.train)
     if config.balanced_sampling:
         notes.append(f"every class is drawn equally often{f', though {class_imbalance}' if class_imbalance else ''}")
@@ -109,7 +110,7 @@ def activation_bytes(peers: Peers, views_VBCHW: Tensor) -> int:
 
 
 def _warn_of_settings(run: Run) -> None:
-    """Warn (on the main rank) of a ramp longer than the run, of large images, and of ranks with unequal work."""
+    """Warn (on the main rank) of a ramp or a warm-up longer than the run, of large images, and of unequal ranks."""
     epochs, is_main = run.config.epochs, run.mesh.rank == 0
     reached = run.method.weight_at(epochs - 1)
     if run.method.ramp_epochs and reached < 0.99 and is_main:
@@ -119,10 +120,32 @@ def _warn_of_settings(run: Run) -> None:
             stacklevel=3,
         )
     _warn_of_size(run)
+    warning = _describe_warmup(run.config)
+    if warning is not None and is_main:
+        warnings.warn(warning, stacklevel=3)
     if isinstance(run.peers, MeshPeers):
         warning = describe_imbalance(run.peers, run.loader.sample_batch()[0][:1])
         if warning is not None and is_main:
             warnings.warn(warning, stacklevel=3)
+
+
+def _describe_warmup(config: Config) -> str | None:
+    """Return a sentence about a warm-up that ends after the run or after a milestone, None for any other."""
+    warmup = config.warmup_epochs
+    if not warmup:
+        return None
+    if warmup >= config.epochs:
+        return (
+            f"the warm-up of {warmup:g} epochs does not end within the {config.epochs} epochs; shorten --warmup-epochs"
+        )
+    missed = [m for m in config.milestones or () if m < warmup] if config.schedule == "step" else []
+    if missed:
+        numbers = ", ".join(map(str, missed))
+        return (
+            f"the warm-up of {warmup:g} epochs ends after the milestone {numbers}, so the peak learning rate is never "
+            "reached; shorten --warmup-epochs, or give later --milestones"
+        )
+    return None
 
 
 def evaluate_run(run: Run, loader: Loader) -> dict[str, Any]:
@@ -172,7 +195,8 @@ def run_result(run: Run, members: dict[str, Any], ema: dict[str, Any] | None) ->
 def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str, Any]:
     """Measure what training and inference cost (keys as in result.json).
 
-    On several ranks no process holds everything that is trained, so most figures are left out.
+    On several ranks no process holds everything that is trained, so most figures are left out, as are those that a
+    network cannot be measured for; the run is complete all the same.
 
     Args:
         run: What was trained.
@@ -184,15 +208,18 @@ def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str
     views = run.peers.num_peers if "views" in run.method.needs else 1
     zeros_VBCHW = torch.zeros(views, 2, *size, dtype=DTYPES[run.config.dtype], device=run.device)
     labels_B = torch.zeros(2, dtype=torch.int64, device=run.device)
+    flops, inference = None, {}
     try:
+        inference = inference_cost(deployed_network(run), zeros_VBCHW[0, 0], run.peers.autocast)
         flops = training_flops(run.peers, run.method, forward, zeros_VBCHW, labels_B)
-    except RuntimeError:  # some users' networks have no backward in evaluation mode; the run is complete all the same
-        flops = None
+    except Exception as error:  # users' networks may raise anything: some have no backward in evaluation mode
+        if out_of_memory(error) is not None:
+            raise
     return {
         "training_flops_a_sample": flops,
         "samples_seen": run.loader.num_samples * run.config.epochs,
         "measured_on": str(run.device.type),
-        **inference_cost(deployed_network(run), zeros_VBCHW[0, 0], run.peers.autocast),
+        **inference,
     }
 
 

@@ -16,7 +16,11 @@ def run(parsed: Parsed) -> int:
     """Train the runs one after the other; the first rank of a mesh prints each run's test figures."""
     set_progress_display(show_progress)
     for config in _configs_of_seeds(parsed.options, parsed.seeds):
-        result = train(config, RichReporter())
+        reporter = RichReporter()
+        try:
+            result = train(config, reporter)
+        finally:
+            reporter.stop()
         if result.training.mesh.rank == 0:
             _print_result(result)
     shutdown()
