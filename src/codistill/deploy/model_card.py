@@ -133,12 +133,13 @@ def _describe_training(run: Run, folder: Path, result: dict[str, Any]) -> str:
     cited = f" ({escape_markdown(paper)})" if paper else ""
     varied = result.get("augmentation") or run.data.describe_augmentation(augment=c.augment, cutout=c.cutout)
     lines = [
-        f"- Data: {escape_markdown(c.data)}; {result.get('split') or run.splits.describe(run.data)}",
+        f"- Data: {escape_markdown(c.data)}; {escape_markdown(result.get('split') or run.splits.describe(run.data))}",
         f"- Method: {run.method.name}, {run.peers.num_peers} {c.topology}{cited}",
         f"- From {escape_markdown(start)}; {c.epochs} epochs, batch {c.batch_size}, learning rate {c.lr:g}, "
-        f"weight decay {c.weight_decay:g}; {varied}; seed {c.seed}",
+        f"weight decay {c.weight_decay:g}; {escape_markdown(varied)}; seed {c.seed}",
         f"- Cost: {trained:,} parameters trained, {deployed:,} deployed; {seconds:.0f} s on {escape_markdown(device)}",
-        f"- codistill {environment.get('codistill', '?')}, torch {environment.get('torch', '?')}",
+        f"- codistill {escape_markdown(str(environment.get('codistill', '?')))}, "
+        f"torch {escape_markdown(str(environment.get('torch', '?')))}",
     ]
     return "## Training\n\n" + "\n".join(lines)
 

@@ -21,7 +21,7 @@ from codistill.data import read_pixels
 from codistill.deploy.calibrate import temperature_key
 from codistill.runs import DataInfo, load_run_checkpoint, open_run
 from codistill.training import load_student
-from codistill.utils import InputError, check_imports, find_outside_links, pick_device, read_json
+from codistill.utils import InputError, check_imports, escape_csv, find_outside_links, pick_device, read_json
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -121,12 +121,13 @@ def predict_images(predictor: Predictor, files: Sequence[Path], top: int, batch_
 
 
 def format_csv(rows: Sequence[Prediction], top: int) -> str:
-    """Return predictions as CSV: file, class1, probability1, class2, ..., error."""
+    """Return predictions as CSV: file, class1, probability1, class2, ..., error; every name is escaped."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     pairs = [name for k in range(1, top + 1) for name in (f"class{k}", f"probability{k}")]
     writer.writerow(["file", *pairs, "error"])
     for row in rows:
         cells = [cell for guess in row.get("top", []) for cell in (guess["class"], f"{guess['probability']:.6f}")]
-        writer.writerow([row["file"], *cells, *[""] * (2 * top - len(cells)), row.get("error", "")])
+        padded = [row["file"], *cells, *[""] * (2 * top - len(cells)), row.get("error", "")]
+        writer.writerow(map(escape_csv, padded))
     return stream.getvalue()

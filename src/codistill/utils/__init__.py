@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from codistill.utils.errors import suggest as suggest
     from codistill.utils.files import DISK_FULL as DISK_FULL
     from codistill.utils.files import LockedError as LockedError
+    from codistill.utils.files import finite_or_null as finite_or_null
     from codistill.utils.files import lock as lock
     from codistill.utils.files import read_json as read_json
     from codistill.utils.files import read_lines as read_lines
@@ -46,6 +47,8 @@ if TYPE_CHECKING:
     from codistill.utils.signals import catch_signals as catch_signals
     from codistill.utils.tables import Rows as Rows
     from codistill.utils.tables import comma_separated as comma_separated
+    from codistill.utils.tables import escape_csv as escape_csv
+    from codistill.utils.tables import escape_json as escape_json
     from codistill.utils.tables import escape_markdown as escape_markdown
     from codistill.utils.tables import latex as latex
     from codistill.utils.tables import looks_numeric as looks_numeric
@@ -63,10 +66,10 @@ __getattr__, __dir__ = lazy_names(
             "InputError MachineError OtherRankFailedError Stopped UnreadableError explain_failure "
             "first_line on_one_line out_of_memory suggest"
         ),
-        "files": "DISK_FULL LockedError lock read_json read_lines write_atomically write_json write_text",
+        "files": "DISK_FULL LockedError finite_or_null lock read_json read_lines write_atomically write_json write_text",
         "parameters": "count_parameters",
         "safe_load": "check_npz_sizes find_looping_links find_outside_links load_tensors",
         "signals": "catch_signals",
-        "tables": "Rows comma_separated escape_markdown latex looks_numeric markdown",
+        "tables": "Rows comma_separated escape_csv escape_json escape_markdown latex looks_numeric markdown",
     },
 )

@@ -41,7 +41,7 @@ class Stopped(Exception):  # noqa: N818
 
 
 def on_one_line(text: object) -> str:
-    """Return text with every line break and control character replaced by a space."""
+    """Return text with every line break and control character replaced by a space, harmless in any terminal."""
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import platform
 import secrets
@@ -61,8 +62,21 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    """Write JSON atomically; figures that are not finite are written as null."""
+    write_text(path, json.dumps(finite_or_null(values), indent=2, allow_nan=False) + "\n")
+
+
+def finite_or_null(values: Any) -> Any:
+    """Return plain values with None in place of NaN and infinities, for which JSON has no spelling.
+
+    >>> finite_or_null({"top1": [10.0, float("nan")]})
+    {'top1': [10.0, None]}
+    """
+    if isinstance(values, float):
+        return values if math.isfinite(values) else None
+    if isinstance(values, dict):
+        return {key: finite_or_null(value) for key, value in values.items()}
+    return [finite_or_null(value) for value in values] if isinstance(values, list | tuple) else values
 
 
 def read_json(path: Path, *keys: str) -> dict[str, Any] | None:

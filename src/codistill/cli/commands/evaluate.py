@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from codistill.training import (
     make_loader,
     test_loader,
 )
-from codistill.utils import InputError, keep_freed_memory
+from codistill.utils import InputError, escape_json, keep_freed_memory
 
 
 def run(parsed: Parsed) -> int:
@@ -39,7 +38,7 @@ def run(parsed: Parsed) -> int:
     figures, name = evaluate_run(trained, loader), deployed_name(trained)
     extra = _extra_metrics(trained, loader, options, folder)
     if options.json:
-        print(json.dumps(figures | {"deployed": name} | extra))
+        print(escape_json(figures | {"deployed": name} | extra))
         return 0
     title = f"{options.data or f'{trained.config.data} {options.split}'}, {loader.num_samples:,} images"
     out.print(members_table(figures["members"], name, title, figures["ema"]))
@@ -52,7 +51,7 @@ def _load_images(trained: Run, options: EvaluateOptions) -> Loader:
     if options.data is not None:
         images, labels, note = load_external_test_set(options.data, options.data_dir, trained.data.metadata())
         if note:
-            err.print(f"{options.data}: {note}", style="dim", markup=False)
+            err.print(f"{options.data}: {note}", style="dim")
         return make_loader(trained.config, trained.data, (images, labels), trained.device)
     loader = test_loader(trained)
     if options.split == "val":

@@ -20,7 +20,7 @@ def run(parsed: Parsed) -> int:
         trained = load_run(folder, options.data_dir, "cpu", options.checkpoint)
     except InputError as error:  # if only the images are missing, noise is enough to compare outputs
         trained = load_without_images(folder, "cpu", why=str(error), checkpoint=options.checkpoint)
-        err.print(f"the file is checked on noise, since the run's images cannot be loaded ({error})", markup=False)
+        err.print(f"the file is checked on noise, since the run's images cannot be loaded ({error})")
     difference = export_student(trained, path, options.format)
     card = path.with_suffix(".md")
     write_text(card, make_model_card(trained, folder, path, difference, options.license, options.checkpoint))
