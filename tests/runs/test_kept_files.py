@@ -8,9 +8,9 @@ from codistill.cli.main import main
 from codistill.config.config import Config, ReproduceConfig
 from codistill.reproduce.plan import make_plan
 from codistill.reproduce.table_folder import prepare_table_folder, read_plan
+from codistill.runs import read_epoch_lines
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
-from codistill.utils.files import read_lines
 from helpers.common import read_json
 from helpers.runs import small
 
@@ -50,11 +50,11 @@ def test_a_complete_run_without_its_last_weights_is_left_alone(gone, run, tmp_pa
             path.unlink()
         elif path.name == "last.pt":
             path.write_bytes(path.read_bytes()[:-100])
-    before = read_lines(tmp_path / "run" / "metrics.jsonl")
+    before = read_epoch_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(before) == 3
     with pytest.raises(InputError, match="is complete, but the checkpoint of its last epoch is gone or damaged"):
         train(small(tmp_path / "run", resume="auto"))
-    assert read_lines(tmp_path / "run" / "metrics.jsonl") == before
+    assert read_epoch_lines(tmp_path / "run" / "metrics.jsonl") == before
     assert (tmp_path / "run" / "result.json").exists()
 
 

@@ -6,13 +6,15 @@ It states only what the folder holds. Names of classes, files and data are chose
 from __future__ import annotations
 
 import json
+import warnings
 from pathlib import Path
 from typing import Any
 
 from codistill.config import Checkpoint
 from codistill.methods import CLASSES
+from codistill.runs import Environment, RunResult, TableFile, read_record
 from codistill.training import Run, count_trained_and_deployed, deployed_name
-from codistill.utils import escape_markdown, markdown, on_one_line, read_json
+from codistill.utils import InputError, escape_markdown, markdown, on_one_line
 
 MAX_CLASS_NAMES = 30
 
@@ -30,7 +32,7 @@ def make_model_card(
         license: The license of the weights, as the Hub spells it.
         checkpoint: The exported weights; for the best ones no test figures are given, which are the last epoch's.
     """
-    result = read_json(folder / "result.json") or {}
+    result: dict[str, Any] = {**(read_record(folder / "result.json", RunResult) or {})}
     if checkpoint == "best":
         result = {name: value for name, value in result.items() if name != "student"}
     parts = [
@@ -107,7 +109,7 @@ def _describe_accuracy(run: Run, result: dict[str, Any], folder: Path) -> str:
     honest = "every choice was made on validation images, and the test set was read once."
     text += honest if run.config.protocol == "honest" else "no validation part, the last epoch counts."
     text += f"\n\n{markdown(rows)}"
-    grid = read_json(folder.parent.parent / "table.json")
+    grid = _read_grid_table(folder.resolve().parent.parent)
     if grid is None:
         return text + "\nNo baseline was trained beside this run; `codistill compare` trains one of equal cost."
     columns = ("peers", "n", "top-1 %", "vs equal cost", "parameters trained", "deployed", "s a run")
@@ -116,10 +118,19 @@ def _describe_accuracy(run: Run, result: dict[str, Any], folder: Path) -> str:
     return f"{text}\nThe grid that this run belongs to ({title}), with baselines of equal cost:\n\n{markdown(table)}"
 
 
+def _read_grid_table(folder: Path) -> TableFile | None:
+    """Return the table of the grid in a folder; None where it has none, or one of another program."""
+    try:
+        return read_record(folder / "table.json", TableFile) if (folder / "grid.json").exists() else None
+    except InputError as error:
+        warnings.warn(f"the model card leaves the grid's table out: {error}", stacklevel=2)
+        return None
+
+
 def _describe_training(run: Run, folder: Path, result: dict[str, Any]) -> str:
     c = run.config
     trained, deployed = count_trained_and_deployed(run)
-    environment = read_json(folder / "environment.json") or {}
+    environment = read_record(folder / "environment.json", Environment) or {}
     start = (
         "the library's pretrained weights"
         if c.pretrained

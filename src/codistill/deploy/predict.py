@@ -10,7 +10,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -18,10 +18,10 @@ from torch import nn
 
 from codistill.config import Checkpoint, Device
 from codistill.data import read_pixels
-from codistill.deploy.calibrate import temperature_key
-from codistill.runs import DataInfo, load_run_checkpoint, open_run
+from codistill.deploy.calibrate import read_temperature
+from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
 from codistill.training import load_student
-from codistill.utils import InputError, check_imports, escape_csv, find_outside_links, pick_device, read_json
+from codistill.utils import InputError, check_imports, escape_csv, find_outside_links, pick_device
 
 SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
 
@@ -57,15 +57,14 @@ def load_predictor(
     """
     path = Path(run)
     config = open_run(path, without_initial_weights=True)
-    data_info = read_json(path / "data.json", "classes", "channels", "image_size", "mean", "std")
-    if data_info is None:
+    info = read_record(path / "data.json", DataInfo)
+    if info is None:
         raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")
     check_imports(config.network_names(), path, allow_import)
     state = load_run_checkpoint(path, checkpoint)
-    info = cast(DataInfo, data_info)
     network = load_student(config, state, len(info["classes"]), info["channels"], info["image_size"])
     torch_device = pick_device(device)
-    return Predictor(network.to(torch_device), info, torch_device, data_info.get(temperature_key(checkpoint), 1.0))
+    return Predictor(network.to(torch_device), info, torch_device, read_temperature(info, checkpoint))
 
 
 def find_images(names: Sequence[str]) -> list[Path]:

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from codistill.config import METHODS, CompareConfig, Config, TeacherConfig, method_config, slug
 from codistill.reproduce.grid import Cell, list_failures
-from codistill.utils import InputError, Rows, markdown, write_json, write_text
+from codistill.runs import write_record
+from codistill.utils import InputError, Rows, markdown, write_text
 
 
 def check_options(config: CompareConfig) -> None:
@@ -120,6 +121,6 @@ def write_comparison(cells: list[Cell], config: CompareConfig, folder: Path, row
     """Write the table as Markdown and JSON, and grid.json, from which a report reads the rows of the comparison."""
     title = comparison_title(config)
     labels = [{"label": cell.label, "baseline": cell.baseline} for cell in cells]
-    write_json(folder / "grid.json", {"kind": "compare", "title": title, "seeds": config.seeds, "cells": labels})
-    write_json(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
+    write_record(folder / "grid.json", {"kind": "compare", "title": title, "seeds": config.seeds, "cells": labels})
+    write_record(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
     write_text(folder / "table.md", f"{title}\n\n{markdown(rows)}")

@@ -14,6 +14,8 @@ def format_mean_std(values: Sequence[float], digits: int = 2) -> str:
     """Return `mean ± deviation` (of the sample, n - 1); one value is written without a deviation, marked `n=1`."""
     if not values:
         return "failed"
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     if len(values) == 1:
         return f"{values[0]:.{digits}f} (n=1)"
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
@@ -24,12 +26,15 @@ Difference = tuple[float, float, int]
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """Return (mean difference, half width of its 95 % t-interval, n) over the common seeds; None for fewer than 2."""
+    """Return (mean difference, half width of its 95 % t-interval, n) over the common seeds.
+
+    None for fewer than 2 seeds, and where a value is not finite: the run of that seed diverged.
+    """
     from scipy.stats import t as student_t
 
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     count = len(differences)
-    if count < 2:
+    if count < 2 or not all(map(math.isfinite, differences)):
         return None
     half = float(student_t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
     return fmean(differences), half, count
@@ -61,7 +66,7 @@ def comparison_rows(cells: list[Cell]) -> Rows:
         accuracy = accuracy_by_seed(cell)
         row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": format_mean_std(list(accuracy.values()))}
         if top5:
-            row["top-5 %"] = format_mean_std([s["top5"] for s in students])
+            row["top-5 %"] = format_mean_std([s["top5"] for s in students if "top5" in s])
         baseline = by_label.get(cell.baseline or "")
         difference = paired_difference(accuracy, accuracy_by_seed(baseline)) if baseline else None
         row["vs equal cost"] = format_difference(difference)

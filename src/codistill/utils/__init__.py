@@ -32,10 +32,12 @@ if TYPE_CHECKING:
     from codistill.utils.errors import suggest as suggest
     from codistill.utils.files import DISK_FULL as DISK_FULL
     from codistill.utils.files import LockedError as LockedError
+    from codistill.utils.files import check_regular as check_regular
     from codistill.utils.files import finite_or_null as finite_or_null
+    from codistill.utils.files import is_same_file as is_same_file
     from codistill.utils.files import lock as lock
+    from codistill.utils.files import read_file as read_file
     from codistill.utils.files import read_json as read_json
-    from codistill.utils.files import read_lines as read_lines
     from codistill.utils.files import write_atomically as write_atomically
     from codistill.utils.files import write_json as write_json
     from codistill.utils.files import write_text as write_text
@@ -66,7 +68,10 @@ __getattr__, __dir__ = lazy_names(
             "InputError MachineError OtherRankFailedError Stopped UnreadableError explain_failure "
             "first_line on_one_line out_of_memory suggest"
         ),
-        "files": "DISK_FULL LockedError finite_or_null lock read_json read_lines write_atomically write_json write_text",
+        "files": (
+            "DISK_FULL LockedError check_regular finite_or_null is_same_file lock read_file read_json write_atomically "
+            "write_json write_text"
+        ),
         "parameters": "count_parameters",
         "safe_load": "check_npz_sizes find_looping_links find_outside_links load_tensors",
         "signals": "catch_signals",

@@ -65,7 +65,7 @@ def escape_csv(cell: object) -> str:
 
 
 def escape_json(values: Any, indent: int | None = None) -> str:
-    """Return JSON in which every character that a terminal might obey is written as `\\u` and its number."""
+    """Return JSON in which every character that a terminal might obey is escaped by its number."""
     text = json.dumps(finite_or_null(values), indent=indent, ensure_ascii=False, allow_nan=False)
     return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
