@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from codistill.utils.errors import OtherRankFailedError as OtherRankFailedError
     from codistill.utils.errors import Stopped as Stopped
     from codistill.utils.errors import UnreadableError as UnreadableError
+    from codistill.utils.errors import describe_unexpected as describe_unexpected
     from codistill.utils.errors import explain_failure as explain_failure
     from codistill.utils.errors import first_line as first_line
     from codistill.utils.errors import on_one_line as on_one_line
@@ -65,7 +66,7 @@ __getattr__, __dir__ = lazy_names(
             "DTYPES accumulation_dtype allocated_bytes peak_megabytes pick_device reset_peak_memory synchronize"
         ),
         "errors": (
-            "InputError MachineError OtherRankFailedError Stopped UnreadableError explain_failure "
+            "InputError MachineError OtherRankFailedError Stopped UnreadableError describe_unexpected explain_failure "
             "first_line on_one_line out_of_memory suggest"
         ),
         "files": (

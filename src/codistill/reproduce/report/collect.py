@@ -91,7 +91,8 @@ def collect_sections(paths: list[Path]) -> list[Section]:
         if section is not None and section.groups:
             sections.append(section)
             continue
-        found = read_runs([config.parent for config in sorted(path.rglob("config.json"))])
+        folders = [config.parent for config in sorted(path.rglob("config.json"))]
+        found = read_runs(folders) if section is None else []
         if not found:
             raise InputError(f"report: {path} holds no runs of codistill")
         single |= {run.path.resolve(): run for run in found}
