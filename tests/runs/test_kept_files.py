@@ -72,10 +72,15 @@ def test_another_comparison_in_the_same_folder_is_refused(tmp_path, capsys):
     good = result.read_text()
     result.write_text("{")
     assert "result.json is damaged" in ended(capsys, [*compare, "--epochs", "1"], 1)
-    assert "result.json is damaged" in ended(capsys, ["report", str(tmp_path / "grid")])
+    report = ["report", str(tmp_path / "grid"), "--out", str(tmp_path / "report.html")]
+    assert main(report) == 0  # the other runs are shown
+    said = capsys.readouterr().err
+    assert "seed0 is left out" in said
+    assert "result.json is damaged" in said
     result.write_text(good)
     (tmp_path / "grid" / "grid.json").write_text("[]")
-    assert "grid.json is damaged" in ended(capsys, ["report", str(tmp_path / "grid")])
+    assert main(report) == 0
+    assert "grid.json is damaged" in capsys.readouterr().err
 
 
 def test_a_run_named_twice_counts_once(run, tmp_path, capsys):
@@ -87,7 +92,7 @@ def test_a_run_named_twice_counts_once(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
-    [({"model": ()}, "--model names no network"), ({"out": "runs/a\0b"}, "--out holds a character of number 0")],
+    [({"model": ()}, "--model names no network"), ({"out": "runs/a\0b"}, "--out contains a null character")],
 )
 def test_a_config_that_names_nothing_or_no_file_is_refused(values, sentence):
     with pytest.raises(InputError, match=sentence):

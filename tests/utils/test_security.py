@@ -233,7 +233,7 @@ def test_links_that_form_a_loop_are_named_and_not_followed(links, tmp_path, monk
         raise AssertionError("the link was followed")
 
     monkeypatch.setattr("torchvision.datasets.ImageFolder", walked)
-    with pytest.raises(InputError, match="is a link to a folder, which only a class as a whole may be"):
+    with pytest.raises(InputError, match="is a link to a folder, as only the folder of a class may be"):
         load_set(f"folder:{folder}")
 
 

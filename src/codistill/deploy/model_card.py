@@ -147,7 +147,7 @@ def _describe_accuracy(run: Run, result: dict[str, Any], grid: TableFile | None)
 def _read_grid_table(folder: Path) -> TableFile | None:
     """Return the table of the grid in a folder; None where it has none, or one of another program."""
     try:
-        return read_record(folder / "table.json", TableFile) if (folder / "grid.json").exists() else None
+        return read_record(folder / "table.json", TableFile)
     except InputError as error:
         warnings.warn(f"the model card leaves the grid's table out: {error}", stacklevel=2)
         return None
