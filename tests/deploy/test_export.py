@@ -40,7 +40,7 @@ import numpy as np, torch
 pixels = np.load("pixels.npy")  # uint8, B x C x H x W
 answers = {}
 if "safetensors" in sys.argv:
-    import student
+    import s as student
     model, about = student.load("s.safetensors")
     answers["safetensors"] = model(student.normalise(torch.from_numpy(pixels), about))
 if "torch-export" in sys.argv:

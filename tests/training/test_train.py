@@ -293,13 +293,13 @@ def test_trackers_of_wandbs_shape_hear_every_epoch(kind, tmp_path, monkeypatch):
 
 def test_a_methods_own_weights_and_its_details_are_written_down(tmp_path):
     from codistill.config.methods import KDCLConfig
-    from codistill.utils.files import read_lines
+    from codistill.runs import read_epoch_lines
 
     attention = train(tiny(out=str(tmp_path / "okddip"), epochs=2))
-    lines = read_lines(attention.folder / "metrics.jsonl")
+    lines = read_epoch_lines(attention.folder / "metrics.jsonl")
     assert [sum(row) for row in lines[1]["method"]["attention"]] == pytest.approx([1.0, 1.0])
     shares = train(tiny(method=KDCLConfig(target="linear"), peers=2, out=str(tmp_path / "kdcl"), epochs=1))
-    assert sum(read_lines(shares.folder / "metrics.jsonl")[0]["method"]["weights"]) == pytest.approx(1.0)
+    assert sum(read_epoch_lines(shares.folder / "metrics.jsonl")[0]["method"]["weights"]) == pytest.approx(1.0)
     details = read_json(attention.folder / "details.json")
     assert sum(map(sum, details["confusion"])) == sum(b["samples"] for b in details["reliability"]) == 797
     hits = sum(details["confusion"][c][c] for c in range(10))

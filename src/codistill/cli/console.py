@@ -17,11 +17,27 @@ from codistill.training import Reporter
 from codistill.utils import Rows, looks_numeric, on_one_line
 
 FILE_WIDTH = 160  # columns where the output is no terminal
-# Names are chosen by users, so nothing in them is read as markup or as the name of an emoji.
-out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
-err = Console(
-    stderr=True, highlight=False, markup=False, emoji=False, width=None if sys.stderr.isatty() else FILE_WIDTH
-)
+
+
+class PlainConsole(Console):
+    """Prints text whose names users have chosen: nothing in it is read as markup, color or a terminal's command."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        width = None if stream.isatty() else FILE_WIDTH
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, as `Console.print` does, every text on one line and without control characters."""
+        super().print(*(on_one_line(part) if isinstance(part, str) else part for part in objects), **options)
+
+
+out, err = PlainConsole(), PlainConsole(stderr=True)
+
+
+def new_table(title: str | None) -> Table:
+    """Return an empty table with a title on the left."""
+    return Table(title=None if title is None else on_one_line(title), title_justify="left")
 
 
 def progress_bar(console: Console) -> Progress:
@@ -111,7 +127,7 @@ def _describe_accuracies(line: EpochLine) -> str:
 
 def members_table(figures: Figures, deployed: str, title: str, ema: Figures | None = None) -> Table:
     """Return a table with one row per member and per mean teacher, and one for the ensemble; `deployed` names one."""
-    table = Table(title=title, title_justify="left")
+    table = new_table(title)
     columns = ("top-1 %", *(["top-5 %"] if "top5" in figures else []), "NLL", "calibration error")
     table.add_column("member")
     for name in columns:
@@ -132,7 +148,9 @@ def _add_figures(
     table: Table, name: str, deployed: str, top1: float, top5: float | None, nll: float, ece: float
 ) -> None:
     percentages = [f"{value:.2f}" for value in (top1, top5) if value is not None]
-    table.add_row(name + (" (deployed)" if name == deployed else ""), *percentages, f"{nll:.4f}", f"{ece:.4f}")
+    table.add_row(
+        on_one_line(name) + (" (deployed)" if name == deployed else ""), *percentages, f"{nll:.4f}", f"{ece:.4f}"
+    )
 
 
 def print_rows(rows: Rows, title: str) -> None:
@@ -148,7 +166,7 @@ def print_rows(rows: Rows, title: str) -> None:
             width = widths[name]
         blocks[-1].append(name)
     for block in blocks:
-        table = Table(title=title if block is blocks[0] else None, title_justify="left")
+        table = new_table(title if block is blocks[0] else None)
         table.add_column(names[0])
         for name in block:
             table.add_column(name, justify="right" if looks_numeric(rows[0][name]) else "left")

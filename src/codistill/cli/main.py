@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ from codistill.utils import (
     SignalReceived,
     StoppedEarly,
     command_line,
+    describe_unexpected,
     explain_failure,
     first_line,
     on_one_line,
@@ -28,13 +30,15 @@ from codistill.utils import (
     suggest,
 )
 
+TRACEBACK_FLAG = "--traceback"
 USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help lists its options)
 
 Train a better small network without a teacher: peers teach each other, one plain network is deployed.
 
 {commands}
 
-Every command takes --allow-import: run code (package.module:callable) that only a config file or run folder names.
+Every command takes --allow-import: run code (package.module:callable) that only a config file or run folder names; and
+--traceback (or CODISTILL_TRACEBACK=1): show where an unexpected error was raised.
 
 Begin with:  codistill train okddip --model resnet8 --data digits --epochs 60 --batch-size 64
 """
@@ -72,9 +76,12 @@ def _run_command(argv: list[str] | None) -> int:
 
         print(f"codistill {__version__}")
         return 0
+    show_traceback = TRACEBACK_FLAG in argv or os.environ.get("CODISTILL_TRACEBACK", "0") not in ("", "0")
+    argv = [word for word in argv if word != TRACEBACK_FLAG]
     try:
-        if argv[0] not in COMMANDS:
-            raise InputError(f'unknown command "{argv[0]}"{suggest(argv[0], COMMANDS)}')
+        if not argv or argv[0] not in COMMANDS:
+            name = argv[0] if argv else ""
+            raise InputError(f'unknown command "{name}"{suggest(name, COMMANDS)}')
         with command_line(argv[1:]) as words, raise_on_signals():
             return parse_and_run(argv[0], words)
     except InputError as error:
@@ -89,9 +96,9 @@ def _run_command(argv: list[str] | None) -> int:
         return error.code
     except Exception as error:
         sentence, code = explain_failure(error)
-        if sentence is None:
-            raise
-        return _print_error(sentence, code)
+        if sentence is None and show_traceback:
+            traceback.print_exc()
+        return _print_error(sentence or describe_unexpected(error, argv), code)
 
 
 def parse_and_run(command: str, argv: list[str]) -> int:

@@ -43,6 +43,7 @@ def reproduce(table: str, options: ReproduceConfig) -> int:
         run_grid([*plan.cells], range(options.seeds), plan.folder, options.workers, show, executor)
     rows = make_table_rows(plan, make_figures(plan))
     write_table(plan, rows)
+    write_table(plan, rows)  # before printing, which may fail
     print_rows([_terminal_columns(row) for row in rows], plan.title())
     for note in table_notes(plan):
         out.print(note)

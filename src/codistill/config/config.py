@@ -22,7 +22,7 @@ from codistill.config.methods import METHODS, MethodConfig, TeacherConfig, metho
 from codistill.config.old_names import OLD_OPTIONS, accept_old_options
 from codistill.config.options import Checkpoint, Device, Options
 from codistill.config.ranges import LIMIT
-from codistill.utils import InputError, MachineError, current_network_name, suggest
+from codistill.utils import InputError, MachineError, current_network_name, read_file, suggest
 
 __all__ = [
     "METHODS",
@@ -37,6 +37,10 @@ __all__ = [
     "method_config",
     "slug",
 ]
+
+
+SCHEMA = 1
+"""Number of the schema of config.json, which it holds under `schema`."""
 
 
 @accept_old_options
@@ -110,6 +114,9 @@ class Config(Options):
             InputError: a key is unknown, or a value has the wrong type.
         """
         values = dict(values)
+        schema = values.pop("schema", SCHEMA)
+        if type(schema) is int and schema > SCHEMA:
+            raise InputError(f"--config: it was written by a newer codistill (schema {schema}); upgrade codistill")
         method = values.pop("method", "okddip")
         options = dict(method) if isinstance(method, dict) else {"name": method}
         name = options.pop("name", "okddip")
@@ -126,17 +133,21 @@ class Config(Options):
             InputError: the file is missing, is not JSON or TOML, or holds an unknown key.
         """
         path = Path(path).expanduser()
-        path = path / "config.json" if path.is_dir() else path
+        path = path / "config.json" if os.path.isdir(path) else path
+        data = read_file(path)
+        if data is None:
+            raise InputError(f"--config: cannot read {path} (No such file or directory)")
         try:
-            text = path.read_text()
+            text = data.decode("utf-8-sig")
             values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        except OSError as error:
-            raise InputError(f"--config: cannot read {path} ({error.strerror or error})") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"--config: {path} is not valid {path.suffix[1:] or 'JSON'} ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"--config: {path} holds no table of options")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values)
+        except InputError as error:
+            raise InputError(f"{str(error).removeprefix('--config: ')}, in {path}") from None
 
 
 def slug(name: str, *, lower: bool = False) -> str:
@@ -256,3 +267,13 @@ class ReproduceConfig:
     out: str | None = None
     """Folder of the runs and of the table; runs that it already holds are not trained again. Default
     runs/TABLE-SCALE-PROTOCOL."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ReproduceConfig:
+        """Build the options from plain values; those of other versions are left out.
+
+        Raises:
+            InputError: a value has the wrong type.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**_checked(cls, {name: value for name, value in values.items() if name in names}, ""))

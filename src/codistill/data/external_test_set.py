@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,7 @@ from codistill.utils import InputError
 
 
 def load_external_test_set(
-    name: str, data_dir: str | None, data_info: dict[str, Any]
+    name: str, data_dir: str | None, data_info: Mapping[str, Any]
 ) -> tuple[Pixels, np.ndarray, list[str]]:
     """Return another set's test images (all of a folder without parts), their labels in the run's numbers, and notes.
 

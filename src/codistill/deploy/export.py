@@ -1,7 +1,7 @@
-"""The one deployed student as files that need no codistill: safetensors (with `student.py`), torch.export, ONNX.
+"""The one deployed student as files that need no codistill: safetensors (with a Python file), torch.export, ONNX.
 
-Every file has the class names, the normalization and the image size in its metadata. It is read back in its own runtime
-and compared with the trained peers before the export is reported as done.
+Every file has the class names, the normalization, the image size and the fitted temperature in its metadata. It is read
+back in its own runtime and compared with the trained peers before the export is reported as done.
 
 Shapes: B batch, C channels or classes, H height, W width.
 """
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -33,8 +34,8 @@ MAX_DIFFERENCE = 1e-3
 Program = Callable[[Tensor], Tensor]
 
 
-def student_metadata(run: Run) -> dict[str, Any]:
-    """Return the metadata of the exported file."""
+def student_metadata(run: Run, temperature: float = 1.0) -> dict[str, Any]:
+    """Return the metadata of the exported file; outputs / `temperature` are calibrated."""
     of_member = len(run.config.model) > 1 and run.config.deploy != "ensemble"
     return {
         "format": "codistill student",
@@ -46,16 +47,39 @@ def student_metadata(run: Run) -> dict[str, Any]:
         "fit": run.data.resize_mode,
         "mean": list(run.data.mean),
         "std": list(run.data.std),
+        "temperature": temperature,
     }
 
 
-def export_student(run: Run, path: Path, kind: str = "safetensors") -> float:
+def check_targets(run: Run, path: Path, kind: str) -> list[Path]:
+    """Return the files that an export writes: the student, its Python file where it gets one, and its model card.
+
+    Raises:
+        InputError: the suffix is wrong, a file exists, or the format cannot hold what the run deploys.
+    """
+    if path.suffix != SUFFIXES[kind]:
+        raise InputError(f"--out {path} must end in {SUFFIXES[kind]} for --format {kind}")
+    if kind == "safetensors" and run.config.deploy == "ensemble":
+        raise InputError("--format safetensors holds one plain network, and this run deploys its ensemble; "
+                         "use --format torch-export or onnx")  # fmt: skip
+    has_source = kind == "safetensors" and student_metadata(run)["model"] in MODELS
+    targets = [path, *([path.with_suffix(".py")] if has_source else [])]
+    card = path.with_suffix(".md")
+    targets.append(path.with_name(f"{path.name}.md") if os.path.lexists(card) else card)  # that of another format
+    for target in targets:
+        if os.path.lexists(target):
+            raise InputError(f"--out {path}: {target} exists; remove it or name another file")
+    return targets
+
+
+def export_student(run: Run, path: Path, kind: str = "safetensors", temperature: float = 1.0) -> float:
     """Write the deployed student and check the file in its own runtime.
 
     Args:
         run: A run loaded with `load_run`.
         path: Where to write, with the suffix of the format (`SUFFIXES`).
         kind: safetensors, torch-export or onnx.
+        temperature: Fitted by `evaluate --calibrate`; it is put into the file's metadata, not into its outputs.
 
     Returns:
         The largest absolute difference on test images between the outputs of the file, read back, and the peers'.
@@ -64,26 +88,25 @@ def export_student(run: Run, path: Path, kind: str = "safetensors") -> float:
         InputError: the suffix is wrong, the file exists, or the format cannot hold what the run deploys.
         MachineError: the file's outputs differ from the trained student's.
     """
-    if path.suffix != SUFFIXES[kind]:
-        raise InputError(f"--out {path} must end in {SUFFIXES[kind]} for --format {kind}")
-    if path.exists():
-        raise InputError(f"--out {path} exists; remove it or name another file")
-    if kind == "safetensors" and run.config.deploy == "ensemble":
-        raise InputError("--format safetensors holds one plain network, and this run deploys its ensemble; "
-                         "use --format torch-export or onnx")  # fmt: skip
+    *written, _ = check_targets(run, path, kind)
     images_BCHW, expected_BC = _trained_outputs(run)
     student = deployed_network(run).cpu().float()
     write = {"safetensors": _write_safetensors, "torch-export": _write_torch_export, "onnx": _write_onnx}[kind]
     try:
-        program = write(student, images_BCHW, student_metadata(run), path)
+        program = write(student, images_BCHW, student_metadata(run, temperature), path)
         difference = _largest_difference(program, images_BCHW, expected_BC)
     except BaseException:
-        path.unlink(missing_ok=True)
+        _remove(written)
         raise
     if not difference <= MAX_DIFFERENCE * max(1.0, float(expected_BC.abs().max())):
-        path.unlink(missing_ok=True)
+        _remove(written)
         raise MachineError(f"{path}: its outputs differ from the trained student's by {difference:.3g}; it was removed")
     return difference
+
+
+def _remove(files: list[Path]) -> None:
+    for file in files:
+        file.unlink(missing_ok=True)
 
 
 @torch.no_grad()
@@ -121,7 +144,7 @@ def _write_safetensors(student: nn.Module, _images: Tensor, metadata: dict[str, 
     if model in MODELS:
         source = _replace_docstring(source_of(model))
         source += LOADER.format(weights=path.name, builder=MODELS[model].__name__)
-        write_atomically(path.with_name("student.py"), lambda stream: stream.write(source.encode()))
+        write_atomically(path.with_suffix(".py"), lambda stream: stream.write(source.encode()))
     plain.load_state_dict(load(path.read_bytes()))
     return student
 

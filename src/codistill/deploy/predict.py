@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
@@ -19,10 +19,10 @@ from torch import nn
 
 from codistill.config import Checkpoint, Device
 from codistill.data import ENDINGS, is_hidden, read_pixels
-from codistill.deploy.calibrate import temperature_key
-from codistill.runs import DataInfo, load_run_checkpoint, open_run
+from codistill.deploy.calibrate import read_temperature
+from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
 from codistill.training import load_student
-from codistill.utils import InputError, check_imports, find_outside_links, pick_device, read_json
+from codistill.utils import InputError, check_imports, escape_csv, find_outside_links, pick_device
 
 
 @dataclass
@@ -56,20 +56,19 @@ def load_predictor(
     """
     path = Path(run)
     config = open_run(path, without_initial_weights=True)
-    data_info = read_json(path / "data.json", "classes", "channels", "image_size", "mean", "std")
-    if data_info is None:
+    info = read_record(path / "data.json", DataInfo)
+    if info is None:
         raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")
-    if data_info["channels"] not in (1, 3):
+    if info["channels"] not in (1, 3):
         raise InputError(
-            f"predict: {path} was trained on images of {data_info['channels']} channels, and image files have 1 or 3; "
+            f"predict: {path} was trained on images of {info['channels']} channels, and image files have 1 or 3; "
             "predict from Python, on the network of codistill.load_run"
         )
     check_imports(config.network_names(), path, allow_import)
     state = load_run_checkpoint(path, checkpoint)
-    info = cast(DataInfo, data_info)
     network = load_student(config, state, len(info["classes"]), info["channels"], info["image_size"])
     torch_device = pick_device(device)
-    return Predictor(network.to(torch_device), info, torch_device, data_info.get(temperature_key(checkpoint), 1.0))
+    return Predictor(network.to(torch_device), info, torch_device, read_temperature(info, checkpoint))
 
 
 def find_images(names: Sequence[str]) -> list[Path]:
@@ -135,12 +134,13 @@ def predict_images(predictor: Predictor, files: Sequence[Path], top: int, batch_
 
 
 def format_csv(rows: Sequence[Prediction], top: int) -> str:
-    """Return predictions as CSV: file, class1, probability1, class2, ..., error."""
+    """Return predictions as CSV: file, class1, probability1, class2, ..., error; every name is escaped."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     pairs = [name for k in range(1, top + 1) for name in (f"class{k}", f"probability{k}")]
     writer.writerow(["file", *pairs, "error"])
     for row in rows:
         cells = [cell for guess in row.get("top", []) for cell in (guess["class"], f"{guess['probability']:.6f}")]
-        writer.writerow([row["file"], *cells, *[""] * (2 * top - len(cells)), row.get("error", "")])
+        padded = [row["file"], *cells, *[""] * (2 * top - len(cells)), row.get("error", "")]
+        writer.writerow(map(escape_csv, padded))
     return stream.getvalue()

@@ -1,10 +1,11 @@
-"""The part of the exported `student.py` that loads the network; it follows the network's own source."""
+"""The part of the exported Python file that loads the network; it follows the network's own source."""
 
 LOADER = '''
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The trained student: `model, metadata = load("{weights}")`, then
-# `metadata["classes"][model(normalize(pixels, metadata)).argmax(-1)]`.
+# `metadata["classes"][model(normalize(pixels, metadata)).argmax(-1)]`; the calibrated probabilities are
+# `(model(normalize(pixels, metadata)) / metadata["temperature"]).softmax(-1)`.
 
 
 def load(path: str = "{weights}") -> tuple[nn.Module, dict]:

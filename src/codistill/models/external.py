@@ -212,20 +212,25 @@ class LogitsOnly(nn.Module):
 def _build_hf(source: Source, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     transformers = _import_library(source, "transformers")
     with errors_as_sentences(source):
-        model_cfg = transformers.AutoConfig.from_pretrained(source.path, **source.options)
+        # Without this option transformers asks whether to run the folder's code.
+        options = {"trust_remote_code": False} | source.options
+        model_cfg = transformers.AutoConfig.from_pretrained(source.path, **options)
+        trust = {"trust_remote_code": bool(options["trust_remote_code"])}
         model_cfg.num_labels = num_classes
         classifier = transformers.AutoModelForImageClassification
         if source.pretrained:
             if in_channels != 3:
                 raise InputError(f"--pretrained {source.name} takes 3 channels; leave --channels out or give 3")
             with _quiet(transformers):
-                loaded = classifier.from_pretrained(source.path, config=model_cfg, ignore_mismatched_sizes=True)
+                loaded = classifier.from_pretrained(
+                    source.path, config=model_cfg, ignore_mismatched_sizes=True, **trust
+                )
             return LogitsOnly(loaded)
         if hasattr(model_cfg, "num_channels"):
             model_cfg.num_channels = in_channels
         if hasattr(model_cfg, "image_size") and image_size is not None:
             model_cfg.image_size = image_size
-        return LogitsOnly(classifier.from_config(model_cfg))
+        return LogitsOnly(classifier.from_config(model_cfg, **trust))
 
 
 def _hf_preprocessing(source: Source) -> Any:

@@ -6,6 +6,7 @@ from codistill.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from codistill.reproduce.command_line import format_command as format_command
+    from codistill.reproduce.comparison import add_earlier_rows as add_earlier_rows
     from codistill.reproduce.comparison import check_comparison_folder as check_comparison_folder
     from codistill.reproduce.comparison import check_options as check_options
     from codistill.reproduce.comparison import comparison_folder as comparison_folder
@@ -37,7 +38,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "command_line": "format_command",
         "comparison": (
-            "check_comparison_folder check_options comparison_folder comparison_title "
+            "add_earlier_rows check_comparison_folder check_options comparison_folder comparison_title "
             "describe_comparison plan_comparison write_comparison"
         ),
         "grid": "list_failures run_grid",

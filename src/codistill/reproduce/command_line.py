@@ -10,11 +10,14 @@ from codistill.config import Config
 
 
 def format_command(config: Config) -> str:
-    """Return `codistill train ...` with every option that is not the default; it parses into the same config."""
+    """Return `codistill train ...` with every option that is not the default; it parses into the same config.
+
+    Every word is quoted, since configs travel and this line is pasted into shells.
+    """
     words = ["codistill", "train", config.method.name]
     words += _to_flags(config, Config(method=type(config.method)()), "--", skip="method")
     words += _to_flags(config.method, type(config.method)(), "--method.")
-    return " ".join(word if word.startswith("--") else shlex.quote(word) for word in words)
+    return shlex.join(words)
 
 
 def _to_flags(values: Any, defaults: Any, prefix: str, skip: str = "") -> list[str]:
@@ -26,8 +29,10 @@ def _to_flags(values: Any, defaults: Any, prefix: str, skip: str = "") -> list[s
             continue
         if isinstance(value, bool):
             words.append(f"{prefix}{'' if value else 'no-'}{flag}")
-        elif isinstance(value, tuple):
-            words += [f"{prefix}{flag}", *map(str, value)] if value else []
-        else:
-            words += [f"{prefix}{flag}", f"{value}"]
+            continue
+        texts = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        if any(text.startswith("-") for text in texts):  # would be read as an option
+            words += [f"{prefix}{flag}={text}" for text in texts]
+        elif texts:
+            words += [f"{prefix}{flag}", *texts]
     return words

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from codistill.config import METHODS, CompareConfig, Config, TeacherConfig, method_config, slug
-from codistill.reproduce.grid import Cell, list_failures
-from codistill.utils import InputError, Rows, markdown, write_json, write_text
+from codistill.reproduce.grid import Cell, list_failures, read_results
+from codistill.runs import GridInfo, read_record, write_record
+from codistill.utils import InputError, Rows, markdown, write_text
 
 
 def check_options(config: CompareConfig) -> None:
@@ -100,16 +101,44 @@ def check_comparison_folder(cells: list[Cell], seeds: Sequence[int], folder: Pat
                     raise InputError(f"--out {folder} is another comparison's ({why}); name another folder") from None
 
 
+def add_earlier_rows(cells: list[Cell], config: CompareConfig, folder: Path) -> list[Cell]:
+    """Return the rows with those of earlier comparisons in the same folder, and with their results.
+
+    `config.seeds` becomes the larger number of seeds.
+
+    Raises:
+        InputError: the folder holds a published table, or its grid.json is damaged.
+    """
+    grid_info = read_record(folder / "grid.json", GridInfo)
+    if grid_info is None:
+        return cells
+    if grid_info["kind"] != "compare":
+        raise InputError(f"--out {folder} holds {grid_info.get('table')}; name another folder")
+    labels = {cell.label for cell in cells}
+    earlier = [
+        Cell(row["label"], Config(), row["baseline"])
+        for row in grid_info.get("cells", [])
+        if row["label"] not in labels
+    ]
+    config.seeds = max(config.seeds, grid_info.get("seeds", 1))
+    read_results(earlier, config.seed_range(), folder)
+    return [*cells, *earlier]
+
+
 def describe_comparison(cells: list[Cell], config: CompareConfig, folder: Path) -> list[str]:
     """Return lines about the data and the options of the runs.
 
     Raises:
         InputError: a config cannot be used, or the data cannot be read.
     """
+    from codistill.models import build, resolve
     from codistill.training import load_images
 
     resolved = [cell.run_config(folder, 0) for cell in cells]
     data, splits = load_images(resolved[0], None, None)
+    for name in dict.fromkeys(config.model):  # once here, so that no run starts with a network that cannot be built
+        network = resolve(name, pretrained=config.pretrained)
+        build(network, num_classes=len(data.classes), in_channels=data.channels, image_size=data.image_size)
     line = (
         f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; "
         f"augmentation: {data.describe_augmentation(augment=config.augment, cutout=config.cutout)}; "
@@ -124,10 +153,10 @@ def write_comparison(
     """Write the table as Markdown and JSON, and grid.json, from which a report reads the rows of the comparison."""
     title = comparison_title(config)
     labels = [{"label": cell.label, "baseline": cell.baseline} for cell in cells]
-    write_json(
+    write_record(
         folder / "grid.json",
         {"kind": "compare", "title": title, "seeds": config.seeds, "cells": labels}
         | ({"first_seed": config.first_seed, "summary": [*summary]}),
     )
-    write_json(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
+    write_record(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
     write_text(folder / "table.md", "\n\n".join((title, *summary, markdown(rows))))

@@ -11,6 +11,7 @@ killed grid from the checkpoints of its runs.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,7 @@ from typing import Any, Protocol
 
 from codistill.config import Config, TeacherConfig, slug
 from codistill.reproduce.run_result import RunOutcome, read_outcome
-from codistill.utils import InputError, Stopped, catch_signals, read_json, write_json
+from codistill.utils import InputError, Stopped, catch_signals, write_json
 
 PROGRESS_SECONDS = 0.5
 """Seconds between two looks at how far the runs are."""
@@ -49,6 +50,11 @@ class Cell:
     def run_path(self, folder: Path, seed: int) -> Path:
         """Return the run folder of a seed."""
         return folder / slug(self.label, lower=True) / f"seed{seed}"
+
+    def list_seeds(self, folder: Path, seeds: Sequence[int]) -> list[int]:
+        """Return those of `seeds` (a range, which may be of any length) that have a run folder."""
+        names = [path.name.removeprefix("seed") for path in self.run_path(folder, 0).parent.glob("seed*")]
+        return sorted(int(name) for name in names if re.fullmatch("[0-9]{1,9}", name) and int(name) in seeds)
 
     def run_config(self, folder: Path, seed: int, cells: list[Cell] | None = None) -> Config:
         """Return the resolved config of one seed's run; `cells` includes its teacher, if it has one."""
@@ -203,11 +209,17 @@ def _write_failures(cells: list[Cell], folder: Path) -> None:
 
 def read_results(cells: list[Cell], seeds: Sequence[int], folder: Path) -> None:
     """Fill in the results that the folder already contains, without training."""
+    from codistill.runs import RunResult, read_record
+
     for cell in cells:
-        for seed in seeds:
-            result = read_json(cell.run_path(folder, seed) / "result.json", "test", "student")
+        for seed in cell.list_seeds(folder, seeds):
+            try:
+                result = read_record(cell.run_path(folder, seed) / "result.json", RunResult)
+            except InputError as error:
+                cell.failures[seed] = str(error)
+                continue
             if result is not None:
-                cell.results[seed] = result
+                cell.results[seed] = {**result}
 
 
 class _EpochCounter:

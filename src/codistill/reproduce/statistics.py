@@ -15,6 +15,8 @@ def format_mean_std(values: Sequence[float], digits: int = 2) -> str:
     """Return `mean ± deviation` (of the sample, n - 1); one value is written without a deviation, marked `n=1`."""
     if not values:
         return "failed"
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     if len(values) == 1:
         return f"{values[0]:.{digits}f} (n=1)"
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
@@ -43,7 +45,9 @@ class Difference:
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """Return the mean difference over the common seeds with its 95 % t-interval; None for fewer than 2 seeds.
+    """Return the mean difference over the common seeds with its 95 % t-interval.
+
+    None for fewer than 2 seeds, and where a value is not finite: the run of that seed diverged.
 
     >>> d = paired_difference({0: 2.0, 1: 3.0, 2: 4.0}, {0: 1.0, 1: 1.0, 2: 1.0})
     >>> round(d.mean, 3), round(d.half_width, 3), d.count, round(d.p_value, 4)
@@ -53,7 +57,7 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
 
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     count = len(differences)
-    if count < 2:
+    if count < 2 or not all(map(math.isfinite, differences)):
         return None
     mean, deviation = fmean(differences), stdev(differences)
     error = deviation / math.sqrt(count)
@@ -171,7 +175,7 @@ def comparison_rows(cells: list[Cell]) -> Rows:
         accuracy = accuracy_by_seed(cell)
         row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": format_mean_std(list(accuracy.values()))}
         if top5:
-            row["top-5 %"] = format_mean_std([s["top5"] for s in students])
+            row["top-5 %"] = format_mean_std([s["top5"] for s in students if "top5" in s])
         row["vs equal cost"] = format_difference(differences.get(cell.label))
         row["ensemble %"] = format_mean_std([test["ensemble_top1"] for test in tests]) if several else "-"
         row["diversity"] = format_mean_std([test["diversity"] for test in tests], 3) if several else "-"

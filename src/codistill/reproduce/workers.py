@@ -23,6 +23,7 @@ from codistill.utils import (
     MachineError,
     Stopped,
     current_policy,
+    describe_unexpected,
     explain_failure,
     first_line,
     ignore_interrupt,
@@ -53,7 +54,7 @@ def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
     except (InputError, MachineError, Stopped) as error:
         return None, str(error)
     except Exception as error:  # a run that fails must not end the grid
-        return None, explain_failure(error)[0] or f"{type(error).__name__}: {error}"
+        return None, explain_failure(error)[0] or describe_unexpected(error)
 
 
 class Processes:

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config import Config
-from codistill.runs.records import EpochLine
-from codistill.utils import InputError, read_json, write_json
+from codistill.runs.record_files import read_record
+from codistill.runs.records import EpochLine, TrackerState
+from codistill.utils import InputError, write_json
 
 
 def flatten(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, float]]:
@@ -71,7 +72,7 @@ class Tracker:
             return
         self.module = module
         self.state_path = folder / "tracker.json"
-        self.state: dict[str, Any] = read_json(self.state_path, "id", "epochs") or {
+        self.state: TrackerState = read_record(self.state_path, TrackerState) or {
             "id": secrets.token_hex(8),
             "epochs": 0,
         }

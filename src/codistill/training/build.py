@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from codistill.data import Augmentation, ImageSet, Loader, Provenance, Splits
 from codistill.distributed import Mesh, MeshPeers, ProcessMesh, SingleProcess, convert_batchnorm
 from codistill.methods import Method, build_method
 from codistill.peers import BranchPeers, MeanTeacher, Peers, build_peers
-from codistill.runs import load_run_checkpoint, open_run
+from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
 from codistill.training.execution import choose_execution, stack_peers
 from codistill.training.loaders import load_images, make_loader
 from codistill.training.nonfinite_guard import FiniteGuard
@@ -28,7 +29,7 @@ from codistill.training.step import parameters_of
 from codistill.training.step_graph import StepGraph
 from codistill.training.teacher import load_teacher
 from codistill.training.trial import try_networks
-from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device, read_json
+from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device
 
 
 def build_run(
@@ -39,7 +40,7 @@ def build_run(
     mesh: Mesh | None = None,
     load_weights: bool = True,
     data: ImageSet | None = None,
-    data_info: dict[str, Any] | None = None,
+    data_info: Mapping[str, Any] | None = None,
 ) -> Run:
     """Build data, peers, method and optimizers of a resolved config.
 
@@ -218,7 +219,7 @@ def load_run(
     check_imports(config.network_names(), path, allow_import)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_run_checkpoint(path, checkpoint)
-    data_info = read_json(path / "data.json", "mean", "std")
+    data_info = read_record(path / "data.json", DataInfo)
     run = build_run(config, execution=state.get("execution"), load_weights=False, data=data, data_info=data_info)
     restore_state(run, state)
     return run
@@ -238,12 +239,13 @@ def load_without_images(
     Raises:
         InputError: there is no such run, or its data.json does not state the images' shape.
     """
-    data_info = read_json(Path(path) / "data.json", "name", "image_size", "channels", "classes")
+    data_info = read_record(Path(path) / "data.json", DataInfo)
     if data_info is None:
         return load_run(path, device=device, checkpoint=checkpoint)
     size, classes = data_info["image_size"], tuple(data_info["classes"])
-    noise = np.random.default_rng(0).integers(0, 256, (64, size, size, data_info["channels"]), dtype=np.uint8)
-    labels = np.arange(64) % len(classes)
+    count = max(min(64, 2**27 // (size**2 * data_info["channels"])), 2)
+    noise = np.random.default_rng(0).integers(0, 256, (count, size, size, data_info["channels"]), dtype=np.uint8)
+    labels = np.arange(count) % len(classes)
     placeholder = ImageSet(
         data_info["name"],
         noise,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -28,7 +29,7 @@ from codistill.training.run import Run
 from codistill.utils import DTYPES, InputError
 
 
-def load_images(config: Config, data: ImageSet | None, data_info: dict[str, Any] | None) -> tuple[ImageSet, Splits]:
+def load_images(config: Config, data: ImageSet | None, data_info: Mapping[str, Any] | None) -> tuple[ImageSet, Splits]:
     """Load the data set as the networks take it, and split it.
 
     Args:

@@ -59,7 +59,6 @@ from codistill.utils import (
     raise_on_signals,
     release_kept_memory,
     reset_peak_memory,
-    write_json,
 )
 
 
@@ -128,7 +127,7 @@ def _train(config: Config, reporter: Reporter | None, teacher: nn.Module | None,
         folder = mesh.run_on_main_rank(lambda: RunFolder(config))
         mesh.run_on_main_rank(lambda: stack.enter_context(folder.lock()))
         state = mesh.run_on_main_rank(lambda: load_checkpoint_or_none(folder))
-        data_info = mesh.run_on_main_rank(lambda: folder.read("data.json"))
+        data_info = mesh.run_on_main_rank(lambda: folder.read_data_info())
         build = partial(
             build_run,
             config,
@@ -179,12 +178,13 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
             if out_of_memory(error) is None:
                 raise
             raise describe_out_of_memory(run, folder, error) from error
-        mesh.run_on_main_rank(lambda: write_json(folder.path / "details.json", details))
-        mesh.run_on_main_rank(lambda: write_json(folder.path / "result.json", figures))  # last: it marks completion
+        mesh.run_on_main_rank(lambda: folder.write_result(figures, details))
     tracker.close()
-    figures = mesh.run_on_main_rank(lambda: folder.read("result.json"))
+    figures = mesh.run_on_main_rank(folder.read_result)
+    if figures is None:
+        raise MachineError(f"{folder.path / 'result.json'} was deleted while the run ended; run the command again")
     reporter.end(figures)
-    return Result(folder.path, figures, run)
+    return Result(folder.path, {**figures}, run)
 
 
 def write_metadata(run: Run, folder: RunFolder) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codistill.distributed import Mesh
-from codistill.runs import restore_rng
+from codistill.runs import errors_of_checkpoint, restore_rng
 from codistill.training.run import Progress, Run
 from codistill.utils import InputError, accumulation_dtype
 
@@ -56,8 +56,14 @@ def restore_state(run: Run, state: Mapping[str, Any]) -> None:
     """Continue from what `checkpoint_state` returned, on this mesh or another.
 
     Raises:
-        InputError: the state was written with `--execution stacked` by an early version, and this run loops.
+        InputError: the state does not fit the run, or was written with `--execution stacked` by an early version, and
+            this run loops.
     """
+    with errors_of_checkpoint(state):
+        _restore(run, state)
+
+
+def _restore(run: Run, state: Mapping[str, Any]) -> None:
     mesh = run.mesh
     run.peers.load_state_dict(_pick_local_members(state["peers"], mesh))
     run.method.load_state_dict(state["method"])

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from codistill.config import TeacherConfig
 from codistill.data import ImageSet
 from codistill.models import build, resolve, without_prefix, without_wrappers
-from codistill.runs import load_run_checkpoint, open_run
+from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
 from codistill.training.student import load_student
-from codistill.utils import InputError, check_imports, load_tensors, read_json, suggest
+from codistill.utils import InputError, check_imports, load_tensors, suggest
 
 TEACHER_KINDS = (
     "a run folder",
@@ -57,7 +57,7 @@ def load_teacher(config: TeacherConfig, data: ImageSet, known: Iterable[str] = (
 def _load_from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
     config = open_run(path, "--method.teacher", without_initial_weights=True)
     check_imports(config.model, f"--method.teacher {path}", known=known)
-    metadata = read_json(path / "data.json") or {}
+    metadata: dict[str, Any] = {**(read_record(path / "data.json", DataInfo) or {})}
     student = load_student(config, load_run_checkpoint(path), len(data.classes), data.channels, data.image_size)
     return _with_input_statistics(student, metadata, data, path)
 

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from codistill.utils.errors import Stopped as Stopped
     from codistill.utils.errors import StoppedEarly as StoppedEarly
     from codistill.utils.errors import UnreadableError as UnreadableError
+    from codistill.utils.errors import describe_unexpected as describe_unexpected
     from codistill.utils.errors import explain_failure as explain_failure
     from codistill.utils.errors import first_line as first_line
     from codistill.utils.errors import on_one_line as on_one_line
@@ -33,9 +34,12 @@ if TYPE_CHECKING:
     from codistill.utils.errors import suggest as suggest
     from codistill.utils.files import DISK_FULL as DISK_FULL
     from codistill.utils.files import LockedError as LockedError
+    from codistill.utils.files import check_regular as check_regular
+    from codistill.utils.files import finite_or_null as finite_or_null
+    from codistill.utils.files import is_same_file as is_same_file
     from codistill.utils.files import lock as lock
+    from codistill.utils.files import read_file as read_file
     from codistill.utils.files import read_json as read_json
-    from codistill.utils.files import read_lines as read_lines
     from codistill.utils.files import write_atomically as write_atomically
     from codistill.utils.files import write_json as write_json
     from codistill.utils.files import write_text as write_text
@@ -52,6 +56,8 @@ if TYPE_CHECKING:
     from codistill.utils.signals import raise_on_signals as raise_on_signals
     from codistill.utils.tables import Rows as Rows
     from codistill.utils.tables import comma_separated as comma_separated
+    from codistill.utils.tables import escape_csv as escape_csv
+    from codistill.utils.tables import escape_json as escape_json
     from codistill.utils.tables import escape_markdown as escape_markdown
     from codistill.utils.tables import latex as latex
     from codistill.utils.tables import looks_numeric as looks_numeric
@@ -67,14 +73,17 @@ __getattr__, __dir__ = lazy_names(
         ),
         "errors": (
             "InputError MachineError OtherRankFailedError Stopped StoppedEarly UnreadableError "
-            "explain_failure first_line on_one_line out_of_memory suggest"
+            "describe_unexpected explain_failure first_line on_one_line out_of_memory suggest"
         ),
-        "files": "DISK_FULL LockedError lock read_json read_lines write_atomically write_json write_text",
+        "files": (
+            "DISK_FULL LockedError check_regular finite_or_null is_same_file lock read_file read_json write_atomically "
+            "write_json write_text"
+        ),
         "parameters": "count_parameters",
         "progress": "set_progress_display track",
-        "safe_load": "check_npz_sizes find_looping_links find_outside_links load_tensors",
+        "safe_load": "check_npz_sizes find_outside_links load_tensors",
         "shares": "share_out",
         "signals": "SignalReceived catch_signals ignore_interrupt raise_on_signals",
-        "tables": "Rows comma_separated escape_markdown latex looks_numeric markdown",
+        "tables": "Rows comma_separated escape_csv escape_json escape_markdown latex looks_numeric markdown",
     },
 )

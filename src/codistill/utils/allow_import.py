@@ -1,7 +1,7 @@
 """Names that stand for code: `package.module:callable` is imported and run, and configs and run folders travel.
 
 A name that a person types or passes is imported. A name that only a file contains is imported if the command line
-repeats it, or has `--allow-import`. Imports no torch.
+repeats it as the value of an option that names networks, or has `--allow-import`. Imports no torch.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from codistill.utils.errors import InputError
 
 FLAG = "--allow-import"
+_NETWORK_FLAGS = {"--model": None, "--method.teacher-model": 1}
+"""Options whose values are names of networks, and how many values follow each: None is any number."""
 _LIBRARIES = ("timm", "torchvision", "hf")
 # Options with which a library runs code, or unpickles a file; the last names files for timm to load.
 _RUN_CODE = ("trust_remote_code", "checkpoint_path", "pretrained_cfg")
@@ -38,7 +40,7 @@ class ImportPolicy:
     """The names that this process may import."""
 
     allowed_names: frozenset[str] = frozenset()
-    """The words of the command line."""
+    """The networks that the command line names."""
     allow_all: bool = False
 
 
@@ -47,10 +49,30 @@ _policy = ImportPolicy()
 
 @contextmanager
 def command_line(argv: Sequence[str]) -> Iterator[list[str]]:
-    """Allow the names on a command line while the context lasts; yield the command line without `--allow-import`."""
-    words = frozenset(part for word in argv for part in (word, word.partition("=")[2]))
-    with use_policy(ImportPolicy(words, allow_all=FLAG in argv)):
+    """Allow the networks that a command line names while the context lasts; yield it without `--allow-import`."""
+    with use_policy(ImportPolicy(_named_networks(argv), allow_all=FLAG in argv)):
         yield [word for word in argv if word != FLAG]
+
+
+def _named_networks(argv: Sequence[str]) -> frozenset[str]:
+    """Return the values of the options that name networks; no other word counts, since a shell may have filled it in.
+
+    >>> sorted(_named_networks(["predict", "run", "a:b", "--model", "c:d", "e:f", "--out", "g:h", "--model=i:j"]))
+    ['c:d', 'e:f', 'i:j']
+    """
+    names: set[str] = set()
+    left: float = 0  # values that may still follow the last option
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if word.startswith("-"):
+            flag = flag.replace("_", "-")
+            limit = _NETWORK_FLAGS[flag] or float("inf") if flag in _NETWORK_FLAGS else 0
+            names |= {value} if limit and equals else set()
+            left = limit - bool(equals)
+        elif left > 0:
+            names.add(word)
+            left -= 1
+    return frozenset(names)
 
 
 def current_policy() -> ImportPolicy:

@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from codistill.utils.errors import first_line
+from codistill.utils.errors import first_line, out_of_memory
 
 MAX_DEFLATE_RATIO = 1032  # uncompressed bytes per deflated byte, at most
 
@@ -18,18 +18,21 @@ def load_tensors(path: str | Path) -> Any:
     """Read a file of `torch.save` that holds tensors and plain values only, onto the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
+        MemoryError: there is too little memory for it (with some allocators a RuntimeError).
         ValueError: it is damaged or its pickle asks for anything else; the message is a clause without a full stop.
     """
     import torch
 
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (OSError, MemoryError):  # it cannot be read now, which says nothing about its content
         raise
     except pickle.UnpicklingError:  # torch's own message suggests to load it without the check
         raise ValueError("it is damaged, or asks for more than tensors and plain values") from None
     except Exception as error:  # a damaged file fails in many ways
+        if out_of_memory(error) is not None:
+            raise
         raise ValueError(first_line(error).rstrip(".")) from None
 
 

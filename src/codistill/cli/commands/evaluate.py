@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,7 +24,7 @@ from codistill.training import (
     make_loader,
     test_loader,
 )
-from codistill.utils import InputError, keep_freed_memory, set_progress_display
+from codistill.utils import InputError, escape_json, keep_freed_memory, set_progress_display
 
 
 def run(parsed: Parsed) -> int:
@@ -43,7 +42,7 @@ def run(parsed: Parsed) -> int:
     figures, name = evaluate_run(trained, loader), deployed_name(trained)
     extra = _extra_metrics(trained, loader, options, folder)
     if options.json:
-        print(json.dumps(figures | {"deployed": name} | extra))
+        print(escape_json(figures | {"deployed": name} | extra))
         return 0
     title = f"{options.data or f'{trained.config.data} {options.split}'}, {loader.num_samples:,} images"
     out.print(members_table(figures["members"], name, title, figures["ema"]))
@@ -56,7 +55,7 @@ def _load_images(trained: Run, options: EvaluateOptions, folder: Path) -> Loader
     if options.data is not None:
         images, labels, notes = load_external_test_set(options.data, options.data_dir, trained.data.metadata())
         for note in notes:
-            err.print(f"{options.data}: {note}", style="dim", markup=False)
+            err.print(f"{options.data}: {note}", style="dim")
         known = count_trained_images(images, read_trained_hashes(folder))
         if known:
             warnings.warn(
