@@ -245,7 +245,7 @@ def takes_options(config: type[MethodConfig], without: Sequence[str] = ()) -> Ca
         config: The class of `options`.
         without: Fields that do not become arguments.
 
-    >>> from codistill.config.methods import ONEConfig
+    >>> from codistill.config import ONEConfig
     >>> class Half(Method):
     ...     @takes_options(ONEConfig)
     ...     def __init__(self, num_peers, options):

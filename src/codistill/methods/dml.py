@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from codistill.config.methods import DMLConfig, MethodConfig
+from codistill.config import DMLConfig, MethodConfig
 from codistill.losses import (
     SOURCE_EPS,
     cross_entropy,

@@ -21,7 +21,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from codistill.config.methods import MethodConfig, PCLConfig
+from codistill.config import MethodConfig, PCLConfig
 from codistill.losses import cross_entropy, kl_of_log_probs, pairwise_kl, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers import PeerOutputs
