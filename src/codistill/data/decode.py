@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageOps
-from torchvision.transforms.v2 import functional
 
 from codistill.utils import InputError, first_line
 
@@ -72,6 +71,8 @@ def fit_square(image: Image.Image, size: int, *, crop: bool) -> Image.Image:
         return image
     if not crop:
         return image.resize((size, size), Image.Resampling.BILINEAR)
+    from torchvision.transforms.v2 import functional
+
     shorter = round(size * 8 / 7)
     return functional.center_crop(functional.resize(image, [shorter]), [size])  # pyrefly: ignore
 

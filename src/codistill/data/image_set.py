@@ -14,8 +14,6 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from codistill.data.class_balance import balanced_part
-from codistill.data.from_python import class_names, read_pairs
-from codistill.data.lazy_dataset import as_common_squares, checksum, read_lazily
 from codistill.data.lazy_images import LazyImages
 from codistill.utils import InputError
 
@@ -102,6 +100,9 @@ class ImageSet:
         >>> ImageSet.from_dataset([(pixels, 0), (pixels + 9, 1)] * 5, classes=("dark", "light")).x_train.shape
         (8, 8, 8, 1)
         """
+        from codistill.data.from_python import class_names, read_pairs
+        from codistill.data.lazy_dataset import as_common_squares, checksum, read_lazily
+
         read: Callable[..., tuple[Any, np.ndarray]] = read_lazily if lazy else read_pairs
         x, y = read(train, "training", image_size)
         if test is None:

@@ -25,13 +25,13 @@ Difference = tuple[float, float, int]
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
     """Return (mean difference, half width of its 95 % t-interval, n) over the common seeds; None for fewer than 2."""
-    from scipy.stats import t as student_t
+    from scipy.special import stdtrit  # scipy.stats has the same quantile, and imports a second longer
 
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     count = len(differences)
     if count < 2:
         return None
-    half = float(student_t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
+    half = float(stdtrit(count - 1, 0.975)) * stdev(differences) / math.sqrt(count)
     return fmean(differences), half, count
 
 
