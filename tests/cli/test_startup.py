@@ -25,10 +25,10 @@ for words in commands:
 """
 
 
-def imported_by(commands, tmp_path):
+def imported_by(commands):
     """Run commands in one new process; return the heavy modules that it has imported after each."""
     words = [sys.executable, "-c", SCRIPT, json.dumps([sorted(HEAVY), commands])]
-    done = subprocess.run(words, capture_output=True, text=True, check=True, cwd=tmp_path)
+    done = subprocess.run(words, capture_output=True, text=True, check=True)
     return [set(line.split()[1:]) for line in done.stdout.splitlines() if line.startswith("imported")]
 
 
@@ -36,11 +36,11 @@ def test_commands_import_no_heavy_module_that_they_do_not_use(tmp_path):
     run = str(tmp_path / "run")
     train(tiny(out=run, epochs=1, peers=3))
     Image.fromarray(np.zeros((8, 8), dtype=np.uint8)).save(tmp_path / "image.png")
-    commands = [["evaluate", run], ["export", run], ["predict", run, "image.png"]]
-    for words, imported in zip(commands, imported_by(commands, tmp_path), strict=True):
+    commands = [["evaluate", run], ["export", run], ["predict", run, str(tmp_path / "image.png")]]
+    for words, imported in zip(commands, imported_by(commands), strict=True):
         assert imported <= ALLOWED[words[0]], words[0]
     options = "--peers 1 --data digits --model resnet8 --epochs 1 --train-per-class 2 --batch-size 20 --device cpu"
-    (imported,) = imported_by([["train", "independent", *options.split(), "--out", "new"]], tmp_path)
+    (imported,) = imported_by([["train", "independent", *options.split(), "--out", str(tmp_path / "new")]])
     assert imported <= COMPILER
 
 

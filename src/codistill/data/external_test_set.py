@@ -9,7 +9,6 @@ from typing import Any
 import numpy as np
 
 from codistill.data.datasets import load_set
-from codistill.data.image_folder import read_whole
 from codistill.data.image_set import Pixels
 from codistill.utils import InputError
 
@@ -30,6 +29,8 @@ def load_external_test_set(
     size, channels = data_info["image_size"], data_info["channels"]
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
+        from codistill.data.image_folder import read_whole
+
         files, labels, classes = read_whole(Path(path))
         images: Pixels = replace(files, size=size, channels=channels, crop=data_info.get("fit") == "crop")
     else:
