@@ -6,12 +6,12 @@ torchvision reads the public sets; the digits are scikit-learn's.
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codistill.data.image_folder import load_folder
 from codistill.data.image_set import GIVEN, ImageSet
 from codistill.utils import InputError, check_npz_sizes, first_line, suggest
 
@@ -52,6 +52,8 @@ def load_set(
     """
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
+        from codistill.data.image_folder import load_folder
+
         place = Path(path if data_dir is None else data_dir).expanduser()
         data = load_folder(place, image_size, pipeline, skip_corrupt=skip_corrupt, bits=bits)
         return replace(data, name=name).check()
@@ -79,15 +81,28 @@ def load_set(
 
 def _load_digits(name: str, _data_dir: Path) -> ImageSet:
     """Load the 1,797 digits of scikit-learn; the last 797 of a fixed shuffle are the test part."""
-    from sklearn.datasets import load_digits
-
-    pixels, target = load_digits(return_X_y=True)  # 64 values per image, from 0 to 16
-    images = np.minimum(np.asarray(pixels).reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)
-    labels = np.asarray(target, dtype=np.int64)
+    pixels, labels = _read_digits()
+    images = np.minimum(pixels.reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)
     order = np.random.default_rng(1797).permutation(len(labels))
     train, test = order[:1000], order[1000:]
     classes = tuple(str(c) for c in range(10))
     return ImageSet(name, images[train], labels[train], images[test], labels[test], classes, pad=1, flip=False)
+
+
+def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's digits, 64 values from 0 to 16 per image, and their labels.
+
+    Its file is read without its package, whose import takes longer than a short run's training.
+    """
+    found = find_spec("sklearn")
+    file = Path(found.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if found is not None else None
+    if file is not None and file.is_file():
+        table = np.loadtxt(file, dtype=np.int64, delimiter=",")
+        return table[:, :-1], table[:, -1]
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return np.asarray(pixels, dtype=np.int64), np.asarray(labels, dtype=np.int64)
 
 
 def _load_fashion_mnist(name: str, data_dir: Path) -> ImageSet:

@@ -16,7 +16,6 @@ from pathlib import Path
 
 import numpy as np
 from PIL import ExifTags, Image
-from torchvision.transforms.v2 import functional
 
 from codistill.utils import InputError, first_line
 
@@ -164,11 +163,14 @@ def fit_square(image: Image.Image, size: int, *, crop: bool) -> Image.Image:
         return image
     if not crop:
         return image.resize((size, size), Image.Resampling.BILINEAR)
+
     shorter, (width, height) = round(size * 8 / 7), image.size
     if shorter * shorter * max(width, height) > MAX_RESIZED_PIXELS * min(width, height):  # a very long one
         half = min(width, height) * size / shorter / 2
         box = (width / 2 - half, height / 2 - half, width / 2 + half, height / 2 + half)
         return image.resize((size, size), Image.Resampling.BILINEAR, box=box)
+    from torchvision.transforms.v2 import functional
+
     return functional.center_crop(functional.resize(image, [shorter]), [size])  # pyrefly: ignore
 
 

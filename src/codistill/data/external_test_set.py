@@ -12,7 +12,6 @@ import numpy as np
 
 from codistill.data.datasets import load_set
 from codistill.data.decode import hash_content
-from codistill.data.folder_listing import list_judged_part
 from codistill.data.image_files import ImageFiles
 from codistill.data.image_set import Pixels
 from codistill.utils import InputError
@@ -34,6 +33,8 @@ def load_external_test_set(
     size, channels = data_info["image_size"], data_info["channels"]
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
+        from codistill.data.folder_listing import list_judged_part
+
         part, classes, left_out = list_judged_part(Path(path).expanduser())
         labels, notes = part.labels, left_out.messages()
         fit = {"crop": data_info.get("fit") == "crop", "bits": data_info.get("bits", 16)}

@@ -13,17 +13,19 @@ import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
 
 from codistill.data.lazy_images import LazyImages
 from codistill.data.loader import Augmentation, Loader, LoaderOptions
 from codistill.utils import InputError, MachineError, UnreadableError, first_line
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 SampleRef = tuple[int, int, int]
 """Epoch, position in it, and index of the sample at that position."""
@@ -47,6 +49,8 @@ class Decoder(Dataset):
     def __post_init__(self) -> None:
         augmentation = self.augmentation
         if augmentation is not None and (augmentation.flip or augmentation.resized_crop):
+            from torchvision.transforms import v2
+
             crop = [v2.RandomResizedCrop(self.files.size, antialias=True)] * augmentation.resized_crop
             self.transform = v2.Compose([*crop, *[v2.RandomHorizontalFlip()] * augmentation.flip])
 

@@ -53,7 +53,7 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
     >>> round(d.mean, 3), round(d.half_width, 3), d.count, round(d.p_value, 4)
     (2.0, 2.484, 3, 0.0742)
     """
-    from scipy.stats import t as student_t
+    from scipy.special import stdtr, stdtrit  # scipy.stats has the same functions, and imports a second longer
 
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     count = len(differences)
@@ -61,8 +61,8 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
         return None
     mean, deviation = fmean(differences), stdev(differences)
     error = deviation / math.sqrt(count)
-    half_width = float(student_t.ppf(0.975, count - 1)) * error
-    p_value = 2 * float(student_t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
+    half_width = float(stdtrit(count - 1, 0.975)) * error
+    p_value = 2 * float(stdtr(count - 1, -abs(mean) / error)) if error else float(mean == 0)
     return Difference(mean, half_width, count, deviation, p_value)
 
 
@@ -87,10 +87,10 @@ def seeds_needed(deviation: float, half_width: float) -> int:
     >>> seeds_needed(1.5, 1.0), seeds_needed(1.5, 0.5)
     (12, 38)
     """
-    from scipy.stats import t as student_t
+    from scipy.special import stdtrit
 
     count = 2
-    while float(student_t.ppf(0.975, count - 1)) * deviation / math.sqrt(count) > half_width:
+    while float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count) > half_width:
         count += 1
     return count
 

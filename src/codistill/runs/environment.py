@@ -8,6 +8,7 @@ import shlex
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,6 @@ import torch
 
 def describe_environment() -> dict[str, Any]:
     """Return what environment.json holds."""
-    import torchvision
-
     from codistill import __version__
 
     return {
@@ -29,7 +28,7 @@ def describe_environment() -> dict[str, Any]:
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
+        "torchvision": version("torchvision"),  # importing it takes a second
         "numpy": np.__version__,
         "machine": platform.machine(),
         "cpus": os.cpu_count(),

@@ -39,6 +39,7 @@ def build_run(
     execution: str | None = None,
     mesh: Mesh | None = None,
     load_weights: bool = True,
+    for_training: bool = True,
     data: ImageSet | None = None,
     data_info: Mapping[str, Any] | None = None,
 ) -> Run:
@@ -50,6 +51,8 @@ def build_run(
         execution: How the peers ran in an earlier part of this run, used where the config leaves the choice open.
         mesh: The ranks that train; default this process alone.
         load_weights: Read `pretrained` and `weights`; False where a checkpoint will be loaded anyway.
+        for_training: Make optimizers, and stack the peers where they run so; False for evaluation, which needs neither
+            (the first optimizer of a process takes a second, because torch then imports its compiler).
         data: Images given from Python, instead of those that the config names.
         data_info: The content of the run folder's data.json, where it exists.
 
@@ -78,9 +81,9 @@ def build_run(
         ema.peers.only_logits = True
     loader = build_loader(config, data, splits, method, mesh)
     execution = choose_execution(config, peers, method, loader, execution) if mesh.world == 1 else "loop"
-    if execution == "stacked":
+    if execution == "stacked" and for_training:
         stack_peers(peers, ema, loader.sample_batch())
-    optimizers = make_optimizers(config, peers.local, method)
+    optimizers = make_optimizers(config, peers.local, method) if for_training else []
     guarded = [peers, method] if ema is None else [peers, method, ema]
     run = Run(
         config=config,
@@ -126,7 +129,8 @@ def adapt_to_device(config: Config, device: torch.device) -> Config:
 
 def seed_everything(config: Config, device: torch.device) -> None:
     """Seed torch, NumPy and Python, and switch deterministic algorithms on or off."""
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler
+        torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic and device.type == "cuda":  # else its matrix products refuse; read at their first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.manual_seed(config.seed)
@@ -220,7 +224,14 @@ def load_run(
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_run_checkpoint(path, checkpoint)
     data_info = read_record(path / "data.json", DataInfo)
-    run = build_run(config, execution=state.get("execution"), load_weights=False, data=data, data_info=data_info)
+    run = build_run(
+        config,
+        execution=state.get("execution"),
+        load_weights=False,
+        for_training=False,
+        data=data,
+        data_info=data_info,
+    )
     restore_state(run, state)
     return run
 

@@ -50,7 +50,7 @@ class Run:
     peers: Peers
     method: Method
     optimizers: list[torch.optim.Optimizer]
-    """One over everything, or where the method alternates one per local member."""
+    """One over everything, or where the method alternates one per local member; none in a run loaded to evaluate."""
     guard: FiniteGuard
     teacher: nn.Module | None = None
     ema: MeanTeacher | None = None

@@ -69,8 +69,9 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
     run.method.load_state_dict(state["method"])
     if run.ema is not None:
         run.ema.load_state_dict(_pick_local_members(state["ema"], mesh))
-    for optimizer, saved in zip(run.optimizers, _pick_local_optimizers(run, state["optimizers"]), strict=True):
-        optimizer.load_state_dict(_join_members(run, saved, optimizer))
+    if run.optimizers:
+        for optimizer, saved in zip(run.optimizers, _pick_local_optimizers(run, state["optimizers"]), strict=True):
+            optimizer.load_state_dict(_join_members(run, saved, optimizer))
     run.progress = Progress(
         epoch=state["epoch"],
         step=state["step"],
