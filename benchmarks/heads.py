@@ -179,9 +179,11 @@ def panel(left: float, title: str, x_values: tuple[int, ...], curves: list[tuple
     def y(milliseconds: float) -> float:
         return top + height * (highest - math.log10(milliseconds)) / (highest - lowest)
 
+    anchors = ["middle"] * (len(x_values) - 1) + ["start"]  # the last two may be near each other
     parts = [f'<path d="M{left} {top}V{top + height}H{left + width}" fill="none" stroke="#555"/>']
     parts += [
-        f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="middle">{v:,}</text>' for x, v in zip(xs, x_values)
+        f'<text x="{x:.1f}" y="{top + height + 18}" text-anchor="{anchor}">{v:,}</text>'
+        for x, v, anchor in zip(xs, x_values, anchors)
     ]
     parts += [f'<text x="{left + width / 2}" y="{top + height + 38}" text-anchor="middle">{title}</text>']
     for power in range(int(lowest), int(highest) + 1):

@@ -101,13 +101,6 @@ def kl_divergence(student_logits: Tensor, target_logits: Tensor, temperature: fl
 def pairwise_kl(student_log_probs_PBC: Tensor, target_log_probs_PBC: Tensor, eps: float = 0.0) -> Tensor:
     """Return sum_{j != i} KL(target_j || student_i) for every peer i, mean over the batch: `P x B x C` twice -> `P`.
 
-    No tensor is larger than the arguments. With t_j the targets' probabilities, M_i = sum_{j != i} t_j and any r,
-
-        sum_{j != i} KL(t_j || s_i) = sum_{j != i} sum_c t_j (log t_j - r) - sum_c M_i (log s_i - r).
-
-    With r = 0 these are entropies and cross-entropies, which cancel where the peers agree. With r = log mean_j t_j both
-    sums are then near 0, and the first is at most log P per target anywhere.
-
     Args:
         student_log_probs_PBC: Log-probabilities that the peers learn with; not detached here, like the targets'.
         target_log_probs_PBC: Log-probabilities that the others learn from.
@@ -117,15 +110,38 @@ def pairwise_kl(student_log_probs_PBC: Tensor, target_log_probs_PBC: Tensor, eps
     >>> pairwise_kl(log_probs_PBC, log_probs_PBC)
     tensor([0.1308, 0.1438])
     """
-    target_PBC, target_log_probs_PBC = probs_with_eps(target_log_probs_PBC, eps)
+    weights_PP = 1 - torch.eye(
+        len(target_log_probs_PBC), dtype=target_log_probs_PBC.dtype, device=target_log_probs_PBC.device
+    )
+    return weighted_kl(student_log_probs_PBC, target_log_probs_PBC, weights_PP, eps)
+
+
+def weighted_kl(
+    student_log_probs_PBC: Tensor, target_log_probs_QBC: Tensor, weights_PQ: Tensor, eps: float = 0.0
+) -> Tensor:
+    """Return sum_j w_ij KL(target_j || student_i) for every peer i, mean over the batch, `P`.
+
+    No tensor is larger than the arguments. With t_j the targets' probabilities, M_i = sum_j w_ij t_j and any r,
+
+        sum_j w_ij KL(t_j || s_i) = sum_j w_ij sum_c t_j (log t_j - r) - sum_c M_i (log s_i - r).
+
+    With r = 0 these are entropies and cross-entropies, which cancel where the peers agree. With r = log mean_j t_j both
+    sums are then near 0, and the first is at most log Q per target anywhere.
+
+    Args:
+        student_log_probs_PBC: Log-probabilities that the peers learn with; not detached here, like the targets'.
+        target_log_probs_QBC: Log-probabilities of the targets.
+        weights_PQ: Constants w.
+        eps: Added to the targets' probabilities, as in `kl_from_log_probs`.
+    """
+    target_QBC, target_log_probs_QBC = probs_with_eps(target_log_probs_QBC, eps)
     # A constant: the derivative with respect to r is zero. Where it is clamped every target is 0.
-    reference_BC = target_PBC.detach().mean(0).clamp_min(torch.finfo(target_PBC.dtype).tiny).log()
-    others_PP = 1 - torch.eye(len(target_PBC), dtype=target_PBC.dtype, device=target_PBC.device)
-    with torch.autocast(target_PBC.device.type, enabled=False):  # bfloat16 would lose the differences
-        # A matrix product, because sum_j t_j - t_i loses the others' digits where t_i is much larger.
-        others_sum_PBC = (others_PP @ target_PBC.flatten(1)).view_as(target_PBC)
-        to_reference_P = (target_PBC * (target_log_probs_PBC - reference_BC)).sum(-1).mean(-1)
-        return others_PP @ to_reference_P - (others_sum_PBC * (student_log_probs_PBC - reference_BC)).sum(-1).mean(-1)
+    reference_BC = target_QBC.detach().mean(0).clamp_min(torch.finfo(target_QBC.dtype).tiny).log()
+    with torch.autocast(target_QBC.device.type, enabled=False):  # bfloat16 would lose the differences
+        # Not the sum of all targets minus t_i, which loses the others' digits where t_i is much larger.
+        summed_PBC = (weights_PQ @ target_QBC.flatten(1)).view_as(student_log_probs_PBC)
+        to_reference_Q = (target_QBC * (target_log_probs_QBC - reference_BC)).sum(-1).mean(-1)
+        return weights_PQ @ to_reference_Q - (summed_PBC * (student_log_probs_PBC - reference_BC)).sum(-1).mean(-1)
 
 
 def soft_cross_entropy(student_logits: Tensor, target_log_probs: Tensor, temperature: float = 1.0) -> Tensor:
@@ -242,4 +258,5 @@ __all__ = [
     "sigmoid_ramp",
     "soft_cross_entropy",
     "soften",
+    "weighted_kl",
 ]

@@ -22,7 +22,8 @@ import torch
 from torch import Tensor, nn
 
 from codistill.config import MethodConfig, PCLConfig
-from codistill.losses import cross_entropy, kl_of_log_probs, pairwise_kl, soften
+from codistill.config.methods import MethodConfig, PCLConfig
+from codistill.losses import cross_entropy, soften, weighted_kl
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers import PeerOutputs
 
@@ -60,11 +61,13 @@ class PCL(Method):
         z_PBC = outputs.logits_PBC
         ensemble_BC = self._classify(outputs.features)
         ce_teacher = cross_entropy(ensemble_BC, targets_B)
-        log_probs_PBC = soften(z_PBC, self.temperature)
-        log_mean_PBC = soften(outputs.ema_logits_PBC.detach(), self.temperature)
-        from_ensemble_P = kl_of_log_probs(log_probs_PBC, soften(ensemble_BC.detach(), self.temperature))
-        from_peers_P = pairwise_kl(log_probs_PBC, log_mean_PBC) / (self.num_peers - 1)
-        distill_P = (from_ensemble_P + from_peers_P) * self.temperature**2
+        # The ensemble is one more target of everyone, after the mean teachers.
+        teachers = torch.cat((outputs.ema_logits_PBC.detach(), ensemble_BC.detach().unsqueeze(0)))
+        log_teachers = soften(teachers, self.temperature)
+        from_others_PP = (1 - torch.eye(self.num_peers, dtype=z_PBC.dtype, device=z_PBC.device)) / (self.num_peers - 1)
+        weights = torch.cat((from_others_PP, torch.ones_like(from_others_PP[:, :1])), 1)
+        distill_P = weighted_kl(soften(z_PBC, self.temperature), log_teachers, weights) * self.temperature**2
+        log_mean_PBC = log_teachers[:-1]
         terms = combine_terms(
             cross_entropy(z_PBC, targets_B), distill_P, weight * self.weight, targets_PBC=log_mean_PBC
         )
