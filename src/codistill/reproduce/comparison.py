@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 
 from codistill.config import METHODS, CompareConfig, Config, TeacherConfig, method_config, slug
-from codistill.reproduce.grid import Cell, list_failures, read_results
+from codistill.reproduce.grid import MAX_SEEDS, Cell, list_failures, read_results
 from codistill.runs import GridInfo, read_record, write_record
 from codistill.utils import InputError, Rows, markdown, write_text
 
@@ -19,6 +19,8 @@ def check_options(config: CompareConfig) -> None:
     """
     if config.seeds < 1 or config.workers < 1:
         raise InputError(f"--{'seeds' if config.seeds < 1 else 'workers'} must be at least 1")
+    if config.seeds > MAX_SEEDS:
+        raise InputError(f"--seeds is {config.seeds}; give {MAX_SEEDS} or fewer")
     if config.mesh is not None:
         raise InputError("--mesh: compare trains every run in one process, --workers of them at a time; drop --mesh")
     if config.seed or config.resume:

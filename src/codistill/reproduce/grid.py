@@ -22,6 +22,8 @@ from codistill.config import Config, TeacherConfig, slug
 from codistill.reproduce.run_result import RunOutcome, read_outcome
 from codistill.utils import InputError, Stopped, catch_signals, write_json
 
+MAX_SEEDS = 99_999
+
 
 class GridStopped(Stopped):
     """A signal ended a grid; its runs have written checkpoints."""

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from codistill.config import TeacherConfig
 from codistill.data import ImageSet
 from codistill.models import build, resolve
-from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
+from codistill.runs import DataInfo, StudentMetadata, check_record, load_run_checkpoint, open_run, read_record
 from codistill.training.student import load_student
-from codistill.utils import InputError, check_imports, load_tensors, suggest
+from codistill.utils import InputError, check_imports, check_regular, load_tensors, suggest
 
 TEACHER_KINDS = (
     "a run folder",
@@ -38,7 +38,7 @@ def load_teacher(config: TeacherConfig, data: ImageSet, known: Iterable[str] = (
     if config.teacher is None:
         raise InputError(f"{config.name} needs a teacher; give --method.teacher: {', '.join(TEACHER_KINDS)}")
     path = Path(config.teacher)
-    if not path.exists():
+    if not path.is_dir() and not check_regular(path):
         raise InputError(f"--method.teacher {path} does not exist; give {', '.join(TEACHER_KINDS)}")
     try:
         if path.is_dir():
@@ -46,7 +46,7 @@ def load_teacher(config: TeacherConfig, data: ImageSet, known: Iterable[str] = (
         if path.suffix == ".safetensors":
             return _load_from_export(path, data, known)
         return _load_from_state_dict(path, config.teacher_model, data)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # load_state_dict raises all of them
         reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
         raise InputError(
             f"--method.teacher {path} does not fit this data ({len(data.classes)} classes, {data.channels} channels) "
@@ -67,9 +67,10 @@ def _load_from_export(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Mo
 
     try:
         with safe_open(path, "pt") as archive:
-            metadata = {key: json.loads(value) for key, value in (archive.metadata() or {}).items()}
+            values = {key: json.loads(value) for key, value in (archive.metadata() or {}).items()}
+            metadata: dict[str, Any] = {**check_record(values, StudentMetadata)}
             tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"--method.teacher {path} is damaged or was not exported by codistill ({error})") from None
     if "model" not in metadata:
         raise InputError(f"--method.teacher {path} does not name its network; it was not exported by codistill")
