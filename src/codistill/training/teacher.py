@@ -58,6 +58,13 @@ def _load_from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Modul
     config = open_run(path, "--method.teacher", without_initial_weights=True)
     check_imports(config.model, f"--method.teacher {path}", known=known)
     metadata: dict[str, Any] = {**(read_record(path / "data.json", DataInfo) or {})}
+    # Where the run's own shapes are known, a checkpoint that does not fit them is damaged, not for other data.
+    own = (len(metadata["classes"]), metadata["channels"]) if metadata else (len(data.classes), data.channels)
+    if own != (len(data.classes), data.channels):
+        raise InputError(
+            f"--method.teacher {path} does not fit this data ({len(data.classes)} classes, {data.channels} channels): it "
+            f"was trained for {own[0]} classes and {own[1]} channels"
+        )
     student = load_student(config, load_run_checkpoint(path), len(data.classes), data.channels, data.image_size)
     return _with_input_statistics(student, metadata, data, path)
 
