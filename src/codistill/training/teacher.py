@@ -62,8 +62,8 @@ def _load_from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Modul
     own = (len(metadata["classes"]), metadata["channels"]) if metadata else (len(data.classes), data.channels)
     if own != (len(data.classes), data.channels):
         raise InputError(
-            f"--method.teacher {path} does not fit this data ({len(data.classes)} classes, {data.channels} channels): it "
-            f"was trained for {own[0]} classes and {own[1]} channels"
+            f"--method.teacher {path} does not fit this data ({len(data.classes)} classes, {data.channels} channels); "
+            f"it was trained for {own[0]} classes and {own[1]} channels"
         )
     student = load_student(config, load_run_checkpoint(path), len(data.classes), data.channels, data.image_size)
     return _with_input_statistics(student, metadata, data, path)
