@@ -232,8 +232,9 @@ def nested(depth: int) -> Any:
 
 
 WILD_VALUES = st.one_of(
-    st.sampled_from([None, True, 0, 1, -1, 2**31, 10**9, 2**63, 10**400, 0.5, float("nan"), float("inf"), "", "x",
-                     "nan", "\ud800", "x" * 20_000, [], {}, [None], [[]], {"a": 1}, "--x; y", "=1+1", "\x1b[31m"]),
+    st.sampled_from([None, True, 0, 1, -1, 2**31, 10**9, 2**63, 10**400, 0.5, float("nan"), float("inf"), "",
+                     "x", "nan", "\ud800", "x" * 20_000, [], {}, [None], [[]], {"a": 1}, "--x; touch y", "=1+1",
+                     "\x1b[31m"]),
     VALUES,
 )  # fmt: skip
 CHANGES = st.one_of(

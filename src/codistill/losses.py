@@ -7,7 +7,6 @@ logits, in the dtype it is given, and averages over the batch ("batchmean"), nev
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -54,12 +53,35 @@ def kl_from_log_probs(
         temperature: T.
         eps: Added to the target's probabilities, which then sum to more than 1 (`SOURCE_EPS` in two codes).
     """
-    log_student = (student_logits / temperature).log_softmax(-1)
-    target = target_log_probs.exp()
-    if eps:
-        target = target + eps
-        target_log_probs = target.log()
-    return (target * (target_log_probs - log_student)).sum(-1).mean(-1) * temperature**2
+    return kl_of_log_probs(soften(student_logits, temperature), target_log_probs, eps) * temperature**2
+
+
+def kl_of_log_probs(student_log_probs: Tensor, target_log_probs: Tensor, eps: float = 0.0) -> Tensor:
+    """Return KL(target || student) of log-probabilities, mean over the batch: `... x B x C` twice -> `...`.
+
+    Args:
+        student_log_probs: Log-probabilities of the student; not detached here, like the target's.
+        target_log_probs: Log-probabilities of the target.
+        eps: Added to the target's probabilities, as in `kl_from_log_probs`.
+
+    >>> kl_of_log_probs(torch.tensor([[0.5, 0.5]]).log(), torch.tensor([[0.25, 0.75]]).log()).item()
+    0.1308...
+    """
+    return kl_of_probs(student_log_probs, *probs_with_eps(target_log_probs, eps))
+
+
+def kl_of_probs(student_log_probs: Tensor, target: Tensor, target_log_probs: Tensor) -> Tensor:
+    """Return KL(target || student), mean over the batch, of a target given both ways: `... x B x C` thrice -> `...`."""
+    return (target * (target_log_probs - student_log_probs)).sum(-1).mean(-1)
+
+
+def probs_with_eps(log_probs: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Return the probabilities with `eps` added, and their logarithm."""
+    probs = log_probs.exp()
+    if not eps:
+        return probs, log_probs
+    probs = probs + eps
+    return probs, probs.log()
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
@@ -76,17 +98,34 @@ def kl_divergence(student_logits: Tensor, target_logits: Tensor, temperature: fl
     return kl_from_log_probs(student_logits, soften(target_logits, temperature), temperature)
 
 
-def pairwise_kl(student_PBC: Tensor, target_PBC: Tensor, kl: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
-    """Return sum_{j != i} KL(target_j || student_i) for every peer i, `P`.
+def pairwise_kl(student_log_probs_PBC: Tensor, target_log_probs_PBC: Tensor, eps: float = 0.0) -> Tensor:
+    """Return sum_{j != i} KL(target_j || student_i) for every peer i, mean over the batch: `P x B x C` twice -> `P`.
+
+    No tensor is larger than the arguments. With t_j the targets' probabilities, M_i = sum_{j != i} t_j and any r,
+
+        sum_{j != i} KL(t_j || s_i) = sum_{j != i} sum_c t_j (log t_j - r) - sum_c M_i (log s_i - r).
+
+    With r = 0 these are entropies and cross-entropies, which cancel where the peers agree. With r = log mean_j t_j both
+    sums are then near 0, and the first is at most log P per target anywhere.
 
     Args:
-        student_PBC: What the peers learn with, in the form that `kl` takes.
-        target_PBC: What the others learn from.
-        kl: The divergence of a student and a target, mean over the batch: `... x B x C` twice -> `...`.
+        student_log_probs_PBC: Log-probabilities that the peers learn with; not detached here, like the targets'.
+        target_log_probs_PBC: Log-probabilities that the others learn from.
+        eps: Added to the targets' probabilities, as in `kl_from_log_probs`.
+
+    >>> log_probs_PBC = torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]]).log()
+    >>> pairwise_kl(log_probs_PBC, log_probs_PBC)
+    tensor([0.1308, 0.1438])
     """
-    kl_PP = kl(student_PBC.unsqueeze(1), target_PBC.unsqueeze(0))  # [i, j] = KL(target_j || student_i)
-    others_PP = 1 - torch.eye(len(kl_PP), dtype=kl_PP.dtype, device=kl_PP.device)
-    return (kl_PP * others_PP).sum(1)
+    target_PBC, target_log_probs_PBC = probs_with_eps(target_log_probs_PBC, eps)
+    # A constant: the derivative with respect to r is zero. Where it is clamped every target is 0.
+    reference_BC = target_PBC.detach().mean(0).clamp_min(torch.finfo(target_PBC.dtype).tiny).log()
+    others_PP = 1 - torch.eye(len(target_PBC), dtype=target_PBC.dtype, device=target_PBC.device)
+    with torch.autocast(target_PBC.device.type, enabled=False):  # bfloat16 would lose the differences
+        # A matrix product, because sum_j t_j - t_i loses the others' digits where t_i is much larger.
+        others_sum_PBC = (others_PP @ target_PBC.flatten(1)).view_as(target_PBC)
+        to_reference_P = (target_PBC * (target_log_probs_PBC - reference_BC)).sum(-1).mean(-1)
+        return others_PP @ to_reference_P - (others_sum_PBC * (student_log_probs_PBC - reference_BC)).sum(-1).mean(-1)
 
 
 def soft_cross_entropy(student_logits: Tensor, target_log_probs: Tensor, temperature: float = 1.0) -> Tensor:
@@ -122,10 +161,26 @@ def mix_logits(weights_BPQ: Tensor, logits_QBC: Tensor) -> Tensor:
 def mix_log_probs(log_weights_BPQ: Tensor, logits_QBC: Tensor, temperature: float) -> Tensor:
     """Return log sum_b w_ab softmax(z_b / T) for every a: `B x P x Q`, `Q x B x C` -> `P x B x C`.
 
-    Probabilities are mixed through logsumexp, so that confident peers do not underflow.
+    Probabilities are mixed as in `mix_probs`, so that confident peers do not underflow.
     """
-    log_probs_BQC = soften(logits_QBC, temperature).transpose(0, 1)
-    return (log_weights_BPQ.unsqueeze(-1) + log_probs_BQC.unsqueeze(1)).logsumexp(2).transpose(0, 1)
+    return mix_probs(log_weights_BPQ, soften(logits_QBC, temperature))[1]
+
+
+def mix_probs(log_weights_BPQ: Tensor, log_probs_QBC: Tensor) -> tuple[Tensor, Tensor]:
+    """Return sum_b w_ab p_b for every a, and its logarithm: `B x P x Q`, `Q x B x C` -> `P x B x C` twice.
+
+    A batched matrix product of the weights and of p_b / max_b p_b, the largest of each sample and class: nothing of
+    size P x Q x C is made. A mixture below 1e-38 of that largest (float32; 1e-308 in float64), as where attention
+    excludes a confident peer, has the logarithm of this much: finite, where the probability is 0.
+
+    >>> mix_probs(torch.tensor([[[0.5, 0.5]]]).log(), torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]]).log())[0]
+    tensor([[[0.3750, 0.6250]]])
+    """
+    top_BC = log_probs_QBC.detach().amax(0)  # a constant: it cancels
+    with torch.autocast(log_probs_QBC.device.type, enabled=False):  # bfloat16 would lose the differences
+        ratios_BQC = (log_probs_QBC - top_BC).exp().transpose(0, 1)
+        mixed_PBC = torch.bmm(log_weights_BPQ.exp(), ratios_BQC).transpose(0, 1)
+    return mixed_PBC * top_BC.exp(), mixed_PBC.clamp_min(torch.finfo(mixed_PBC.dtype).tiny).log() + top_BC
 
 
 def entropy(logits: Tensor) -> Tensor:
@@ -147,8 +202,8 @@ def peer_distance(probs_PBC: Tensor, eps: float = 0.0) -> Tensor:
     num_peers = probs_PBC.shape[0]
     if num_peers < 2:
         return probs_PBC.new_zeros(probs_PBC.shape[1])
-    first, second = torch.triu_indices(num_peers, num_peers, 1, device=probs_PBC.device)
-    return (probs_PBC[first] - probs_PBC[second] + eps).norm(dim=-1).mean(0)
+    distances = [(probs_PBC[p] - probs_PBC[p + 1 :] + eps).norm(dim=-1) for p in range(num_peers - 1)]
+    return torch.cat(distances).mean(0)
 
 
 class _ScaleGradient(torch.autograd.Function):
@@ -174,11 +229,15 @@ __all__ = [
     "entropy",
     "kl_divergence",
     "kl_from_log_probs",
+    "kl_of_log_probs",
+    "kl_of_probs",
     "leave_one_out_mean",
     "mix_log_probs",
     "mix_logits",
+    "mix_probs",
     "pairwise_kl",
     "peer_distance",
+    "probs_with_eps",
     "scale_gradient",
     "sigmoid_ramp",
     "soft_cross_entropy",

@@ -125,7 +125,7 @@ def test_a_large_folder_starts_without_being_decoded(tmp_path, monkeypatch):
     write_images(tmp_path, per_class=60, parts=("train", "val"), classes=("a", "b"))
     opened = []
     original = files_module.open_upright
-    monkeypatch.setattr(files_module, "open_upright", lambda file: opened.append(file) or original(file))
+    monkeypatch.setattr(files_module, "open_upright", lambda file, bits: opened.append(file) or original(file, bits))
     monkeypatch.setattr(lazy_module, "NUM_STATISTICS_IMAGES", 10)
     monkeypatch.setattr(folder_module, "RESIDENT_LIMIT", 240 * 16 * 16 * 3)
     assert not load_set(f"folder:{tmp_path}", image_size=16).from_files  # just fits

@@ -46,7 +46,7 @@ CASES = list(
 
 
 @pytest.mark.parametrize(("variant", "detach", "mask_self", "ablation"), CASES)
-@pytest.mark.parametrize("scale", [1.0, 100.0])
+@pytest.mark.parametrize("scale", [1.0, 100.0, 1000.0])
 def test_every_option_equals_the_loop_in_value_and_gradient(variant, detach, mask_self, ablation, scale):
     z, h, y = random_peers(batch=3, classes=5, scale=scale)
     options = {"variant": variant, "detach": detach, "mask_self": mask_self, "ablation": ablation}

@@ -231,7 +231,7 @@ def test_a_failed_run_stops_only_its_students(tmp_path):
         Cell("student", Config(KDConfig(), peers=1, **TINY), teacher="good"),
         Cell("orphan", Config(KDConfig(), peers=1, **TINY), teacher="broken"),
     ]
-    run_grid(cells, 1, tmp_path, executor=Killing(1, 5))
+    run_grid(cells, [0], tmp_path, executor=Killing(1, 5))
     failures = {cell.label: cell.failures.get(0, "") for cell in cells}
     assert [cell.label for cell in cells if cell.results] == ["good", "student"]
     assert "its process died (SIGKILL)" in failures["doomed"]
@@ -362,7 +362,7 @@ def test_mistakes_end_in_one_sentence(words, sentence, tmp_path, capsys):
 def test_two_rows_that_share_a_folder_are_an_input_error(tmp_path):
     cells = [Cell(name, Config("independent", peers=1, **TINY)) for name in ("a b", "a-b")]
     with pytest.raises(InputError, match="rename one"):
-        run_grid(cells, 1, tmp_path)
+        run_grid(cells, [0], tmp_path)
 
 
 def test_a_second_comparison_adds_its_rows_to_the_folder(tmp_path):

@@ -51,4 +51,4 @@ def test_a_nondeterministic_operation_is_a_clear_error(monkeypatch, capsys, tmp_
     monkeypatch.setattr(sys.modules["codistill.training.loop"], "train_step", refuse)
     words = ["--model", "resnet8", "--data", "digits", "--epochs", "1", "--out", str(tmp_path / "run")]
     assert main(["train", "okddip", "--deterministic", *words]) == 2
-    assert "--deterministic: adaptive_avg_pool2d_backward_cuda has no such kernel" in capsys.readouterr().err
+    assert "--deterministic: adaptive_avg_pool2d_backward_cuda has no deterministic kernel" in capsys.readouterr().err

@@ -66,6 +66,12 @@ def whole(tmp_path_factory):
     return out
 
 
+@pytest.fixture(autouse=True)
+def no_trial(monkeypatch):
+    """Leave out the forwards of the trial: tests here count those of training."""
+    monkeypatch.setattr("codistill.training.build.try_networks", lambda config, *_: (config, []))
+
+
 def in_child(what) -> int:
     """Run something in a forked process and return the process's number."""
     child = os.fork()
@@ -240,7 +246,7 @@ def poisoned(monkeypatch):
 
     def with_poison(self, number=0, start=0):
         for step, (views, targets) in enumerate(epoch(self, number, start), start):
-            bad = (number, step) in places and self.augmentation is not None
+            bad = (number, step) in places and self.options.augmentation is not None
             yield (torch.full_like(views, float("nan")) if bad else views), targets
 
     monkeypatch.setattr(DeviceLoader, "epoch", with_poison)

@@ -1,12 +1,17 @@
 """Stacked peers train as the loop does, are members all the while, and are refused where they cannot be had."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch import nn
 
 from codistill.config.config import Config
+from codistill.peers.stacked import StackedConv2d
 from codistill.training.build import build_run, load_run
+from codistill.training.execution import choose_execution
+from codistill.training.loaders import evaluation_batch
 from codistill.training.loop import train
 from codistill.training.run import zero_sums
 from codistill.training.state import checkpoint_state
@@ -37,10 +42,18 @@ def build(*args, **options):
     return t
 
 
+@pytest.mark.parametrize("merged", [False, pytest.param(True, marks=pytest.mark.slow)])
 @pytest.mark.parametrize(("name", "topology"), CASES)
-def test_stacked_trains_as_the_loop_does(name, topology):
+def test_stacked_trains_as_the_loop_does(name, topology, merged):
+    """Also as on a GPU: groups of few channels merged, one copy of the images for all members."""
     loop = build(name, topology, dtype="float64", execution="loop")
     stacked = build(name, topology, dtype="float64", execution="stacked")
+    if merged:
+        for runner in [stacked.peers.stacked_runner, *([stacked.ema.peers.stacked_runner] if stacked.ema else [])]:
+            runner.repeats_images = False
+            for conv in runner.body.modules():
+                if isinstance(conv, StackedConv2d):
+                    conv.merges = True
     for step in range(4):
         for t in (loop, stacked):
             batch = list(t.loader.epoch(0))[step]
@@ -53,6 +66,45 @@ def test_stacked_trains_as_the_loop_does(name, topology):
     close(stacked.progress.sums["loss"], loop.progress.sums["loss"], 1e-10)
     x = next(loop.loader.epoch(1))[0][0]
     close(deployed_network(stacked)(x), deployed_network(loop)(x), 1e-10)
+
+
+@pytest.mark.parametrize("num_peers", [3, 4])
+@pytest.mark.parametrize("stride", [1, 2])
+def test_merged_groups_are_the_grouped_convolution(num_peers, stride):
+    """What a GPU runs instead of many narrow groups, here on the CPU: 16 channels merge 4 or 3 members, 32 merge 2."""
+    members = [nn.Conv2d(channels, 24, 3, stride, 1, bias=False).double() for channels in (16, 32) for _ in range(4)]
+    for first, groups in ((0, {3: 1, 4: 1}), (4, {3: 3, 4: 2})):
+        own = members[first : first + num_peers]
+        width = own[0].in_channels
+        conv = StackedConv2d(num_peers * width, num_peers * 24, 3, stride, 1, groups=num_peers, bias=False).double()
+        conv.num_peers, conv.merges = num_peers, True
+        conv.weight.data = torch.cat([m.weight.detach() for m in own]).contiguous(memory_format=torch.channels_last)
+        assert conv.num_merged_groups == groups[num_peers]
+        for _ in range(2):  # the merged weight's memory is used again
+            x = torch.randn(5, num_peers * width, 8, 8, dtype=torch.float64, requires_grad=True)
+            parts = [part.detach().requires_grad_() for part in x.chunk(num_peers, 1)]
+            expected = torch.cat([m(part) for m, part in zip(own, parts)], 1)
+            slope = torch.randn_like(expected)
+            conv.weight.grad = None
+            ours = conv(x)
+            ours.backward(slope)
+            for m in own:
+                m.weight.grad = None
+            expected.backward(slope)
+            close(ours, expected, 1e-13)
+            close(x.grad, torch.cat([part.grad for part in parts], 1), 1e-13)
+            close(conv.weight.grad, torch.cat([m.weight.grad for m in own]), 1e-13)
+            with torch.no_grad():
+                conv.weight.mul_(1.5)
+                for m in own:
+                    m.weight.mul_(1.5)
+
+
+def test_members_that_see_one_image_convolve_it_once():
+    conv = StackedConv2d(12, 32, 3, 1, 1, groups=4, bias=False)
+    conv.num_peers = 4
+    x = torch.randn(2, 3, 8, 8)
+    close(conv(x), conv(torch.cat([x] * 4, 1)), 1e-5)
 
 
 def test_members_are_views_and_go_round_without_loss():
@@ -93,6 +145,25 @@ def test_the_old_name_measure_means_auto(tmp_path):
     assert again.figures["execution"] == "stacked"
     assert load_run(tmp_path / "run").execution == "stacked"
     assert build(execution="measure").execution == build(execution="auto").execution == "loop"
+
+
+@pytest.mark.parametrize(
+    ("model", "execution"), [("resnet8", "stacked"), ("wrn16_2", "loop"), ("densenet40_12", "loop")]
+)
+def test_auto_stacks_networks_of_few_channels_on_a_gpu(model, execution):
+    """wrn16_2 has 128 channels; densenet40_12 cannot be stacked."""
+    t = build("independent", model=model, peers=2)
+    on_gpu = SimpleNamespace(device=torch.device("cuda"), sample_batch=t.loader.sample_batch)
+    assert choose_execution(t.config, t.peers, t.method, on_gpu) == execution
+    assert choose_execution(t.config, t.peers, t.method, on_gpu, saved="loop") == "loop"
+    assert t.execution == "loop"
+
+
+def test_a_gpu_evaluates_more_small_images_at_once():
+    cuda, cpu = torch.device("cuda"), torch.device("cpu")
+    assert evaluation_batch(128, 32, cuda) == 2048
+    assert evaluation_batch(128, 224, cuda) == evaluation_batch(128, 32, cpu) == 256
+    assert evaluation_batch(4096, 32, cuda) == 4096
 
 
 def test_a_resumed_stacked_run_ends_bit_identical(tmp_path):

@@ -18,13 +18,15 @@ from codistill.reproduce import (
     list_failures,
     plan_comparison,
     run_grid,
+    summarize_comparison,
     write_comparison,
 )
 from codistill.utils import MachineError
 
 LEGEND = (
-    "top-1: the deployed member, mean ± deviation; vs equal cost: paired over seeds, ± 95 % t-interval, n.s. = no "
-    "significant difference; ECE: expected calibration error, 15 bins; diversity: mean L2 distance of softmaxes."
+    "top-1: the deployed member, mean ± deviation; vs equal cost: against the independent member with the same initial "
+    "weights, paired over seeds, ± 95 % t-interval, n.s. = not significant (Holm's correction over the table); ECE: "
+    "expected calibration error, 15 bins; diversity: mean L2 distance of softmaxes."
 )
 
 
@@ -38,7 +40,8 @@ def compare(methods: list[str], config: CompareConfig) -> int:
     check_options(config)
     folder = comparison_folder(config)
     cells = plan_comparison(methods, config)
-    check_comparison_folder(cells, config.seeds, folder)
+    seeds = config.seed_range()
+    check_comparison_folder(cells, seeds, folder)
     add_earlier_rows([], dataclasses.replace(config), folder)  # raises, before anything is trained
     start = time.perf_counter()
     for line in describe_comparison(cells, config, folder):
@@ -46,12 +49,15 @@ def compare(methods: list[str], config: CompareConfig) -> int:
     with progress_bar(err) as bar:
         task = bar.add_task(f"{len(cells)} rows x {config.seeds} seeds, epochs", total=None, note="")
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        run_grid(cells, config.seeds, folder, config.workers, show)
+        run_grid(cells, seeds, folder, config.workers, show)
     cells = add_earlier_rows(cells, config, folder)
     rows = comparison_rows(cells)
-    write_comparison(cells, config, folder, rows)  # before printing, which may fail
+    summary = summarize_comparison(cells, config.peers or 4)
+    write_comparison(cells, config, folder, rows, summary)  # before printing, which may fail
     print_rows(rows, comparison_title(config))
     out.print(LEGEND)
+    for sentence in summary:
+        out.print(sentence)
     out.print(f"{time.perf_counter() - start:.0f} s in total; runs and table in {folder}")
     failures = list_failures(cells)
     if failures:

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from codistill.runs import EpochLine, Figures, RunResult
 from codistill.training import Reporter
@@ -39,12 +42,45 @@ def new_table(title: str | None) -> Table:
 
 def progress_bar(console: Console) -> Progress:
     """Return the progress bar of all commands; it is shown only in a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal)
+    whole = lambda: Column(no_wrap=True, min_width=7)  # noqa: E731 - never narrowed; what is too long is the note
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(20, table_column=Column(no_wrap=True, min_width=20)),
+        MofNCompleteColumn(table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
+        _NoteColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=False)),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+class _NoteColumn(TextColumn):
+    """The last column, which is cut where the terminal is too narrow for it."""
+
+    def render(self, task: Task) -> Text:
+        """Return the note on one line."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
+def show_progress(items: Sequence[Any], description: str) -> Iterator[Any]:
+    """Yield the items under a progress bar, which disappears at the end; on the first rank of a job alone."""
+    with progress_bar(err) as bar:
+        bar.live.transient = True
+        bar.disable |= os.environ.get("RANK", "0") != "0"
+        task = bar.add_task(description, total=len(items), note="")
+        for item in items:
+            yield item
+            bar.advance(task)
 
 
 class RichReporter(Reporter):
-    """A progress bar over the epochs, with loss and accuracies."""
+    """A progress bar over the epochs, with the loss and the accuracy of what is deployed and of the ensemble.
+
+    Where there is no terminal, every epoch is a line.
+    """
+
+    bar: Progress | None = None
 
     def begin(self, notes: list[str], epochs: int, steps: int, start: int) -> None:
         """Print the notes and start the bar."""
@@ -56,22 +92,37 @@ class RichReporter(Reporter):
 
     def step(self, epoch: int, step: int, loss: float) -> None:
         """Show the loss."""
-        self.bar.update(self.task, note=f"loss {loss:.3f}")
+        if self.bar is not None:
+            self.bar.update(self.task, note=f"loss {loss:.3f}")
 
     def epoch(self, line: EpochLine) -> None:
-        """Advance, and show accuracies; where there is no terminal, print a line every ten epochs."""
-        figures = line.get("val") or line.get("test") or line["train"]
-        part = "val" if "val" in line else "test" if "test" in line else "train"
-        note = f"loss {line['train']['loss']:.3f}  {part} " + " ".join(f"{a:.1f}" for a in figures["top1"])
-        if "ensemble_top1" in figures and len(figures["top1"]) > 1:
-            note += f"  ensemble {figures['ensemble_top1']:.1f}"
-        self.bar.update(self.task, completed=line["epoch"] + 1, note=note)
-        if not err.is_terminal and (line["epoch"] + 1) % 10 == 0:
+        """Advance, and show accuracies."""
+        note = f"loss {line['train']['loss']:.3f}  {_describe_accuracies(line)}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=line["epoch"] + 1, note=note)
+        if not err.is_terminal:
             err.print(f"epoch {line['epoch'] + 1}: {note}")
 
     def end(self, result: RunResult) -> None:
         """Stop the bar."""
-        self.bar.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the bar and show the cursor again, however the run ended."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _describe_accuracies(line: EpochLine) -> str:
+    """Return the newest accuracies of an epoch: of the deployed student and of the ensemble, or those in training."""
+    for part, student, members in (
+        ("val", line.get("val_student"), line.get("val")),
+        ("test", line.get("test_student"), line.get("test")),
+    ):
+        if student is not None and members is not None:
+            ensemble = f"  ensemble {members['ensemble_top1']:.1f}" if len(members["top1"]) > 1 else ""
+            return f"{part} {student['top1']:.1f}{ensemble}"
+    return "train " + " ".join(f"{a:.1f}" for a in line["train"]["top1"])
 
 
 def members_table(figures: Figures, deployed: str, title: str, ema: Figures | None = None) -> Table:

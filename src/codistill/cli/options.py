@@ -109,8 +109,8 @@ class DemoOptions:
     """Folder of the data set, which is downloaded there if it is missing; default ./data."""
     out: str | None = None
     """Folder of the runs; default demo/DATA."""
-    seeds: int = 3
-    """Number of seeds."""
+    seeds: int | None = None
+    """Number of seeds; default the recipe's."""
     workers: int = 2
     """Runs trained at the same time."""
 

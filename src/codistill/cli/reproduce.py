@@ -40,8 +40,9 @@ def reproduce(table: str, options: ReproduceConfig) -> int:
     with progress_bar(err) as bar:
         task = bar.add_task(f"{len(plan.cells)} cells x {options.seeds} seeds, epochs", total=None, note="")
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
-        run_grid([*plan.cells], options.seeds, plan.folder, options.workers, show, executor)
+        run_grid([*plan.cells], range(options.seeds), plan.folder, options.workers, show, executor)
     rows = make_table_rows(plan, make_figures(plan))
+    write_table(plan, rows)
     write_table(plan, rows)  # before printing, which may fail
     print_rows([_terminal_columns(row) for row in rows], plan.title())
     for note in table_notes(plan):

@@ -9,6 +9,8 @@ from codistill.config.options import Options
 from codistill.config.ranges import check_ranges
 from codistill.utils import InputError
 
+MAX_PEERS = 1_000
+
 
 def check_options(options: Options) -> None:
     """Check everything that does not depend on the number of peers.
@@ -38,6 +40,8 @@ def check_peers(options: Options, peers: int) -> None:
         raise InputError(f"{method.name} needs a trunk, so it works on branches only; drop --topology {topology}")
     if peers < method.min_peers:
         raise InputError(f"--peers is {peers}; {method.name} needs at least {method.min_peers}{method.min_peers_note}")
+    if peers > MAX_PEERS:
+        raise InputError(f"--peers is {peers:,}; give {MAX_PEERS:,} or fewer")
     _check_deploy(options, peers)
     if len(options.model) > 1 and len(options.model) != peers:
         raise InputError(f"--model is given {len(options.model)} times for --peers {peers}; give one, or one per peer")

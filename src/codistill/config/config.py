@@ -52,7 +52,7 @@ class Config(Options):
         {
             *("out", "resume", "data_dir", "device", "tracker", "data_workers", "skip_corrupt"),
             *("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints", "skip_nonfinite"),
-            *("mesh", "collective_timeout", "checkpoint_activations", "execution"),
+            *("mesh", "collective_timeout", "checkpoint_activations", "execution", "cuda_graph"),
         }
     )
     """Options in which a run and its continuation may differ: they do not change what is trained."""
@@ -84,6 +84,7 @@ class Config(Options):
         if full.milestones is None:
             halves = (max(full.epochs // 2, 1), max(full.epochs * 3 // 4, 1))
             full.milestones = halves if full.schedule == "step" else ()
+        full.out = full.out and os.path.expanduser(full.out)
         if full.out is None:
             name = "-".join(slug(part) for part in [full.data, method.name, topology, *full.model])
             full.out = f"runs/{name}-seed{full.seed}"
@@ -131,7 +132,7 @@ class Config(Options):
         Raises:
             InputError: the file is missing, is not JSON or TOML, or holds an unknown key.
         """
-        path = Path(path)
+        path = Path(path).expanduser()
         path = path / "config.json" if os.path.isdir(path) else path
         data = read_file(path)
         if data is None:
@@ -182,7 +183,7 @@ def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Tell whether a plain value fits an annotation."""
+    """Return whether a plain value fits an annotation."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in parts)
@@ -211,11 +212,17 @@ class CompareConfig(Config):
     topology: Literal["networks", "branches", "both"] | None = None  # type: ignore[assignment]
     """Whole networks as peers, branches on one shared trunk, or both; default each method's own."""
     seeds: int = 3
-    """Number of seeds: 0 .. n-1."""
+    """Number of seeds, counted from `first_seed`."""
+    first_seed: int = 0
+    """The first seed: choose options on some seeds, and compare on others."""
     workers: int = 1
     """Number of runs that train at the same time on this machine, each on one CPU thread."""
     out: str | None = None
     """Folder of the grid; runs that it already holds are not trained again. Default runs/compare-DATA."""
+
+    def seed_range(self) -> range:
+        """Return the seeds of every row."""
+        return range(self.first_seed, self.first_seed + self.seeds)
 
 
 @dataclass

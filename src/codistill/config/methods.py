@@ -38,7 +38,7 @@ class MethodConfig:
         return epochs * 80 / 300
 
     def needs_holdout(self) -> bool:
-        """Tell whether a part of the training set, `holdout_fraction`, is held out for the method."""
+        """Return whether a part of the training set, `holdout_fraction`, is held out for the method."""
         return False
 
     def ramp_length(self, epochs: int = 300) -> float:
@@ -250,7 +250,7 @@ class KDCLConfig(MethodConfig):
     per class)."""
 
     def needs_holdout(self) -> bool:
-        """Tell whether the weights of `general` are solved for."""
+        """Return whether the weights of `general` are solved for."""
         return self.target == "general"
 
     def check(self, options: Options) -> None:

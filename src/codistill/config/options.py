@@ -18,6 +18,7 @@ from codistill.config.ranges import (
     AT_LEAST_8,
     EACH_AT_LEAST_1,
     FROM_0_BELOW_1,
+    FROM_8_TO_16,
     SEED,
 )
 
@@ -28,7 +29,7 @@ Checkpoint = Literal["last", "best"]
 if TYPE_CHECKING:
 
     class MethodField:
-        """Tells type checkers that the field `method` takes a name too, and is always read as a config."""
+        """Declares to type checkers that the field `method` takes a name too, and is always read as a config."""
 
         def __get__(self, instance: object, owner: object = None) -> MethodConfig: ...
         def __set__(self, instance: object, value: MethodConfig | str) -> None: ...
@@ -78,6 +79,9 @@ class DataOptions:
     or more."""
     data_workers: Annotated[int | None, AT_LEAST_0] = None
     """Processes that decode image files; 0 decodes in the training process. Default: one per CPU, at most 8."""
+    bits: Annotated[int, FROM_8_TO_16] = 16
+    """Bits that image files of 16 bits a pixel use: 12 for many cameras and microscopes, whose images are black
+    otherwise."""
     skip_corrupt: bool = False
     """Leave out image files that cannot be read (with files, the next image of the same class replaces one)."""
     balanced_sampling: bool = False
@@ -87,6 +91,8 @@ class DataOptions:
     that a pretrained network was trained with, else the data set's own."""
     augment: bool = True
     """Random crops (and flips, if the data set allows them), drawn again for every sample, view and epoch."""
+    flip: bool = True
+    """Swap left and right at random, if the data set allows it; --no-flip for images where the side matters."""
     cutout: Annotated[int, AT_LEAST_0] = 0
     """Side in pixels of a random square set to the mean color (0 = off)."""
     label_smoothing: Annotated[float, FROM_0_BELOW_1] = 0.0
@@ -180,7 +186,12 @@ class RunOptions:
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
     execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
     """How peers run in training: loop, one after the other; stacked, as one network (equal peers only; faster if kernel
-    launches cost more than the arithmetic); auto uses loop; measure is an old name of auto."""
+    launches cost more than the arithmetic); auto uses loop, and on an NVIDIA GPU stacked if no convolution of the
+    networks has more than 64 input channels; measure is an old name of auto."""
+    cuda_graph: bool = True
+    """On an NVIDIA GPU, record a step's forward and backward once and replay them as a CUDA graph: the same numbers,
+    without the cost of launching thousands of kernels. Not used with --mesh, --checkpoint-activations or alternating
+    updates. Turn it off for a network whose forward changes from step to step by Python code of its own."""
     checkpoint_activations: bool = False
     """Recompute the activations of a network in the backward pass instead of keeping them: less memory, a third more
     arithmetic (networks only)."""

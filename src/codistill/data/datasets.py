@@ -34,22 +34,27 @@ def load_set(
     pipeline: str = "auto",
     *,
     skip_corrupt: bool = False,
+    bits: int = 16,
 ) -> ImageSet:
     """Load a set by name.
 
     Args:
         name: digits, fashion-mnist, cifar10, cifar100, npz:PATH or folder:PATH.
-        data_dir: Where torchvision finds or downloads it, or a folder with `cifar100.npz` (default ./data).
+        data_dir: Where torchvision finds or downloads it, or a folder with `cifar100.npz` (default ./data); for
+            folder:PATH the folder instead of PATH, which has moved.
         image_size: Height and width for the images of a folder.
         pipeline: How a folder is read (see `load_folder`).
         skip_corrupt: Whether a folder's files that cannot be read are left out.
+        bits: Bits that a folder's files of 16 bits a pixel use.
 
     Raises:
         InputError: the set is unknown, missing, unreadable, or cannot be trained on.
     """
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
-        return load_folder(Path(path), image_size, pipeline, skip_corrupt=skip_corrupt).check()
+        place = Path(path if data_dir is None else data_dir).expanduser()
+        data = load_folder(place, image_size, pipeline, skip_corrupt=skip_corrupt, bits=bits)
+        return replace(data, name=name).check()
     if kind == GIVEN:
         raise InputError(
             f"--data {name}: these images were given from Python and are not stored; give them again, as in "
@@ -60,7 +65,7 @@ def load_set(
     if pipeline == "files":
         raise InputError(f"--data-pipeline files reads the images of a folder; --data {name} is in memory, so drop it")
     if kind == "npz" and path:
-        return _load_npz(name, Path(path)).check()
+        return _load_npz(name, Path(path).expanduser()).check()
     if name not in SETS or kind != name:
         raise InputError(f'--data: unknown set "{name}"{suggest(name, SETS)}')
     loader = {
@@ -69,7 +74,7 @@ def load_set(
         "cifar10": _load_cifar,
         "cifar100": _load_cifar,
     }[name]
-    return loader(name, Path(data_dir or "data")).check()
+    return loader(name, Path(data_dir or "data").expanduser()).check()
 
 
 def _load_digits(name: str, _data_dir: Path) -> ImageSet:
@@ -139,8 +144,9 @@ def _load_torchvision(cls: Any, name: str, data_dir: Path) -> tuple[Any, ...]:
 
 def _load_npz(name: str, path: Path) -> ImageSet:
     """Read x_train, y_train, x_test, y_test; other arrays are ignored. Pickled objects are refused."""
-    if not path.exists():
-        raise InputError(f"--data {name}: {path} does not exist")
+    if not path.is_file():
+        what = "cannot be read, as it is no file" if path.exists() else "does not exist"
+        raise InputError(f"--data {name}: {path} {what}; name an .npz file")
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in archive.files]

@@ -21,11 +21,13 @@ import torch
 from torch import Tensor, nn
 
 from codistill.deploy.student_template import LOADER
-from codistill.models import MODELS, LogitsOnly, source_of
+from codistill.models import MODELS, LogitsOnly, source_of, without_wrappers
 from codistill.training import Run, deployed_index, deployed_network, test_loader
 from codistill.utils import InputError, MachineError, first_line, write_atomically
 
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
+METADATA_KEY = "codistill"
+"""Key of a safetensors file's metadata that holds everything but `format`."""
 MAX_DIFFERENCE = 1e-3
 """Largest accepted difference of outputs, relative to the largest output where that exceeds 1."""
 
@@ -134,8 +136,9 @@ def _write_safetensors(student: nn.Module, _images: Tensor, metadata: dict[str, 
     from safetensors.torch import load, save
 
     plain = student.model if isinstance(student, LogitsOnly) else student  # as transformers names them
+    plain = without_wrappers(plain)
     tensors = {name: value.contiguous().clone() for name, value in plain.state_dict().items()}
-    data = save(tensors, {key: json.dumps(value) for key, value in metadata.items()})
+    data = _sort_header(save(tensors, {"format": "pt", METADATA_KEY: json.dumps(metadata)}))
     write_atomically(path, lambda stream: stream.write(data))
     model = metadata["model"]
     if model in MODELS:
@@ -144,6 +147,16 @@ def _write_safetensors(student: nn.Module, _images: Tensor, metadata: dict[str, 
         write_atomically(path.with_suffix(".py"), lambda stream: stream.write(source.encode()))
     plain.load_state_dict(load(path.read_bytes()))
     return student
+
+
+def _sort_header(data: bytes) -> bytes:
+    """Return a safetensors file whose metadata is in order, so that equal runs give equal bytes."""
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text + data[8 + length :]
 
 
 def _write_torch_export(student: nn.Module, images_BCHW: Tensor, metadata: dict[str, Any], path: Path) -> Program:
@@ -176,6 +189,7 @@ def _write_onnx(student: nn.Module, images_BCHW: Tensor, metadata: dict[str, Any
         )
         assert program is not None
         proto = program.model_proto
+    del proto.graph.value_info[:]  # shapes of intermediate values, which quantizers change and then find contradicted
     onnx.helper.set_model_props(proto, {key: json.dumps(value) for key, value in metadata.items()})
     data = proto.SerializeToString()
     write_atomically(path, lambda stream: stream.write(data))
@@ -196,9 +210,16 @@ def _export_errors_as_sentence(kind: str) -> Iterator[None]:
         raise
     except Exception as error:  # the exporters raise exceptions of any kind
         raise InputError(
-            f"--format {kind}: PyTorch cannot write this network in that format ({first_line(error)}); "
+            f"--format {kind}: PyTorch cannot write this network in that format ({_find_reason(error)}); "
             "use --format safetensors"
         ) from error
+
+
+def _find_reason(error: BaseException) -> str:
+    """Return the first line of the error that an exporter's own errors were raised from."""
+    while (cause := error.__cause__ or error.__context__) is not None:
+        error = cause
+    return first_line(error)
 
 
 def _replace_docstring(source: str) -> str:

@@ -63,9 +63,10 @@ def inference_cost(
     device = image_CHW.device
     one_BCHW, batch_BCHW = image_CHW.unsqueeze(0), image_CHW.expand(64, *image_CHW.shape).contiguous()
     counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-        with counter:
-            student(one_BCHW)
+    in_autocast = torch.autocast(device.type, autocast, enabled=autocast is not None)
+    with torch.no_grad(), in_autocast, counter:  # in inference mode the counter breaks parametrized modules
+        student(one_BCHW)
+    with torch.inference_mode(), in_autocast:
         other_bytes = allocated_bytes(device) - sum(x.nbytes for x in (*student.parameters(), *student.buffers()))
         reset_peak_memory(device)
         latency_batch1 = _measure_milliseconds(student, one_BCHW)

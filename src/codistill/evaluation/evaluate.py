@@ -11,6 +11,9 @@ from codistill.evaluation.metrics import PeerMetrics
 from codistill.methods import Method
 from codistill.peers import Peers, eval_mode
 
+MANY_PIXELS_ON_GPU = 500_000_000
+"""Pixels of a data set below which a GPU evaluates it in less time than the host needs to fold the networks."""
+
 
 def evaluate_peers(peers: Peers, method: Method, loader: Loader, mesh: Mesh, *, detail: bool = False) -> PeerMetrics:
     """Run every member and the method's ensemble over a data set and return the metrics of all its samples.
@@ -43,5 +46,8 @@ def fold_members(peers: Peers, loader: Loader) -> Peers:
     if not len(loader):
         return peers
     example_BCHW = loader.sample_batch()[0][:2]
+    pixels = loader.num_samples * example_BCHW.shape[-1] * example_BCHW.shape[-2]
+    if example_BCHW.device.type == "cuda" and pixels < MANY_PIXELS_ON_GPU:
+        return peers
     local = folded_for_evaluation(peers.local, example_BCHW)
     return peers.with_members(local) if isinstance(peers, MeshPeers) else local

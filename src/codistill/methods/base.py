@@ -72,6 +72,8 @@ class Method(nn.Module):
     processes that split a batch must each gather the whole batch's outputs."""
     holdout_fraction: float = 0.0
     """Fraction of the training set that is held out, for a method that needs it."""
+    targets_checked: bool = False
+    """Whether targets need no check (any more): they are checked at the first call alone, as that waits for a GPU."""
 
     def __init__(self, num_peers: int) -> None:
         super().__init__()
@@ -104,12 +106,33 @@ class Method(nn.Module):
         return cls(num_peers=info.num_peers, **dataclasses.asdict(config))
 
     def weight_at(self, epoch: float) -> float:
-        """Return the ramp's value in an epoch; epochs are counted from 0."""
+        """Return the ramp's value in an epoch; epochs are counted from 0.
+
+        A method that is built by hand does not know the length of the run: its ramp lasts `ramp_epochs` (80 where it is
+        not given, as in the papers' runs of 300 epochs), so give `ramp_epochs` in a shorter run of your own.
+
+        >>> import codistill as cd
+        >>> f"{cd.methods.OKDDip(4, 64).weight_at(9):.3f}, {cd.methods.OKDDip(4, 64, ramp_epochs=3).weight_at(9):.3f}"
+        '0.020, 1.000'
+        """
         return sigmoid_ramp(epoch, self.ramp_epochs)
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms of the loss; `weight` is the ramp's value, from `weight_at`."""
         raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Terms:
+        """Return the terms of the loss; see `forward`.
+
+        Raises:
+            InputError: the targets of the first call are neither class numbers nor soft labels (see `check_targets`).
+        """
+        if not self.targets_checked:
+            arguments = {**dict(zip(("outputs", "targets_B"), args)), **kwargs}
+            if isinstance(arguments.get("outputs"), PeerOutputs) and "targets_B" in arguments:
+                check_targets(arguments["outputs"].logits_PBC, arguments["targets_B"])
+            self.targets_checked = True
+        return super().__call__(*args, **kwargs)
 
     def check(self, outputs: PeerOutputs) -> None:
         """Raise InputError if `outputs` lacks something that the method needs; the message says how to provide it."""
@@ -132,12 +155,56 @@ class Method(nn.Module):
         """Update the method's own state from the outputs on the holdout, once per epoch."""
 
     def deploy(self, peers: Peers) -> nn.Module:
-        """Return the one plain network that is deployed."""
-        return peers.export_member(self.deployed)
+        """Return the one plain network that is deployed, in evaluation mode."""
+        return peers.export_member(self.deployed).eval()
 
     def deploy_ensemble(self, peers: Peers) -> nn.Module:
-        """Return the ensemble as one network that returns log-probabilities, at the cost of all its members."""
+        """Return the ensemble as one network that returns log-probabilities, at the cost of all its members.
+
+        It holds the peers themselves. Evaluation mode is left to the caller, who may go on training them.
+        """
         return Ensemble(peers, self)
+
+
+def check_targets(logits_PBC: Tensor, targets: Any) -> None:
+    """Check the labels of a batch.
+
+    Args:
+        logits_PBC: The peers' logits.
+        targets: What must be class numbers `B`, int64 from 0 to C - 1, or soft labels `B x C`, whose rows sum to 1.
+
+    Raises:
+        InputError: they are neither.
+
+    >>> check_targets(torch.zeros(2, 3, 10), torch.tensor([0, 9, 4]))
+    """
+    if not isinstance(targets, Tensor):
+        raise InputError(f"the targets are a {type(targets).__name__}; give a tensor of class numbers, int64")
+    batch, classes = logits_PBC.shape[-2:]
+    shape = " x ".join(map(str, targets.shape))
+    if targets.is_floating_point():
+        if targets.shape != (batch, classes):
+            raise InputError(
+                f"the targets are {targets.dtype} of shape {shape or 'one number'}; give class numbers (int64, "
+                f"{batch}) or soft labels ({batch} x {classes})"
+            )
+        rows = targets.detach().double().cpu() if targets.device.type != "mps" else targets.detach().cpu().double()
+        if not bool((rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 0.02).all()):
+            raise InputError(
+                "the targets are no soft labels: their rows must be 0 or more and sum to 1 (several labels an image "
+                "are not supported)"
+            )
+        return
+    if targets.dtype != torch.int64:
+        raise InputError(f"the targets are {targets.dtype}; give class numbers as int64 (targets.long())")
+    if targets.shape != (batch,):
+        raise InputError(f"the targets are of shape {shape or 'one number'}; give one class number a sample ({batch})")
+    low, high = (int(bound) for bound in targets.aminmax()) if batch else (0, 0)
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise InputError(
+            f"a target is {wrong}, which is none of the {classes} classes; they count from 0 to {classes - 1}"
+        )
 
 
 class Ensemble(nn.Module):
@@ -178,7 +245,7 @@ def takes_options(config: type[MethodConfig], without: Sequence[str] = ()) -> Ca
         config: The class of `options`.
         without: Fields that do not become arguments.
 
-    >>> from codistill.config.methods import ONEConfig
+    >>> from codistill.config import ONEConfig
     >>> class Half(Method):
     ...     @takes_options(ONEConfig)
     ...     def __init__(self, num_peers, options):

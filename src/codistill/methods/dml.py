@@ -15,12 +15,24 @@ from __future__ import annotations
 import dataclasses
 from typing import Any, Self
 
+import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from codistill.config import DMLConfig, MethodConfig
-from codistill.losses import SOURCE_EPS, cross_entropy, kl_from_log_probs, leave_one_out_mean, pairwise_kl, soften
+from codistill.losses import (
+    SOURCE_EPS,
+    cross_entropy,
+    kl_from_log_probs,
+    leave_one_out_mean,
+    pairwise_kl,
+    soften,
+)
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers import PeerOutputs
+
+AUTHORS_EPS = 1e-8
+"""What the authors' code adds to a probability that it divides by, and to the ratio before the logarithm."""
 
 
 class DML(Method):
@@ -56,20 +68,64 @@ class DML(Method):
         """Return the terms; `targets_PBC` (target=mean) is for inspection."""
         self.check(outputs)
         z_PBC = outputs.logits_PBC
-        source_PBC = z_PBC.detach() if self.detach else z_PBC
         ce_P = cross_entropy(z_PBC, targets_B)
         if self.target == "mean":
+            source_PBC = z_PBC.detach() if self.detach else z_PBC
             log_target_PBC = soften(leave_one_out_mean(source_PBC), self.temperature)
             distill_P = self._kl(z_PBC, log_target_PBC)
             return combine_terms(ce_P, distill_P, weight * self.weight, targets_PBC=log_target_PBC)
-        distill_P = pairwise_kl(z_PBC, soften(source_PBC, self.temperature), self._kl)
-        if self.variant != "authors":
-            distill_P = distill_P / (self.num_peers - 1)
+        log_probs_PBC = soften(z_PBC, self.temperature)
+        # Softened again, not shared: the sum of both gradients would lose digits before log_softmax's subtraction.
+        log_source_PBC = log_probs_PBC.detach() if self.detach else soften(z_PBC, self.temperature)
+        if self.variant == "authors":
+            distill_P = authors_pairwise_kl(log_probs_PBC.exp(), log_source_PBC.exp()) * self.temperature**2
+        else:
+            mean_kl_P = pairwise_kl(log_probs_PBC, log_source_PBC, self.eps) / (self.num_peers - 1)
+            distill_P = mean_kl_P * self.temperature**2
         return combine_terms(ce_P, distill_P, weight * self.weight)
 
     def _kl(self, student: Tensor, log_target: Tensor) -> Tensor:
         if self.variant != "authors":
             return kl_from_log_probs(student, log_target, self.temperature, self.eps)
         target, probs = log_target.exp(), (student / self.temperature).softmax(-1)
-        pointwise = target * (1e-8 + target / (probs + 1e-8)).log()
+        pointwise = target * (AUTHORS_EPS + target / (probs + AUTHORS_EPS)).log()
         return pointwise.sum(-1).mean(-1) * self.temperature**2
+
+
+def authors_pairwise_kl(probs_PBC: Tensor, target_PBC: Tensor) -> Tensor:
+    """Return sum_{j != i} sum_c t_j log(e + t_j / (p_i + e)), e = 1e-8, for every peer i, mean over the batch: `P`.
+
+    The logarithm keeps the sum over j from a closed form, so the time grows with P^2. The memory does not: the gradient
+    is added up along with the value.
+
+    Args:
+        probs_PBC: Probabilities p.
+        target_PBC: Probabilities t; they get no gradient.
+
+    >>> probs_PBC = torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]])
+    >>> authors_pairwise_kl(probs_PBC, probs_PBC)
+    tensor([0.1308, 0.1438])
+    """
+    return _AuthorsPairwiseKL.apply(probs_PBC, target_PBC.detach())  # pyrefly: ignore
+
+
+class _AuthorsPairwiseKL(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, probs_PBC: Tensor, target_PBC: Tensor) -> Tensor:
+        batch = probs_PBC.shape[1]
+        divisor_PBC = probs_PBC + AUTHORS_EPS
+        value_PB, gradient_PBC = probs_PBC.new_zeros(probs_PBC.shape[:2]), torch.zeros_like(probs_PBC)
+        for shift in range(1, len(probs_PBC)):
+            other_PBC = target_PBC.roll(shift, 0)
+            ratio_PBC = other_PBC / divisor_PBC
+            guarded_PBC = ratio_PBC + AUTHORS_EPS
+            gradient_PBC.addcdiv_(ratio_PBC.square_(), guarded_PBC, value=-1 / batch)
+            value_PB += other_PBC.mul_(guarded_PBC.log_()).sum(-1)
+        ctx.save_for_backward(gradient_PBC)
+        return value_PB.mean(-1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor, None]:  # pyrefly: ignore
+        (gradient_PBC,) = ctx.saved_tensors
+        return grad_outputs[0].view(-1, 1, 1) * gradient_PBC, None

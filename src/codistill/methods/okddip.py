@@ -19,6 +19,7 @@ import math
 from typing import Any, Self
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codistill.config import MethodConfig, OKDDipConfig
@@ -27,9 +28,10 @@ from codistill.losses import (
     attention_log_weights,
     cross_entropy,
     entropy,
-    kl_from_log_probs,
-    mix_log_probs,
+    kl_of_probs,
     mix_logits,
+    mix_probs,
+    probs_with_eps,
     soften,
 )
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
@@ -43,7 +45,8 @@ class OKDDip(Method):
     Args:
         num_peers: Members, the leader (the last one) included; at least 3.
         feature_dim: Width D of the auxiliary peers' features; the projections go from D to D // 8.
-        options: The fields of `OKDDipConfig`; the default ramp is 80 epochs.
+        options: The fields of `OKDDipConfig`; give `ramp_epochs` in a run of your own that is shorter than the papers'
+            300 epochs, since the default ramp of 80 epochs is only scaled to the length of a run by `codistill.train`.
         seed: Chooses the member that is deployed under `ablation="no_leader"`.
 
     Raises:
@@ -97,28 +100,18 @@ class OKDDip(Method):
         self.check(outputs)
         z_PBC = outputs.logits_PBC
         num_auxiliary = len(self.group)
-        z_ABC = z_PBC[:num_auxiliary]
         ce_P = cross_entropy(z_PBC, targets_B)
+        attention, rows = None, []
         if self.ablation == "entropy":
-            distill_A = torch.zeros_like(ce_P[:num_auxiliary])
-            ce_P = torch.cat(
-                (ce_P[:num_auxiliary] - self.entropy_weight * entropy(z_ABC) / num_auxiliary, ce_P[num_auxiliary:])
-            )
-            targets, log_attention = [], None
+            mean_entropy_A = entropy(z_PBC[:num_auxiliary]) / num_auxiliary
+            ce_P = torch.cat((ce_P[:num_auxiliary] - self.entropy_weight * mean_entropy_A, ce_P[num_auxiliary:]))
         else:
-            log_attention = self._log_attention(outputs.features[:num_auxiliary], z_ABC)
-            targets = [self._mix(log_attention, z_ABC)]
-            distill_A = self._kl(z_ABC, targets[0])
-        if not self.has_leader:
-            distill_P = distill_A
-        else:
-            uniform = z_ABC.new_full((z_ABC.shape[1], 1, num_auxiliary), -math.log(num_auxiliary))
-            targets.append(self._mix(uniform, z_ABC))
-            distill_P = torch.cat((distill_A, self._kl(z_PBC[-1:], targets[-1])))
-        attention = None if log_attention is None else log_attention.exp()
-        return combine_terms(
-            ce_P, distill_P, weight * self.weight, targets_PBC=torch.cat(targets), attention_BAA=attention
-        )
+            log_attention = self._log_attention(outputs.features[:num_auxiliary], z_PBC[:num_auxiliary])
+            attention, rows = log_attention.exp(), [log_attention]
+        if self.has_leader:  # who learns from the mean of all
+            rows.append(z_PBC.new_full((z_PBC.shape[1], 1, num_auxiliary), -math.log(num_auxiliary)))
+        distill_P, targets_PBC = self._distill(torch.cat(rows, 1), z_PBC)
+        return combine_terms(ce_P, distill_P, weight * self.weight, targets_PBC=targets_PBC, attention_BAA=attention)
 
     def _log_attention(self, features: list[Tensor], z_ABC: Tensor) -> Tensor:
         """Return log alpha, `B x A x A`."""
@@ -130,19 +123,32 @@ class OKDDip(Method):
                 diagonal = torch.eye(num_auxiliary, dtype=torch.bool, device=scores.device)
                 scores = scores.masked_fill(diagonal, -math.inf)
             return scores.log_softmax(-1)
-        h_ABD = torch.stack(features)
-        query, key = (h_ABD, h_ABD) if self.ablation == "symmetric" else (self.query(h_ABD), self.key(h_ABD))
-        return attention_log_weights(query, key, self.mask_self)
+        if self.ablation == "symmetric":
+            h_ABD = torch.stack(features)
+            return attention_log_weights(h_ABD, h_ABD, self.mask_self)
+        # Projected one by one: the features of all peers would be larger than all logits where they are wide.
+        query_ABE, key_ABE = (torch.stack([project(h_BD) for h_BD in features]) for project in (self.query, self.key))
+        return attention_log_weights(query_ABE, key_ABE, self.mask_self)
 
-    def _mix(self, log_weights: Tensor, z_ABC: Tensor) -> Tensor:
-        """Return the softened log-probabilities of each mixture, by the variant and `detach`."""
-        z_ABC = z_ABC if self.detach == "none" else z_ABC.detach()
+    def _distill(self, log_weights: Tensor, z_PBC: Tensor) -> tuple[Tensor, Tensor]:
+        """Return every member's distillation term, `P`, and the softened log-probabilities of its mixture.
+
+        Args:
+            log_weights: Of each mixture, `B x P x A`, or `B x 1 x A` if the leader alone has one.
+            z_PBC: All members' logits.
+        """
+        num_auxiliary = len(self.group)
+        log_probs_PBC = soften(z_PBC, self.temperature)
+        source = z_PBC[:num_auxiliary] if self.detach == "none" else z_PBC[:num_auxiliary].detach()
         if self.variant == "paper":
-            mixed = mix_log_probs(log_weights, z_ABC, self.temperature)
+            # Softened again: a gradient through a target is large for confident peers, and its sum with the student's
+            # would lose the latter's digits before log_softmax subtracts the common part.
+            probs, log_probs = mix_probs(log_weights, soften(source, self.temperature))
+            targets = log_probs
         else:
-            mixed = soften(mix_logits(log_weights.exp(), z_ABC), self.temperature)
-        return mixed.detach() if self.detach == "all" else mixed
-
-    def _kl(self, z_PBC: Tensor, log_target_PBC: Tensor) -> Tensor:
-        eps = SOURCE_EPS if self.variant == "okddip_code" else 0.0
-        return kl_from_log_probs(z_PBC, log_target_PBC, self.temperature, eps)
+            targets = soften(mix_logits(log_weights.exp(), source), self.temperature)
+            probs, log_probs = probs_with_eps(targets, SOURCE_EPS)
+        if self.detach == "all":
+            probs, log_probs = probs.detach(), log_probs.detach()
+        distill = kl_of_probs(log_probs_PBC[-len(targets) :], probs, log_probs) * self.temperature**2
+        return F.pad(distill, (len(z_PBC) - len(targets), 0)), targets

@@ -16,14 +16,13 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from functools import partial
 from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from codistill.config import MethodConfig, PCLConfig
-from codistill.losses import cross_entropy, kl_from_log_probs, pairwise_kl, soften
+from codistill.losses import cross_entropy, kl_of_log_probs, pairwise_kl, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers import PeerOutputs
 
@@ -59,13 +58,13 @@ class PCL(Method):
         self.check(outputs)
         assert outputs.ema_logits_PBC is not None
         z_PBC = outputs.logits_PBC
-        ensemble_BC = self.classifier(torch.cat(outputs.features, -1))
+        ensemble_BC = self._classify(outputs.features)
         ce_teacher = cross_entropy(ensemble_BC, targets_B)
-        from_ensemble_P = kl_from_log_probs(z_PBC, soften(ensemble_BC.detach(), self.temperature), self.temperature)
+        log_probs_PBC = soften(z_PBC, self.temperature)
         log_mean_PBC = soften(outputs.ema_logits_PBC.detach(), self.temperature)
-        kl = partial(kl_from_log_probs, temperature=self.temperature)
-        from_peers_P = pairwise_kl(z_PBC, log_mean_PBC, kl) / (self.num_peers - 1)
-        distill_P = from_ensemble_P + from_peers_P
+        from_ensemble_P = kl_of_log_probs(log_probs_PBC, soften(ensemble_BC.detach(), self.temperature))
+        from_peers_P = pairwise_kl(log_probs_PBC, log_mean_PBC) / (self.num_peers - 1)
+        distill_P = (from_ensemble_P + from_peers_P) * self.temperature**2
         terms = combine_terms(
             cross_entropy(z_PBC, targets_B), distill_P, weight * self.weight, targets_PBC=log_mean_PBC
         )
@@ -74,4 +73,15 @@ class PCL(Method):
 
     def ensemble(self, outputs: PeerOutputs) -> Tensor:
         """Return the ensemble teacher's log-probabilities (the paper's PCL-E)."""
-        return self.classifier(torch.cat(outputs.features, -1)).log_softmax(-1)
+        return self._classify(outputs.features).log_softmax(-1)
+
+    def _classify(self, features: Sequence[Tensor]) -> Tensor:
+        """Return W [f_1; ...; f_m] + b, `B x C`.
+
+        One product per peer: the features side by side would be larger than all logits where they are wide.
+        """
+        widths = [feature_BD.shape[-1] for feature_BD in features]
+        logits_BC = self.classifier.bias
+        for feature_BD, weight_CD in zip(features, self.classifier.weight.split(widths, 1)):
+            logits_BC = torch.addmm(logits_BC, feature_BD, weight_CD.t())
+        return logits_BC

@@ -261,21 +261,33 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 def _build_imported(source: Source, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     factory = import_callable(source)
+    if inspect.isbuiltin(factory):  # os.abort, time.time: none of them builds a network, and some end the process
+        raise InputError(
+            f"--model {source.name} is a function of Python itself; name a class or function that returns an nn.Module"
+        )
     if source.pretrained:
         raise InputError(
             f"--pretrained: {source.name} is your own code; load its weights there, or give --weights FILE"
         )
     kwargs = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     with errors_as_sentences(source):
-        network = factory(**(accepted_kwargs(factory, kwargs) | source.options))
+        try:
+            network = factory(**(accepted_kwargs(factory, kwargs) | source.options))
+        except SystemExit as error:
+            raise RuntimeError(f"it ends the process with {error}") from None
     if not isinstance(network, nn.Module):
         raise InputError(f"--model {source.name} returned {type(network).__name__}; it must return an nn.Module")
+    if not any(True for _ in network.parameters()):
+        raise InputError(f"--model {source.name} returned {type(network).__name__}, which has no parameters to train")
     return network
 
 
 def accepted_kwargs(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return those of `kwargs` that a callable takes; with `**kwargs` among its own, also `num_classes`."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some classes written in C have no signature
+        return {}
     names = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
     if len(names) < len(parameters):
         names.add("num_classes")
@@ -297,6 +309,10 @@ def import_callable(source: Source) -> Callable[..., nn.Module]:
             f'--model {source.name}: there is no module "{source.kind}"{_suggest_name(source.kind, KINDS)}; give '
             f"{', '.join(KINDS)} or an importable package.module before the colon"
         ) from None
+    except (Exception, SystemExit) as error:  # the module's own code may raise anything
+        raise InputError(
+            f"--model {source.name}: importing {source.kind} fails ({first_line(error)}); fix it"
+        ) from error
     finally:
         sys.path.remove(folder)
     factory = getattr(module, source.path, None)

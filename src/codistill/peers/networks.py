@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.members import Spec, build_members, num_head_classes
 from codistill.peers.modes import frozen_batchnorm_stats
+from codistill.peers.streams import run_side_by_side
 from codistill.utils import InputError
 
 
@@ -71,7 +73,8 @@ class NetworkPeers(Peers):
         if self.stacked_runner is not None and self.training:
             return self.stacked_runner(views)
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
-            pairs = [member(views[p if own_views else 0]) for p, member in enumerate(self.members)]
+            calls = [partial(member, views[p if own_views else 0]) for p, member in enumerate(self.members)]
+            pairs = run_side_by_side(calls)
         return self._stack_outputs(pairs, None)
 
     @torch.no_grad()

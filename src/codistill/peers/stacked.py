@@ -11,21 +11,108 @@ Shapes: V views, P peers, B batch, C channels or classes, D features.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from codistill.losses import scale_gradient
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branches import BranchPeers
-from codistill.peers.modes import frozen_batchnorm_stats, train_mode
+from codistill.peers.modes import copy_module, frozen_batchnorm_stats, train_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule
 from codistill.utils import InputError
 
 CHANNELWISE = (nn.ReLU, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
+MERGED_CHANNELS = 64
+"""Input channels up to which groups of a convolution are merged on a GPU, whose kernels process so many at once."""
+
+
+class _MergedConv(torch.autograd.Function):
+    """A grouped convolution as one with fewer groups, whose weights are zero where a member would read another one."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, conv: StackedConv2d) -> Tensor:
+        dtype = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else weight.dtype
+        x, dense = x.to(dtype), conv.dense_weight(dtype)
+        conv.own_blocks(dense).copy_(conv.by_member(weight))
+        ctx.conv, ctx.dense = conv, dense  # overwritten in the next forward, after this one's backward
+        ctx.save_for_backward(x, weight)
+        return F.conv2d(x, dense, None, conv.stride, conv.padding, conv.dilation, conv.num_merged_groups)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, weight = ctx.saved_tensors
+        conv = ctx.conv
+        grad_x, grad_dense, _ = torch.ops.aten.convolution_backward(
+            *(grad_outputs[0], x, ctx.dense, None, conv.stride, conv.padding, conv.dilation, False, [0, 0]),
+            *(conv.num_merged_groups, [ctx.needs_input_grad[0], ctx.needs_input_grad[1], False]),
+        )
+        if grad_dense is None:
+            return grad_x, None, None
+        grad_weight = torch.empty_like(weight)
+        conv.by_member(grad_weight).copy_(conv.own_blocks(grad_dense))
+        return grad_x, grad_weight, None
+
+
+def _runs_on_matrix_units(x: Tensor) -> bool:
+    """Return whether a convolution's additional arithmetic costs little: always, except in float32 without TF32."""
+    if x.dtype is not torch.float32 or torch.is_autocast_enabled(x.device.type):
+        return True
+    return torch.backends.cudnn.conv.fp32_precision != "ieee"  # pyrefly: ignore
+
+
+class StackedConv2d(nn.Conv2d):
+    """The members' convolutions as one grouped convolution.
+
+    On a GPU, groups of few channels are merged: cuDNN runs 4 groups of 16 channels one after the other, each as slowly
+    as one group of 64 with zeros in it (benchmarks/RESULTS.md).
+    """
+
+    num_peers = 1
+    merges = False
+    """Whether groups may be merged."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Return the members' maps, concatenated; `input` has a map per member, or one that all of them take."""
+        if input.shape[1] * self.num_peers == self.in_channels and self.num_peers > 1 and self.padding_mode == "zeros":
+            groups = self.groups // self.num_peers
+            return F.conv2d(input, self.weight, self.bias, self.stride, self.padding, self.dilation, groups)
+        if self.merges and self.num_merged_groups < self.groups and _runs_on_matrix_units(input):
+            return _MergedConv.apply(input, self.weight, self)  # pyrefly: ignore
+        return super().forward(input)
+
+    @property
+    def num_merged_groups(self) -> int:
+        """Number of groups after merging: the smallest for which each has at most MERGED_CHANNELS input channels."""
+        if self.groups != self.num_peers or self.bias is not None or self.padding_mode != "zeros":
+            return self.groups
+        width = self.in_channels // self.num_peers
+        sizes = [m for m in range(1, self.num_peers + 1) if self.num_peers % m == 0 and m * width <= MERGED_CHANNELS]
+        return self.num_peers // max(sizes, default=1)
+
+    def dense_weight(self, dtype: torch.dtype) -> Tensor:
+        """Return the merged groups' weight, made once: zeros, with blocks to be filled with the members' weights."""
+        dense_weights: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_dense", {})
+        if dtype not in dense_weights:
+            rows, columns, *kernel = self.weight.shape
+            dense = self.weight.new_zeros(
+                rows, columns * (self.num_peers // self.num_merged_groups), *kernel, dtype=dtype
+            )
+            dense_weights[dtype] = dense.contiguous(memory_format=torch.channels_last)
+        return dense_weights[dtype]
+
+    def by_member(self, weight: Tensor) -> Tensor:
+        """Return a view `G x M x O x I x h x w` of a stacked weight: M members in each of G merged groups."""
+        return weight.unflatten(0, (self.num_merged_groups, self.num_peers // self.num_merged_groups, -1))
+
+    def own_blocks(self, dense: Tensor) -> Tensor:
+        """Return a view of the blocks in which a member reads its own channels, in the shape of `by_member`."""
+        merged = self.num_peers // self.num_merged_groups
+        blocks = dense.unflatten(1, (merged, -1)).unflatten(0, (self.num_merged_groups, merged, -1))
+        return blocks.diagonal(dim1=1, dim2=3).movedim(-1, 1)
 
 
 class StackedEntry(nn.Module):
@@ -62,12 +149,13 @@ class StackedPeers:
         trunk = peers.shared_modules if isinstance(peers, BranchPeers) else []
         _check_equal(members, trunk)
         expected = _training_logits(peers, peers, example)
+        self._on_gpu = example.device.type == "cuda"
         self.parameters: list[nn.Parameter] = []
         self._batch_counts: list[tuple[nn.Module, Tensor]] = []
         """Stacked BatchNorms and their members' common count of batches."""
         self._parts: list[list[Tensor]] = []
         """For every one of `parameters`, the members' parameters that it concatenates."""
-        body = copy.deepcopy(members[0].body, {id(shared): shared for shared in trunk})
+        body = copy_module(members[0].body, {id(shared): shared for shared in trunk})
         self.body = self._convert(body, [m.body for m in members])
         heads = [m.head for m in members if isinstance(m.head, nn.Linear)]
         if len(heads) < len(members):
@@ -77,8 +165,9 @@ class StackedPeers:
         for parameter in (p for shared in trunk for p in shared.parameters()):
             self.parameters.append(parameter)
             self._parts.append([parameter])
-        logits_PBC = _training_logits(peers, self, example)
-        if not torch.allclose(logits_PBC, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max())):
+        # Where the network begins with a convolution, all members can take one copy of the images.
+        self.repeats_images = not self._on_gpu or not self._reproduces(example, expected, repeats_images=False)
+        if self.repeats_images and not self._reproduces(example, expected, repeats_images=True):
             raise InputError("--execution stacked: the network mixes channels outside its layers; use --execution loop")
 
     def __call__(self, views_VBCHW: Tensor) -> PeerOutputs:
@@ -86,6 +175,8 @@ class StackedPeers:
         num_peers = self.peers.num_peers
         if isinstance(self.peers, BranchPeers):
             self.peers.clear_cache()
+            x = views_VBCHW[0]
+        elif len(views_VBCHW) == 1 and not self.repeats_images:
             x = views_VBCHW[0]
         else:
             x = torch.cat([views_VBCHW[p if len(views_VBCHW) > 1 else 0] for p in range(num_peers)], 1)
@@ -106,6 +197,17 @@ class StackedPeers:
             trunk = self.peers.trunk_output().to(self.head_weight.dtype)
             self.peers.clear_cache()
         return PeerOutputs(logits_PBC, list(features_PBD), trunk)
+
+    def _reproduces(self, example: Tensor, expected: Tensor, *, repeats_images: bool) -> bool:
+        """Return whether the stacked network's logits are those of the plain loop, `expected`."""
+        self.repeats_images = repeats_images
+        try:
+            logits_PBC = _training_logits(self.peers, self, example)
+        except RuntimeError:
+            if repeats_images:
+                raise
+            return False
+        return torch.allclose(logits_PBC, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
     def _convert(self, module: nn.Module, members: Sequence[nn.Module]) -> nn.Module:
         """Return the stacked form of `module`, a copy of the first of `members`; its children are replaced."""
@@ -131,6 +233,20 @@ class StackedPeers:
         return module
 
     def _stack_conv(self, conv: nn.Conv2d, members: Sequence[nn.Conv2d]) -> nn.Conv2d:
+        if type(conv) is nn.Conv2d:  # a subclass keeps its own forward
+            sizes = conv.in_channels, conv.out_channels, conv.kernel_size
+            with torch.device("meta"):
+                stacked = StackedConv2d(
+                    *sizes,  # type: ignore[arg-type]
+                    conv.stride,  # type: ignore[arg-type]
+                    conv.padding,  # type: ignore[arg-type]
+                    conv.dilation,  # type: ignore[arg-type]
+                    conv.groups,
+                    conv.bias is not None,
+                    conv.padding_mode,
+                )
+            stacked.num_peers, stacked.merges = len(members), self._on_gpu
+            conv = stacked
         conv.in_channels *= len(members)
         conv.out_channels *= len(members)
         conv.groups *= len(members)

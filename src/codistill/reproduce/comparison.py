@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from pathlib import Path
 
 from codistill.config import METHODS, CompareConfig, Config, TeacherConfig, method_config, slug
@@ -25,7 +26,7 @@ def check_options(config: CompareConfig) -> None:
         raise InputError("--mesh: compare trains every run in one process, --workers of them at a time; drop --mesh")
     if config.seed or config.resume:
         flag = "--seed" if config.seed else "--resume"
-        raise InputError(f"{flag}: compare trains seeds 0 to --seeds - 1 and always resumes; drop {flag}")
+        raise InputError(f"{flag}: compare trains --seeds seeds from --first-seed on and always resumes; drop {flag}")
 
 
 def comparison_folder(config: CompareConfig) -> Path:
@@ -80,10 +81,11 @@ def _row_config(shared: dict, method: str, topology: str, peers: int) -> Config:
         values |= {"branch_at": (), "fan_out": ()}
     if peers == 1:
         values["model"] = shared["model"][:1]
+        values["execution"] = "auto" if shared["execution"] == "stacked" else shared["execution"]
     return Config(method=method_config(method), topology=topology, **values)  # type: ignore[arg-type]
 
 
-def check_comparison_folder(cells: list[Cell], seeds: int, folder: Path) -> None:
+def check_comparison_folder(cells: list[Cell], seeds: Sequence[int], folder: Path) -> None:
     """Refuse a folder that contains runs of another comparison under the same names.
 
     Raises:
@@ -92,7 +94,7 @@ def check_comparison_folder(cells: list[Cell], seeds: int, folder: Path) -> None
     from codistill.runs import RunFolder
 
     for cell in cells:
-        for seed in range(seeds):
+        for seed in seeds:
             if (cell.run_path(folder, seed) / "config.json").exists():
                 try:
                     RunFolder(cell.run_config(folder, seed, cells))
@@ -121,7 +123,7 @@ def add_earlier_rows(cells: list[Cell], config: CompareConfig, folder: Path) -> 
         if row["label"] not in labels
     ]
     config.seeds = max(config.seeds, grid_info.get("seeds", 1))
-    read_results(earlier, config.seeds, folder)
+    read_results(earlier, config.seed_range(), folder)
     return [*cells, *earlier]
 
 
@@ -147,10 +149,16 @@ def describe_comparison(cells: list[Cell], config: CompareConfig, folder: Path) 
     return [text for text in (line, *data.provenance.messages, data.imbalance(splits.train)) if text]
 
 
-def write_comparison(cells: list[Cell], config: CompareConfig, folder: Path, rows: Rows) -> None:
+def write_comparison(
+    cells: list[Cell], config: CompareConfig, folder: Path, rows: Rows, summary: Sequence[str] = ()
+) -> None:
     """Write the table as Markdown and JSON, and grid.json, from which a report reads the rows of the comparison."""
     title = comparison_title(config)
     labels = [{"label": cell.label, "baseline": cell.baseline} for cell in cells]
-    write_record(folder / "grid.json", {"kind": "compare", "title": title, "seeds": config.seeds, "cells": labels})
+    write_record(
+        folder / "grid.json",
+        {"kind": "compare", "title": title, "seeds": config.seeds, "cells": labels}
+        | ({"first_seed": config.first_seed, "summary": [*summary]}),
+    )
     write_record(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
-    write_text(folder / "table.md", f"{title}\n\n{markdown(rows)}")
+    write_text(folder / "table.md", "\n\n".join((title, *summary, markdown(rows))))

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -22,6 +22,8 @@ from codistill.config import Config, TeacherConfig, slug
 from codistill.reproduce.run_result import RunOutcome, read_outcome
 from codistill.utils import InputError, Stopped, catch_signals, write_json
 
+PROGRESS_SECONDS = 0.5
+"""Seconds between two looks at how far the runs are."""
 MAX_SEEDS = 99_999
 
 
@@ -50,10 +52,10 @@ class Cell:
         """Return the run folder of a seed."""
         return folder / slug(self.label, lower=True) / f"seed{seed}"
 
-    def list_seeds(self, folder: Path, seeds: int) -> list[int]:
-        """Return the seeds below `seeds` that have a run folder; a file may state any number of them."""
+    def list_seeds(self, folder: Path, seeds: Sequence[int]) -> list[int]:
+        """Return those of `seeds` (a range, which may be of any length) that have a run folder."""
         names = [path.name.removeprefix("seed") for path in self.run_path(folder, 0).parent.glob("seed*")]
-        return sorted(int(name) for name in names if re.fullmatch("[0-9]{1,9}", name) and int(name) < seeds)
+        return sorted(int(name) for name in names if re.fullmatch("[0-9]{1,9}", name) and int(name) in seeds)
 
     def run_config(self, folder: Path, seed: int, cells: list[Cell] | None = None) -> Config:
         """Return the resolved config of one seed's run; `cells` includes its teacher, if it has one."""
@@ -113,7 +115,7 @@ class Executor(Protocol):
 
 def run_grid(
     cells: list[Cell],
-    seeds: int,
+    seeds: Sequence[int],
     folder: Path,
     workers: int | None = 1,
     on_progress: Callable[[int, int], None] | None = None,
@@ -123,10 +125,10 @@ def run_grid(
 
     Args:
         cells: The rows; their `results` and `failures` are filled in.
-        seeds: Seeds 0 .. n-1.
+        seeds: The seeds of every row.
         folder: The folder of all runs.
         workers: Processes, each on one CPU thread, or each on its own GPU where there are several; None: one per GPU.
-        on_progress: Called several times per second with (epochs done, epochs in total).
+        on_progress: Called about twice a second with (epochs done, epochs in total).
         executor: Trains the runs instead of `workers` processes.
 
     Raises:
@@ -139,23 +141,27 @@ def run_grid(
         from codistill.reproduce.workers import Processes
 
         executor = Processes(workers, len(jobs))
+    counter, shown_at = _EpochCounter(), -PROGRESS_SECONDS
     with catch_signals() as caught:
         try:
             while not all(job.ended for job in jobs):
                 _advance_jobs(jobs, executor)
                 if caught:
                     raise GridStopped(caught[0])
-                if on_progress is not None:
-                    on_progress(sum(_count_epochs(job.config) for job in jobs), total)
+                if on_progress is not None and time.monotonic() - shown_at >= PROGRESS_SECONDS:
+                    on_progress(sum(counter.count(job.config) for job in jobs), total)
+                    shown_at = time.monotonic()
                 time.sleep(0.05)
+            if on_progress is not None:
+                on_progress(sum(counter.count(job.config) for job in jobs), total)
         finally:
             executor.close()
     _write_failures(cells, folder)
 
 
-def _make_jobs(cells: list[Cell], seeds: int, folder: Path) -> list[Job]:
+def _make_jobs(cells: list[Cell], seeds: Sequence[int], folder: Path) -> list[Job]:
     """Return all jobs, those with a result as ended, and create the folder."""
-    jobs = [Job(cell, seed, cell.run_config(folder, seed, cells)) for seed in range(seeds) for cell in cells]
+    jobs = [Job(cell, seed, cell.run_config(folder, seed, cells)) for seed in seeds for cell in cells]
     if len({str(job.config.out) for job in jobs}) < len(jobs):
         raise InputError("two rows of this grid have names that differ in punctuation or case only; rename one")
     for job in jobs:
@@ -202,7 +208,7 @@ def _write_failures(cells: list[Cell], folder: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def read_results(cells: list[Cell], seeds: int, folder: Path) -> None:
+def read_results(cells: list[Cell], seeds: Sequence[int], folder: Path) -> None:
     """Fill in the results that the folder already contains, without training."""
     from codistill.runs import RunResult, read_record
 
@@ -217,10 +223,26 @@ def read_results(cells: list[Cell], seeds: int, folder: Path) -> None:
                 cell.results[seed] = {**result}
 
 
-def _count_epochs(config: Config) -> int:
-    """Return the number of epochs that a run has finished so far."""
-    path = Path(str(config.out)) / "metrics.jsonl"
-    try:
-        return path.read_bytes().count(b"\n")
-    except OSError:
-        return 0
+class _EpochCounter:
+    """Counts the epochs that runs have finished; of a metrics.jsonl only what is new is read."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path, tuple[int, int]] = {}
+        """Size in bytes up to which a file was read, and its lines."""
+
+    def count(self, config: Config) -> int:
+        """Return the number of epochs that a run has finished so far."""
+        path = Path(str(config.out)) / "metrics.jsonl"
+        size, lines = self.known.get(path, (0, 0))
+        try:
+            new_size = path.stat().st_size
+            if new_size < size:  # a resumed run dropped lines
+                size, lines = 0, 0
+            if new_size > size:
+                with open(path, "rb") as stream:
+                    stream.seek(size)
+                    added = stream.read(new_size - size)
+                self.known[path] = size + len(added), lines + added.count(b"\n")
+        except OSError:
+            return 0
+        return self.known.get(path, (0, 0))[1]

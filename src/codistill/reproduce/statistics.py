@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from statistics import fmean, stdev
 
 from codistill.reproduce.grid import Cell
@@ -21,14 +22,36 @@ def format_mean_std(values: Sequence[float], digits: int = 2) -> str:
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
 
 
-Difference = tuple[float, float, int]
-"""Mean, half width of its 95 % t-interval, n."""
+@dataclass
+class Difference:
+    """A mean difference paired over seeds."""
+
+    mean: float
+    half_width: float
+    """Of the 95 % t-interval."""
+    count: int
+    """Number of pairs."""
+    deviation: float
+    """Standard deviation of the differences."""
+    p_value: float
+    """Of the two-sided paired t-test."""
+    corrected_p: float | None = None
+    """Holm's p-value among all differences of its table."""
+
+    @property
+    def significant(self) -> bool:
+        """Whether the (corrected) p-value is below 0.05."""
+        return (self.p_value if self.corrected_p is None else self.corrected_p) < 0.05
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """Return (mean difference, half width of its 95 % t-interval, n) over the common seeds.
+    """Return the mean difference over the common seeds with its 95 % t-interval.
 
     None for fewer than 2 seeds, and where a value is not finite: the run of that seed diverged.
+
+    >>> d = paired_difference({0: 2.0, 1: 3.0, 2: 4.0}, {0: 1.0, 1: 1.0, 2: 1.0})
+    >>> round(d.mean, 3), round(d.half_width, 3), d.count, round(d.p_value, 4)
+    (2.0, 2.484, 3, 0.0742)
     """
     from scipy.stats import t as student_t
 
@@ -36,17 +59,48 @@ def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Diffe
     count = len(differences)
     if count < 2 or not all(map(math.isfinite, differences)):
         return None
-    half = float(student_t.ppf(0.975, count - 1)) * stdev(differences) / math.sqrt(count)
-    return fmean(differences), half, count
+    mean, deviation = fmean(differences), stdev(differences)
+    error = deviation / math.sqrt(count)
+    half_width = float(student_t.ppf(0.975, count - 1)) * error
+    p_value = 2 * float(student_t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
+    return Difference(mean, half_width, count, deviation, p_value)
+
+
+def correct_holm(differences: Iterable[Difference | None]) -> None:
+    """Fill in the corrected p-values of all differences of one table (Holm, 1979: step-down, all comparisons at once).
+
+    >>> table = [Difference(1, 0.5, 9, 1, p) for p in (0.01, 0.04, 0.03)]
+    >>> correct_holm(table)
+    >>> [d.corrected_p for d in table]
+    [0.03, 0.06, 0.06]
+    """
+    ordered = sorted((d for d in differences if d is not None), key=lambda d: d.p_value)
+    highest = 0.0
+    for rank, difference in enumerate(ordered):
+        highest = max(highest, min(1.0, (len(ordered) - rank) * difference.p_value))
+        difference.corrected_p = highest
+
+
+def seeds_needed(deviation: float, half_width: float) -> int:
+    """Return the least number of seeds whose 95 % t-interval has at most this half width, given the deviation.
+
+    >>> seeds_needed(1.5, 1.0), seeds_needed(1.5, 0.5)
+    (12, 38)
+    """
+    from scipy.stats import t as student_t
+
+    count = 2
+    while float(student_t.ppf(0.975, count - 1)) * deviation / math.sqrt(count) > half_width:
+        count += 1
+    return count
 
 
 def format_difference(difference: Difference | None) -> str:
-    """Return a difference with its interval, marked n.s. where the interval includes zero."""
+    """Return a difference with its interval, marked n.s. where it is not significant."""
     if difference is None:
         return "-"
-    mean, half, _ = difference
-    mark = "" if abs(mean) > half else " (n.s.)"
-    return f"{mean:+.2f} ± {half:.2f}{mark}"
+    mark = "" if difference.significant else " (n.s.)"
+    return f"{difference.mean:+.2f} ± {difference.half_width:.2f}{mark}"
 
 
 def accuracy_by_seed(cell: Cell) -> dict[int, float]:
@@ -54,9 +108,64 @@ def accuracy_by_seed(cell: Cell) -> dict[int, float]:
     return {seed: r["student"]["top1"] for seed, r in cell.results.items()}
 
 
+def differences_to_baselines(cells: list[Cell]) -> dict[str, Difference | None]:
+    """Return every row's paired difference to its baseline, by label, corrected for all rows of the table.
+
+    The deployed member is compared with the baseline's member of the same number, which began with the same weights:
+    okddip deploys its last member. Where the baseline has no such member, its deployed one is taken.
+    """
+    by_label = {cell.label: cell for cell in cells}
+    found = {}
+    for cell in cells:
+        baseline = by_label.get(cell.baseline or "")
+        if baseline is not None:
+            ours = accuracy_by_seed(cell)
+            found[cell.label] = paired_difference(ours, _same_member_by_seed(cell, baseline))
+    correct_holm(found.values())
+    return found
+
+
+def _same_member_by_seed(cell: Cell, baseline: Cell) -> dict[int, float]:
+    """Return the baseline's accuracy of the member that began as the deployed one did, by seed."""
+    accuracies = accuracy_by_seed(baseline)
+    for seed, result in cell.results.items():
+        kind, _, number = result.get("deployed", "").rpartition(" ")
+        members = baseline.results.get(seed, {}).get("test", {}).get("top1", [])
+        if kind == "member" and number.isdigit() and int(number) < len(members):
+            accuracies[seed] = members[int(number)]
+    return accuracies
+
+
+def summarize_comparison(cells: list[Cell], peers: int) -> list[str]:
+    """Return the result of a comparison in plain words: a sentence per method, and how many seeds would be needed."""
+    sentences = []
+    differences = differences_to_baselines(cells)
+    for label, difference in differences.items():
+        if difference is None:
+            continue
+        method, _, topology = label.partition(" ")
+        if difference.significant:
+            direction = "better" if difference.mean > 0 else "worse"
+            amount = f"{abs(difference.mean):.1f} ± {difference.half_width:.1f} points"
+            result = f"is {amount} {direction} than the same network trained without exchange"
+        else:
+            interval = f"{difference.mean:+.1f} ± {difference.half_width:.1f} points"
+            result = f"does not differ significantly from the same network trained without exchange ({interval})"
+        subject = f"Over {difference.count} seeds the {method} student ({topology})"
+        sentences.append(f"{subject} {result}, at {peers} x the training and 1 x the deployment cost.")
+    deviations = [d.deviation for d in differences.values() if d is not None]
+    if deviations:
+        worst = max(deviations)
+        sentences.append(
+            f"With the largest deviation seen ({worst:.2f} points), an interval of ± 1 point needs "
+            f"{seeds_needed(worst, 1.0)} seeds, one of ± 0.5 needs {seeds_needed(worst, 0.5)}."
+        )
+    return sentences
+
+
 def comparison_rows(cells: list[Cell]) -> Rows:
     """Return one dictionary per cell: the columns of the table, as text."""
-    by_label = {cell.label: cell for cell in cells}
+    differences = differences_to_baselines(cells)
     top5 = any("top5" in r["test"] for cell in cells for r in cell.results.values())
     rows = []
     for cell in cells:
@@ -67,9 +176,7 @@ def comparison_rows(cells: list[Cell]) -> Rows:
         row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": format_mean_std(list(accuracy.values()))}
         if top5:
             row["top-5 %"] = format_mean_std([s["top5"] for s in students if "top5" in s])
-        baseline = by_label.get(cell.baseline or "")
-        difference = paired_difference(accuracy, accuracy_by_seed(baseline)) if baseline else None
-        row["vs equal cost"] = format_difference(difference)
+        row["vs equal cost"] = format_difference(differences.get(cell.label))
         row["ensemble %"] = format_mean_std([test["ensemble_top1"] for test in tests]) if several else "-"
         row["diversity"] = format_mean_std([test["diversity"] for test in tests], 3) if several else "-"
         row["ECE"] = format_mean_std([s["ece"] for s in students], 3)

@@ -10,7 +10,7 @@ from typing import Any
 
 from codistill.reproduce.plan import Plan, TableCell
 from codistill.reproduce.recipes.table_recipe import CellRef
-from codistill.reproduce.statistics import Difference, paired_difference
+from codistill.reproduce.statistics import Difference, correct_holm, paired_difference
 from codistill.runs import read_epoch_lines
 
 BySeed = dict[int, float]
@@ -120,6 +120,7 @@ def _fill_differences(plan: Plan, figures: list[Figure]) -> None:
         base = by_key.get((figure.network, baseline, figure.ref.subject))
         if base is not None and figure.ref.metric != "parameters":
             figure.versus = paired_difference(figure.last, base.last)
+    correct_holm(figure.versus for figure in figures)
 
 
 def _gain_by_seed(pairs: list[tuple[Figure, Figure | None]], values: Callable[[Figure], BySeed]) -> BySeed:

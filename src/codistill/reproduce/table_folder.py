@@ -54,7 +54,7 @@ def read_plan(folder: Path, grid_info: GridInfo) -> Plan:
         plan = make_plan(grid_info.get("table", ""), options)
     except InputError as error:
         raise InputError(f"{folder / 'grid.json'} cannot be used ({error})") from None
-    read_results([*plan.cells], plan.options.seeds, folder)
+    read_results([*plan.cells], range(plan.options.seeds), folder)
     return plan
 
 

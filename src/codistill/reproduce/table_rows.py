@@ -14,8 +14,8 @@ from codistill.utils import Rows
 
 LEGEND = (
     "mean ± deviation over seeds (n=1: one run, no deviation); vs equal cost: last epoch against the baseline of equal "
-    "training cost, paired over seeds, ± 95 % t-interval, n.s. = no significant difference; FLOPs: matrix products "
-    "and convolutions, forward and backward; peak MB: of the GPU, or of the whole process on a CPU"
+    "training cost, paired over seeds, ± 95 % t-interval, n.s. = not significant (Holm, over the table); FLOPs: matrix "
+    "products and convolutions, forward and backward; peak MB: of the GPU, or of the whole process on a CPU"
 )
 
 

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from codistill.runs.checkpoint import errors_of_checkpoint as errors_of_checkpoint
     from codistill.runs.checkpoint import load_run_checkpoint as load_run_checkpoint
     from codistill.runs.checkpoint import restore_rng as restore_rng
+    from codistill.runs.checkpoint import rng_state as rng_state
     from codistill.runs.record_files import check_record as check_record
     from codistill.runs.record_files import read_epoch_lines as read_epoch_lines
     from codistill.runs.record_files import read_record as read_record
@@ -25,17 +26,21 @@ if TYPE_CHECKING:
     from codistill.runs.run_folder import RunFolder as RunFolder
     from codistill.runs.run_folder import open_run as open_run
     from codistill.runs.trackers import Tracker as Tracker
+    from codistill.runs.trackers import find_tracker as find_tracker
+    from codistill.runs.trained_images import read_trained_hashes as read_trained_hashes
+    from codistill.runs.trained_images import write_trained_hashes as write_trained_hashes
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "checkpoint": "errors_of_checkpoint load_run_checkpoint restore_rng",
+        "checkpoint": "errors_of_checkpoint load_run_checkpoint restore_rng rng_state",
         "record_files": "check_record read_epoch_lines read_record write_record",
         "records": (
             "CheckpointState DataInfo Details Environment EpochLine Figures GridInfo RunResult StudentMetadata "
             "TableFile"
         ),
         "run_folder": "RunFolder open_run",
-        "trackers": "Tracker",
+        "trackers": "Tracker find_tracker",
+        "trained_images": "read_trained_hashes write_trained_hashes",
     },
 )

@@ -68,6 +68,8 @@ class _HashingStream:
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.digest, self.last_two = stream, hashlib.sha256(), b""
+        self.error: OSError | None = None
+        """Why writing failed (a full disk); torch's writer raises an error of its own instead."""
 
     def write(self, data: bytes) -> int:
         view = memoryview(data).cast("B")
@@ -88,13 +90,22 @@ class _HashingStream:
 
     def _write_and_hash(self, data: bytes | memoryview) -> None:
         self.digest.update(data)
-        self.stream.write(data)
+        try:
+            self.stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def write_checkpoint(state: Mapping[str, Any], stream: IO[bytes]) -> None:
     """Write a state with this process's random states, the schema and the checksum."""
     hashing = _HashingStream(stream)
-    torch.save({"schema": SCHEMA, **state, "rng": rng_state()}, hashing)  # pyrefly: ignore
+    try:
+        torch.save({"schema": SCHEMA, **state, "rng": rng_state()}, hashing)  # pyrefly: ignore
+    except RuntimeError:
+        if hashing.error is not None:
+            raise hashing.error from None
+        raise
     hashing.write_checksum()
 
 

@@ -183,6 +183,8 @@ class DataInfo(TypedDict):
     std: list[float]
     fit: NotRequired[Literal["crop", "stretch"]]
     """Missing in early run folders."""
+    bits: NotRequired[int]
+    """Bits that image files of 16 bits a pixel use, where fewer."""
     checksum: NotRequired[Name]
     temperature: NotRequired[float]
     """Fitted by `evaluate --calibrate` to the newest checkpoint."""
@@ -212,9 +214,18 @@ class GridInfo(TypedDict):
     kind: Literal["compare", "reproduce"]
     title: NotRequired[str]
     seeds: NotRequired[Annotated[int, Meta(ge=1, le=100_000)]]
+    first_seed: NotRequired[Annotated[int, Meta(ge=0, le=10**9)]]
+    summary: NotRequired[list[str]]
     cells: NotRequired[Annotated[list[GridRow], Meta(max_length=10_000)]]
     table: NotRequired[Name]
     options: NotRequired[dict[str, Any]]
+
+
+class TrackerState(TypedDict):
+    """What tracker.json holds: the run's name in a viewer, and how many epochs it has been given."""
+
+    id: Name
+    epochs: Annotated[int, Meta(ge=0)]
 
 
 class TableFile(TypedDict):

@@ -7,6 +7,7 @@ metrics.jsonl      one line per epoch
 last.pt            the newest checkpoint: weights, optimizers, position, every random state (checkpoint.py)
 last-1.pt ...      those before it (--keep-checkpoints);  best.pt: the best epoch on validation, where there is one
 run.lock           locked by the process that trains; the system releases the lock when that process dies
+trained_images.bin hashes of the image files that were trained on, where they were decoded into memory
 details.json       what a report draws: reliability by bins, confusion matrix of the deployed member
 result.json        the final figures; it exists if and only if the run is complete
 """
@@ -18,7 +19,7 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -96,6 +97,8 @@ class RunFolder:
         old, new = saved.to_dict(), self.config.to_dict()
         keys = sorted(new, key=lambda k: k == "method")  # last: its ramp follows from the epochs
         differing = [k for k in keys if k not in Config.NOT_IDENTITY and json.dumps(new[k]) != json.dumps(old.get(k))]
+        if {new["data"].partition(":")[0], str(old.get("data")).partition(":")[0]} in ({"folder"}, {"npz"}):
+            differing = [k for k in differing if k != "data"]  # it may have moved: its checksum in data.json decides
         if differing:
             key, was, now = _find_difference(differing[0], old, new)
             raise InputError(
@@ -117,6 +120,7 @@ class RunFolder:
             MachineError: the disk is full.
         """
         with ExitStack() as stack:
+            stack.callback(self._remove_if_unused, _missing_folders(self.path))
             try:
                 self._lock_stream = stack.enter_context(lock(self.path / "run.lock"))
             except LockedError as error:
@@ -147,6 +151,16 @@ class RunFolder:
                 f"the run folder {self.path} or its run.lock was deleted, renamed or replaced while the run trained; "
                 "nothing more was written: move it back, or name it with --resume, to continue from its last checkpoint"
             )
+
+    def _remove_if_unused(self, created: list[Path]) -> None:
+        """Remove the folder, and those above it that were created with it, where no run began in it."""
+        with suppress(OSError):
+            files = list(self.path.iterdir())
+            if all(map(_is_leftover, files)):
+                for file in files:
+                    file.unlink(missing_ok=True)
+                for folder in created:
+                    folder.rmdir()
 
     @property
     def complete(self) -> bool:
@@ -213,6 +227,11 @@ class RunFolder:
     def load(self) -> CheckpointState | None:
         """Return the newest good checkpoint, None if there is none yet; damaged ones are renamed."""
         return load_newest(self.path, rename_damaged=True)
+
+
+def _missing_folders(path: Path) -> list[Path]:
+    """Return `path` and the folders above it that do not exist, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def _is_leftover(path: Path) -> bool:

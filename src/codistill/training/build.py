@@ -25,7 +25,10 @@ from codistill.training.nonfinite_guard import FiniteGuard
 from codistill.training.optim import freeze_modules, make_optimizers
 from codistill.training.run import Run, zero_sums
 from codistill.training.state import restore_state
+from codistill.training.step import parameters_of
+from codistill.training.step_graph import StepGraph
 from codistill.training.teacher import load_teacher
+from codistill.training.trial import try_networks
 from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device
 
 
@@ -61,6 +64,10 @@ def build_run(
     peers, method = build_networks(config, data, mesh, load_weights=load_weights)
     if "teacher" in method.needs:
         teacher = build_teacher(config, data, mesh.device, teacher)
+    notes: list[str] = []
+    if not (mesh.sync_bn and mesh.num_data > 1):  # whose norms exchange statistics with the other ranks
+        shape = (data.channels, data.image_size, data.image_size)
+        config, notes = try_networks(config, peers.local, teacher, shape)
     ema = MeanTeacher(peers, method.ema_decay) if "ema" in method.needs else None
     frozen = freeze_modules(peers.local, config.freeze)
     if ema is not None:
@@ -70,7 +77,7 @@ def build_run(
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
     loader = build_loader(config, data, splits, method, mesh)
-    execution = choose_execution(config, peers, method, execution) if mesh.world == 1 else "loop"
+    execution = choose_execution(config, peers, method, loader, execution) if mesh.world == 1 else "loop"
     if execution == "stacked":
         stack_peers(peers, ema, loader.sample_batch())
     optimizers = make_optimizers(config, peers.local, method)
@@ -89,9 +96,19 @@ def build_run(
         ema=ema,
         execution=execution,
         frozen=frozen,
+        graph=StepGraph(parameters_of(optimizers[0])) if can_capture_step(config, method, mesh) else None,
+        notes=notes,
     )
     run.progress.sums = zero_sums(run)
     return run
+
+
+def can_capture_step(config: Config, method: Method, mesh: Mesh) -> bool:
+    """Return whether the training step can be a CUDA graph: on one GPU, unless the config turns it off."""
+    if mesh.device.type != "cuda" or mesh.world > 1 or not config.cuda_graph:
+        return False
+    # Recomputed activations save the random state on the host, which a capture refuses.
+    return method.update_mode == "joint" and not config.checkpoint_activations
 
 
 def adapt_to_device(config: Config, device: torch.device) -> Config:
@@ -133,6 +150,7 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
         convert_batchnorm(local, mesh)
     peers = MeshPeers(local, mesh) if isinstance(mesh, ProcessMesh) else local
     method = build_method(config.method, peers, config.seed)
+    method.targets_checked = True  # the data set's labels are checked when it is loaded
     if isinstance(peers, MeshPeers):
         peers.require(features="features" in method.needs, needs_full_batch=method.needs_full_batch)
     if isinstance(local, BranchPeers):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from collections.abc import Mapping
 from typing import Any
@@ -40,11 +41,11 @@ def load_images(config: Config, data: ImageSet | None, data_info: Mapping[str, A
         InputError: the data set cannot be used, or is not what data.json describes.
     """
     if data is None:
-        data = load_set(
-            config.data, config.data_dir, config.image_size, config.data_pipeline, skip_corrupt=config.skip_corrupt
-        )
+        how = {"skip_corrupt": config.skip_corrupt, "bits": config.bits}
+        data = load_set(config.data, config.data_dir, config.image_size, config.data_pipeline, **how)
     elif not data.provenance.placeholder_reason:
         data.check()
+    data = dataclasses.replace(data, flip=data.flip and config.flip)
     if not data.provenance.placeholder_reason:
         data = data.with_channels(num_input_channels(config, data.channels))
         if data_info is not None and data_info.get("checksum", data.checksum()) != data.checksum():
@@ -94,7 +95,7 @@ def make_loader(
         views: Augmented views per image.
     """
     options = LoaderOptions(
-        batch_size=config.batch_size if augmentation else max(config.batch_size, 256),
+        batch_size=config.batch_size if augmentation else evaluation_batch(config.batch_size, data.image_size, device),
         augmentation=augmentation,
         views=views,
         seed=config.seed,
@@ -108,6 +109,12 @@ def make_loader(
         return DeviceLoader(images, labels, data.mean, data.std, options)
     workers = num_decoding_processes(config)
     return FileLoader(images, labels, data.mean, data.std, options, workers=workers, skip_corrupt=config.skip_corrupt)
+
+
+def evaluation_batch(batch_size: int, image_size: int, device: torch.device) -> int:
+    """Return how many images are evaluated at once: at least 256, and more small ones on a GPU, to use all of it."""
+    least = max(batch_size, 256)
+    return max(least, min(2_048, 2**21 // image_size**2)) if device.type == "cuda" else least
 
 
 def num_decoding_processes(config: Config) -> int:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch import nn
 
 from codistill.config import Config
@@ -24,7 +25,7 @@ from codistill.data import ImageSet, Loader
 from codistill.distributed import init_mesh, resume_after_restart
 from codistill.evaluation import evaluate_peers
 from codistill.peers import Peers
-from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker
+from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker, find_tracker, write_trained_hashes
 from codistill.training.build import build_run, load_run
 from codistill.training.loaders import curve_loader, test_loader
 from codistill.training.optim import learning_rate_at, set_learning_rate
@@ -46,13 +47,16 @@ from codistill.utils import (
     InputError,
     MachineError,
     OtherRankFailedError,
+    SignalReceived,
     Stopped,
+    StoppedEarly,
     UnreadableError,
     catch_signals,
     keep_freed_memory,
     out_of_memory,
     peak_megabytes,
     pick_device,
+    raise_on_signals,
     release_kept_memory,
     reset_peak_memory,
 )
@@ -97,12 +101,24 @@ def train(
     Raises:
         InputError: the config or the data cannot be used, or another process uses the run folder.
         MachineError: the loss became non-finite, the disk is full, or memory ran out.
-        Stopped: a signal ended the run after a checkpoint.
+        Stopped: a signal ended the run; its newest checkpoint, if there is one yet, is complete.
 
     >>> result = train(Config("okddip", "resnet8", "digits", epochs=60))   # doctest: +SKIP
     """
     config = config if data is None else dataclasses.replace(config, data=data.name)
     config = resume_after_restart(config.resolved())
+    find_tracker(config.tracker)
+    try:
+        with raise_on_signals():  # in set-up and evaluation; in the epochs `fit` records them
+            return _train(config, reporter, teacher, data)
+    except SignalReceived as received:
+        folder = config.out if config.resume in (None, "auto") else config.resume
+        kept = (Path(str(folder)) / "last.pt").exists()
+        raise (Stopped if kept else StoppedEarly)(str(received)) from None
+
+
+def _train(config: Config, reporter: Reporter | None, teacher: nn.Module | None, data: ImageSet | None) -> Result:
+    """Train a resolved config; see `train`."""
     mesh = init_mesh(config, pick_device(config.device))
     with ExitStack() as stack:
         if mesh.device.type == "cpu" and keep_freed_memory():
@@ -150,7 +166,7 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
         mesh.run_on_all_ranks(lambda: restore_state(run, state))
     if not complete:
         mesh.run_on_main_rank(lambda: write_metadata(run, folder))
-    tracker = Tracker(run.config.tracker if mesh.rank == 0 else "none", run.config)
+    tracker = Tracker(run.config.tracker if mesh.rank == 0 else "none", run.config, run.progress.epoch)
     notes = describe_run(run, None if state is None else state["file"])
     reporter.begin(notes, run.config.epochs, len(run.loader), run.progress.epoch)
     if not complete:
@@ -172,9 +188,12 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
 
 
 def write_metadata(run: Run, folder: RunFolder) -> None:
-    """Write config.json, environment.json and data.json where they are missing; drop metrics that will be redone."""
+    """Write the files on config, machine and data where they are missing; drop metrics that will be redone."""
     folder.write_metadata()
     folder.write_data_info(run.data.metadata())
+    hashes = run.data.provenance.content_hashes
+    if hashes is not None:
+        write_trained_hashes(folder.path, hashes[np.concatenate([run.splits.train, run.splits.holdout])])
     folder.truncate_metrics(run.progress.epoch)
 
 

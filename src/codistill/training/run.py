@@ -15,6 +15,7 @@ from codistill.distributed import Mesh
 from codistill.methods import Method
 from codistill.peers import MeanTeacher, Peers
 from codistill.training.nonfinite_guard import FiniteGuard
+from codistill.training.step_graph import StepGraph
 from codistill.utils import accumulation_dtype
 
 
@@ -57,6 +58,10 @@ class Run:
     """How the peers run in training: `loop` or `stacked`."""
     frozen: list[nn.Module] = field(default_factory=list)
     """Modules that do not change, running statistics included."""
+    graph: StepGraph | None = None
+    """Runs forward and backward as a captured CUDA graph; None: eagerly."""
+    notes: list[str] = field(default_factory=list)
+    """What set-up changed in the config, in sentences."""
     progress: Progress = field(default_factory=Progress)
 
     @property

@@ -1,13 +1,14 @@
 """One training step: forward, the method's loss, backward, update. Nothing here waits for the device.
 
-`train_step` prepares the batch and records the figures. In between, `joint_step` updates all members at once, or
-`alternating_step` one after the other.
+`train_step` prepares the batch and records the figures. In between, `joint_step` updates all members at once
+(`compute_gradients`, then the optimizer), or `alternating_step` one after the other.
 Shapes: P peers, V views (1, or one per peer), B batch, C classes.
 """
 
 from __future__ import annotations
 
 import dataclasses
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -51,14 +52,35 @@ def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) 
 def joint_step(
     run: Run, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
 ) -> tuple[Terms, Tensor]:
-    """Update all members at once on the gradients of the batch, which runs in `--accumulate` microbatches.
+    """Update all members at once on the gradients of the batch.
+
+    Returns:
+        The terms of the batch, and every member's number of correct guesses `P`; with `run.graph`, the next step
+        overwrites both.
+    """
+    (optimizer,) = run.optimizers
+    if run.graph is None:
+        terms, hits_P = compute_gradients(run, views_VBCHW, targets_B, labels_B, weight)
+    else:
+        terms, hits_P = run.graph(partial(compute_gradients, run), views_VBCHW, targets_B, labels_B, weight)
+    run.guard.update_flag(terms)
+    if run.guard.should_step():
+        optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return terms, hits_P
+
+
+def compute_gradients(
+    run: Run, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float | Tensor
+) -> tuple[Terms, Tensor]:
+    """Run forward and backward of the batch, in `--accumulate` microbatches; the gradients are left in the parameters.
 
     Returns:
         The terms of the batch, and every member's number of correct guesses `P`.
     """
     (optimizer,) = run.optimizers
     parameters = parameters_of(optimizer)
-    count = min(run.config.accumulate, len(labels_B))
+    count = max(min(run.config.accumulate, len(labels_B) // 2), 1)  # BatchNorm needs two samples in each
     microbatches = zip(views_VBCHW.tensor_split(count, 1), targets_B.tensor_split(count), labels_B.tensor_split(count))
     microbatch_terms, fractions, hits = [], [], []
     for views, targets, labels in microbatches:
@@ -70,10 +92,6 @@ def joint_step(
         hits.append((outputs.logits_PBC.detach().argmax(-1) == labels).sum(-1))
     reduce_gradients(run, parameters)
     terms = combine_microbatches(microbatch_terms, fractions)
-    run.guard.update_flag(terms)
-    if run.guard.should_step():
-        optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
     return terms, hits[0] if count == 1 else torch.stack(hits).sum(0)
 
 

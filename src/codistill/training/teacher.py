@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from codistill.config import TeacherConfig
 from codistill.data import ImageSet
-from codistill.models import build, resolve
+from codistill.models import build, resolve, without_prefix, without_wrappers
 from codistill.runs import DataInfo, StudentMetadata, check_record, load_run_checkpoint, open_run, read_record
 from codistill.training.student import load_student
 from codistill.utils import InputError, check_imports, check_regular, load_tensors, suggest
@@ -74,7 +74,7 @@ def _load_from_export(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Mo
 
     try:
         with safe_open(path, "pt") as archive:
-            values = {key: json.loads(value) for key, value in (archive.metadata() or {}).items()}
+            values = read_export_metadata(archive.metadata() or {})
             metadata: dict[str, Any] = {**check_record(values, StudentMetadata)}
             tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
@@ -83,8 +83,28 @@ def _load_from_export(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Mo
         raise InputError(f"--method.teacher {path} does not name its network; it was not exported by codistill")
     check_imports([str(metadata["model"])], f"--method.teacher {path}", known=known)
     teacher = _build_network(str(metadata["model"]), data)
-    teacher.load_state_dict(tensors)
+    without_wrappers(teacher).load_state_dict(tensors)
     return _with_input_statistics(teacher, metadata, data, path)
+
+
+def read_export_metadata(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the metadata of an exported student; {} where another program wrote the file.
+
+    Args:
+        texts: The file's metadata: `format` and `codistill`, or one text for each value in an early export.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if "codistill" in texts:
+        metadata = json.loads(texts["codistill"])
+    elif "model" in texts:
+        metadata = {key: json.loads(value) for key, value in texts.items()}
+    else:
+        metadata = {}
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata is no object")
+    return metadata
 
 
 def _with_input_statistics(teacher: nn.Module, metadata: dict[str, Any], data: ImageSet, path: Path) -> nn.Module:
@@ -140,9 +160,11 @@ def _load_from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.M
         state = load_tensors(path)
     except ValueError as error:
         raise InputError(f"--method.teacher {path} cannot be read ({error})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    for key in ("state_dict", "model_state_dict"):
+        state = state.get(key, state) if isinstance(state, dict) else {}
     teacher = _build_network(model, data)
-    teacher.load_state_dict(state)
+    plain = without_wrappers(teacher)
+    plain.load_state_dict(without_prefix(state, plain.state_dict()))
     return teacher
 
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from codistill.utils.errors import MachineError as MachineError
     from codistill.utils.errors import OtherRankFailedError as OtherRankFailedError
     from codistill.utils.errors import Stopped as Stopped
+    from codistill.utils.errors import StoppedEarly as StoppedEarly
     from codistill.utils.errors import UnreadableError as UnreadableError
     from codistill.utils.errors import describe_unexpected as describe_unexpected
     from codistill.utils.errors import explain_failure as explain_failure
@@ -43,11 +44,16 @@ if TYPE_CHECKING:
     from codistill.utils.files import write_json as write_json
     from codistill.utils.files import write_text as write_text
     from codistill.utils.parameters import count_parameters as count_parameters
+    from codistill.utils.progress import set_progress_display as set_progress_display
+    from codistill.utils.progress import track as track
     from codistill.utils.safe_load import check_npz_sizes as check_npz_sizes
-    from codistill.utils.safe_load import find_looping_links as find_looping_links
     from codistill.utils.safe_load import find_outside_links as find_outside_links
     from codistill.utils.safe_load import load_tensors as load_tensors
+    from codistill.utils.shares import share_out as share_out
+    from codistill.utils.signals import SignalReceived as SignalReceived
     from codistill.utils.signals import catch_signals as catch_signals
+    from codistill.utils.signals import ignore_interrupt as ignore_interrupt
+    from codistill.utils.signals import raise_on_signals as raise_on_signals
     from codistill.utils.tables import Rows as Rows
     from codistill.utils.tables import comma_separated as comma_separated
     from codistill.utils.tables import escape_csv as escape_csv
@@ -66,16 +72,18 @@ __getattr__, __dir__ = lazy_names(
             "DTYPES accumulation_dtype allocated_bytes peak_megabytes pick_device reset_peak_memory synchronize"
         ),
         "errors": (
-            "InputError MachineError OtherRankFailedError Stopped UnreadableError describe_unexpected explain_failure "
-            "first_line on_one_line out_of_memory suggest"
+            "InputError MachineError OtherRankFailedError Stopped StoppedEarly UnreadableError "
+            "describe_unexpected explain_failure first_line on_one_line out_of_memory suggest"
         ),
         "files": (
             "DISK_FULL LockedError check_regular finite_or_null is_same_file lock read_file read_json write_atomically "
             "write_json write_text"
         ),
         "parameters": "count_parameters",
-        "safe_load": "check_npz_sizes find_looping_links find_outside_links load_tensors",
-        "signals": "catch_signals",
+        "progress": "set_progress_display track",
+        "safe_load": "check_npz_sizes find_outside_links load_tensors",
+        "shares": "share_out",
+        "signals": "SignalReceived catch_signals ignore_interrupt raise_on_signals",
         "tables": "Rows comma_separated escape_csv escape_json escape_markdown latex looks_numeric markdown",
     },
 )

@@ -92,7 +92,7 @@ def use_policy(policy: ImportPolicy) -> Iterator[None]:
 
 
 def is_user_code(name: str) -> bool:
-    """Tell whether building the network of this name runs code that comes neither with codistill nor with a library.
+    """Return whether building the network of this name runs code that comes neither with codistill nor with a library.
 
     >>> [is_user_code(name) for name in ("resnet32", "timm:resnet18", "mine:net", "hf:x,trust_remote_code=True")]
     [False, False, True, True]

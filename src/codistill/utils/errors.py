@@ -43,6 +43,18 @@ class Stopped(Exception):  # noqa: N818
     hint = "--resume auto"
     """How to continue."""
 
+    def sentence(self) -> str:
+        """Return what is printed."""
+        return f"stopped by {self}; the checkpoint is written, continue with {self.hint}"
+
+
+class StoppedEarly(Stopped):
+    """A signal ended a command that had nothing to keep (exit code 75)."""
+
+    def sentence(self) -> str:
+        """Return what is printed."""
+        return f"stopped by {self} before there was anything to keep; give the same command again"
+
 
 def on_one_line(text: object) -> str:
     """Return text with every line break and control character replaced by a space, harmless in any terminal."""
@@ -77,7 +89,7 @@ def out_of_memory(error: Exception) -> str | None:
 def explain_failure(error: Exception) -> tuple[str | None, int]:
     """Return (sentence, exit code) for a known kind of failure, and (None, 1) for an unknown one, which is a bug."""
     if isinstance(error, Stopped):
-        return f"stopped by {error}; the checkpoint is written, continue with {error.hint}", 75
+        return error.sentence(), 75
     if (memory := out_of_memory(error)) is not None:
         other = ", or use --dtype bfloat16" if memory == "the device" else ""
         return f"{memory} is out of memory; lower --batch-size or --peers{other}", 1

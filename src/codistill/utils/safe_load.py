@@ -78,17 +78,3 @@ def find_outside_links(folder: Path) -> Iterator[Path]:
             path = os.path.join(place, name)
             if os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root:
                 yield Path(path)
-
-
-def find_looping_links(folder: Path) -> Iterator[Path]:
-    """Yield directory symlinks that could make a recursive walk loop or visit folders an exponential number of times.
-
-    These are links to the top folder and all links below the top level. A link at the top level to a folder inside is
-    followed at most once, so it is allowed.
-    """
-    root = os.path.realpath(folder)
-    for place, folders, _ in os.walk(folder):
-        for name in folders:
-            path = os.path.join(place, name)
-            if os.path.islink(path) and (Path(place) != folder or os.path.realpath(path) == root):
-                yield Path(path)

@@ -12,11 +12,12 @@ from codistill.reproduce import METHODS, demo
 def run(parsed: Parsed) -> int:
     """Compare the demo's methods with baselines of equal cost."""
     options: DemoOptions = parsed.options
+    recipe = demo(options.data)
     config = dataclasses.replace(
-        demo(options.data),
+        recipe,
         data_dir=options.data_dir,
         out=options.out or f"demo/{options.data}",
-        seeds=options.seeds,
+        seeds=recipe.seeds if options.seeds is None else options.seeds,
         workers=options.workers,
     )
     return compare(METHODS, config)

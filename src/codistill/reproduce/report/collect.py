@@ -129,7 +129,7 @@ def _table_section(path: Path, grid_info: GridInfo) -> Section:
     groups = []
     several = len({cell.network for cell in plan.cells}) > 1
     for cell in plan.cells:
-        runs = _read_runs(cell, path, plan.options.seeds)
+        runs = _read_runs(cell, path, range(plan.options.seeds))
         label = f"{network_label(plan, cell.network)}: {cell.method}" if several else cell.method
         groups += [Group(label, runs)] if runs else []
     lower = plan.published["measure"] == "error"
@@ -140,13 +140,19 @@ def _table_section(path: Path, grid_info: GridInfo) -> Section:
 
 def _comparison_section(path: Path, grid_info: GridInfo) -> Section:
     cells, groups = [], []
+    first_seed = grid_info.get("first_seed", 0)
+    seeds = range(first_seed, first_seed + grid_info.get("seeds", 0))
     for row in grid_info.get("cells", []):
         cell = Cell(row["label"], Config(), row["baseline"])
-        runs = _read_runs(cell, path, grid_info.get("seeds", 0))
+        runs = _read_runs(cell, path, seeds)
         cell.results = {run.config.seed: {**run.result} for run in runs if run.result is not None}
         cells.append(cell)
         groups += [Group(cell.label, runs)] if runs else []
-    notes = ["Test set, last epoch, deployed member; differences are paired over seeds, ± 95 % t-interval."]
+    notes = [
+        *grid_info.get("summary", []),
+        "Test set, last epoch, deployed member; differences are paired over seeds with the independent member that "
+        "began with the same weights, ± 95 % t-interval, n.s. = not significant (Holm's correction over the table).",
+    ]
     return Section(
         "Comparison", grid_info.get("title", ""), comparison_rows(cells), False, notes, groups, _read_failures(path)
     )
@@ -195,7 +201,7 @@ def _keep_one_run_per_seed(group: Group) -> list[str]:
     return notes
 
 
-def _read_runs(cell: Cell, folder: Path, seeds: int) -> list[RunData]:
+def _read_runs(cell: Cell, folder: Path, seeds: Sequence[int]) -> list[RunData]:
     paths = [cell.run_path(folder, seed) for seed in cell.list_seeds(folder, seeds)]
     return read_runs([path for path in paths if (path / "config.json").exists()])
 

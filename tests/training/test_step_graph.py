@@ -1,0 +1,145 @@
+"""A captured step gives the eager step's numbers: its buffers, gradients, shapes and failures, with a capture made of
+the CPU. tests/training/test_cuda.py tests CUDA itself."""
+
+import warnings
+
+import pytest
+import torch
+
+from codistill.config.config import Config
+from codistill.config.methods import method_config
+from codistill.training.build import build_run
+from codistill.training.run import zero_sums
+from codistill.training.state import checkpoint_state
+from codistill.training.step import train_step
+from codistill.training.step_graph import WARM_UP, StepGraph
+from helpers.common import close
+
+
+class SimulatedGraph(StepGraph):
+    """Replays by running the step again on the captured tensors, and writes to the tensors that the capture returned.
+
+    As on a GPU, a capture computes nothing: running statistics and the random state are put back.
+    """
+
+    def __init__(self, training, error=None):
+        super().__init__(p for group in training.optimizers[0].param_groups for p in group["params"])
+        self.training, self.error, self.replays = training, error, 0
+
+    def capture(self, run):
+        if self.error is not None:
+            self.parameters[0].grad = torch.ones_like(self.parameters[0])  # a capture may fail half-way
+            raise self.error
+        buffers = [*self.training.peers.buffers(), *self.training.method.buffers()]
+        kept, state = [b.clone() for b in buffers], torch.get_rng_state()
+        outputs = run()
+        gradients = [p.grad for p in self.parameters]
+        torch._foreach_copy_(buffers, kept)
+        torch.set_rng_state(state)
+
+        def replay():
+            self.replays += 1
+            for parameter in self.parameters:
+                parameter.grad = None
+            terms, hits_P = run()
+            for name, value in terms.items():
+                outputs[0][name].data = value.detach()  # a copy could not write an expanded tensor
+            outputs[1].copy_(hits_P)
+            for parameter, gradient in zip(self.parameters, gradients):
+                if gradient is not None:
+                    gradient.copy_(parameter.grad)
+                parameter.grad = None
+
+        return replay, outputs
+
+
+def build(name, topology="networks", **options):
+    method = method_config(name)
+    for key in [k for k in options if hasattr(method, k)]:
+        setattr(method, key, options.pop(key))
+    values = {"model": "resnet8", "data": "digits", "train_per_class": 5, "batch_size": 16, "epochs": 6, "peers": 3}
+    t = build_run(Config(method, topology=topology, **values | options).resolved())
+    t.peers.train()
+    return t
+
+
+def run_steps(t, epochs=5):
+    """Train as the loop does, with another distillation weight every epoch; return the terms of the last step."""
+    terms = {}
+    for epoch in range(epochs):
+        t.progress.epoch, t.progress.sums = epoch, zero_sums(t)
+        for step, batch in enumerate(t.loader.epoch(epoch)):
+            t.progress.step = step
+            terms = train_step(t, *batch, 0.1 + 0.2 * epoch)
+    return terms
+
+
+CASES = [
+    ("okddip", "networks", {}),
+    ("okddip", "branches", {"execution": "stacked"}),
+    ("cl_ilr", "branches", {"accumulate": 2}),
+]
+SLOW_CASES = [
+    ("okddip", "networks", {"ablation": "random"}),
+    ("pcl", "branches", {}),
+    ("one", "branches", {"label_smoothing": 0.1}),
+    ("kdcl", "networks", {"target": "linear"}),
+    ("independent", "networks", {"mixup": 0.2, "cutmix": 1.0}),
+    ("dml", "networks", {"update": "joint", "skip_nonfinite": 2}),
+    ("okddip", "networks", {"freeze": ("conv1",), "head_lr_scale": 2.0, "optimizer": "adamw"}),
+]
+
+
+@pytest.mark.parametrize(
+    ("name", "topology", "options"), [*CASES, *(pytest.param(*case, marks=pytest.mark.slow) for case in SLOW_CASES)]
+)
+def test_captured_steps_give_the_eager_numbers(name, topology, options):
+    eager, graphed = build(name, topology, **options), build(name, topology, **options)
+    assert eager.graph is None  # the CPU has none
+    graphed.graph = SimulatedGraph(graphed)
+    state = torch.get_rng_state()
+    expected = run_steps(eager)
+    torch.set_rng_state(state)
+    terms = run_steps(graphed)
+    steps, shapes = 5 * len(eager.loader), 2  # 50 images, 16 a batch: the last one has 2
+    assert len(graphed.graph.captured) == shapes
+    assert graphed.graph.replays == steps - shapes * WARM_UP
+    for key, value in expected.items():
+        assert torch.equal(terms[key], value), key
+    for part in ("peers", "method", "ema", "sums"):
+        captured = checkpoint_state(graphed)[part]
+        for key, value in (checkpoint_state(eager)[part] or {}).items():
+            assert torch.equal(captured[key], value), (part, key)
+    assert torch.equal(graphed.guard.terms, eager.guard.terms)
+    assert int(graphed.guard.steps_good) == steps
+
+
+def test_a_step_that_cannot_be_captured_stays_eager():
+    eager, graphed = build("okddip"), build("okddip")
+    graphed.graph = SimulatedGraph(graphed, RuntimeError("operation not permitted\nwhen stream is capturing"))
+    run_steps(eager)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run_steps(graphed)
+    told = [str(w.message) for w in caught if "CUDA graph" in str(w.message)]
+    assert len(told) == 1
+    assert "(operation not permitted)" in told[0]
+    assert "--no-cuda-graph" in told[0]
+    assert not graphed.graph.captured
+    for key, value in eager.peers.state_dict().items():
+        assert torch.equal(graphed.peers.state_dict()[key], value), key
+
+
+def test_a_bad_step_is_found_in_a_replay():
+    t = build("okddip", batch_size=20, lr=0.01)
+    t.graph = SimulatedGraph(t)
+    run_steps(t, 2)
+    before = [p.detach().clone() for p in t.peers.parameters()]
+    views, targets = next(t.loader.epoch(0))
+    train_step(t, views * torch.nan, targets, 1.0)
+    assert t.graph.replays == 2
+    steps, terms = t.guard.check_finite()
+    assert steps == 6
+    assert terms["loss"] != terms["loss"]
+    for parameter, held in zip(t.peers.parameters(), before):
+        close(parameter.detach(), held, 0.0)
