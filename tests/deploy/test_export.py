@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from codistill.cli.main import main
 from codistill.deploy.export import _export_errors_as_sentence
@@ -16,6 +17,7 @@ from codistill.training.build import load_run
 from codistill.training.teacher import read_export_metadata
 from codistill.utils.errors import InputError
 from codistill.utils.tables import escape_markdown
+from helpers.command_line import one_sentence
 from helpers.common import read_json
 from helpers.folders import ODD, write_folder
 
@@ -167,6 +169,36 @@ def test_a_file_that_exists_or_ends_wrongly_is_refused(run, tmp_path, capsys):
     assert (tmp_path / "s.onnx").read_text() == "mine"
 
 
+def test_an_export_replaces_no_file_of_anybody(run, tmp_path, capsys):
+    (tmp_path / "student.py").write_text("my own")
+    (tmp_path / "a.md").write_text("my notes")
+    export(run, "safetensors", tmp_path / "a.safetensors", capsys)
+    export(run, "safetensors", tmp_path / "b.safetensors", capsys)
+    names = {"student.py", "a.md", "a.safetensors", "a.safetensors.md", "a.py", "b.safetensors", "b.md", "b.py"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "student.py").read_text() == "my own"
+    assert (tmp_path / "a.md").read_text() == "my notes"
+    assert '"a.safetensors"' in (tmp_path / "a.py").read_text()
+    (tmp_path / "c.py").write_text("my own")
+    assert "c.py exists" in one_sentence(capsys, ["export", str(run), "--out", str(tmp_path / "c.safetensors")])
+    assert {path.name for path in tmp_path.iterdir()} == names | {"c.py"}
+
+
+def test_the_fitted_temperature_is_in_the_file_and_the_card(run, tmp_path, capsys):
+    place = Path(shutil.copytree(run, tmp_path / "run"))
+    info = json.loads((place / "data.json").read_text())
+    (place / "data.json").write_text(json.dumps(info | {"temperature": 1.75}))
+    for kind, name in (("safetensors", "s.safetensors"), ("torch-export", "t.pt2")):
+        export(place, kind, tmp_path / name, capsys)
+        card = (tmp_path / name).with_suffix(".md").read_text()
+        assert "divided by the temperature 1.7500" in card
+    with safe_open(tmp_path / "s.safetensors", "pt") as archive:
+        assert read_export_metadata(archive.metadata())["temperature"] == 1.75
+    extra = {"codistill.json": ""}
+    torch.export.load(tmp_path / "t.pt2", extra_files=extra)
+    assert json.loads(extra["codistill.json"])["temperature"] == 1.75
+
+
 @pytest.mark.slow
 def test_an_onnx_file_can_be_quantized(run, tmp_path, capsys):
     onnxruntime = pytest.importorskip("onnxruntime")
@@ -194,8 +226,6 @@ def test_the_reason_of_a_failed_export_is_the_first_one():
 
 
 def test_safetensors_has_the_usual_format_and_the_same_bytes_every_time(run, tmp_path, capsys):
-    from safetensors import safe_open
-
     files = [export(run, "safetensors", tmp_path / name / "s.safetensors", capsys) for name in "ab"]
     assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
     with safe_open(files[0], "pt") as archive:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -266,8 +267,8 @@ def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: 
             config = dataclasses.replace(config, method=method)
     elif path is None:
         config = dataclasses.replace(config, method=method_config("okddip"))
-    if seeds is not None and (not seeds.isdigit() or int(seeds) < 1):
-        raise InputError(f"--seeds {seeds} must be a number of seeds, 1 or more")
+    if seeds is not None and not re.fullmatch("0*[1-9][0-9]{0,4}", seeds):
+        raise InputError(f"--seeds {seeds} must be a number of seeds, 1 to 99999")
     options = _parse_options(config, argv, name)
     if path is not None:
         check_imports(options.network_names(), f"--config {path}")

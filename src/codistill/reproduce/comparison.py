@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from codistill.config import METHODS, CompareConfig, Config, TeacherConfig, method_config, slug
-from codistill.reproduce.grid import Cell, list_failures, read_results
+from codistill.reproduce.grid import MAX_SEEDS, Cell, list_failures, read_results
 from codistill.runs import GridInfo, read_record, write_record
 from codistill.utils import InputError, Rows, markdown, write_text
 
@@ -20,6 +20,8 @@ def check_options(config: CompareConfig) -> None:
     """
     if config.seeds < 1 or config.workers < 1:
         raise InputError(f"--{'seeds' if config.seeds < 1 else 'workers'} must be at least 1")
+    if config.seeds > MAX_SEEDS:
+        raise InputError(f"--seeds is {config.seeds}; give {MAX_SEEDS} or fewer")
     if config.mesh is not None:
         raise InputError("--mesh: compare trains every run in one process, --workers of them at a time; drop --mesh")
     if config.seed or config.resume:
@@ -104,7 +106,7 @@ def check_comparison_folder(cells: list[Cell], seeds: Sequence[int], folder: Pat
 def add_earlier_rows(cells: list[Cell], config: CompareConfig, folder: Path) -> list[Cell]:
     """Return the rows with those of earlier comparisons in the same folder, and with their results.
 
-    `config.seeds` becomes the larger number of seeds.
+    The seeds of `config` become those from the first to the last of all comparisons.
 
     Raises:
         InputError: the folder holds a published table, or its grid.json is damaged.
@@ -120,8 +122,11 @@ def add_earlier_rows(cells: list[Cell], config: CompareConfig, folder: Path) -> 
         for row in grid_info.get("cells", [])
         if row["label"] not in labels
     ]
-    config.seeds = max(config.seeds, grid_info.get("seeds", 1))
-    read_results(earlier, config.seed_range(), folder)
+    first = grid_info.get("first_seed", 0)
+    end = max(config.first_seed + config.seeds, first + grid_info.get("seeds", 1))
+    config.first_seed = min(config.first_seed, first)
+    config.seeds = end - config.first_seed
+    read_results([*cells, *earlier], config.seed_range(), folder)
     return [*cells, *earlier]
 
 

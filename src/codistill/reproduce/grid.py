@@ -24,6 +24,7 @@ from codistill.utils import InputError, Stopped, catch_signals, write_json
 
 PROGRESS_SECONDS = 0.5
 """Seconds between two looks at how far the runs are."""
+MAX_SEEDS = 99_999
 
 
 class GridStopped(Stopped):

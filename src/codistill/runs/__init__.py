@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from codistill.runs.checkpoint import load_run_checkpoint as load_run_checkpoint
     from codistill.runs.checkpoint import restore_rng as restore_rng
     from codistill.runs.checkpoint import rng_state as rng_state
+    from codistill.runs.record_files import check_record as check_record
     from codistill.runs.record_files import read_epoch_lines as read_epoch_lines
     from codistill.runs.record_files import read_record as read_record
     from codistill.runs.record_files import write_record as write_record
@@ -20,6 +21,7 @@ if TYPE_CHECKING:
     from codistill.runs.records import Figures as Figures
     from codistill.runs.records import GridInfo as GridInfo
     from codistill.runs.records import RunResult as RunResult
+    from codistill.runs.records import StudentMetadata as StudentMetadata
     from codistill.runs.records import TableFile as TableFile
     from codistill.runs.run_folder import RunFolder as RunFolder
     from codistill.runs.run_folder import open_run as open_run
@@ -32,8 +34,11 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "checkpoint": "errors_of_checkpoint load_run_checkpoint restore_rng rng_state",
-        "record_files": "read_epoch_lines read_record write_record",
-        "records": "CheckpointState DataInfo Details Environment EpochLine Figures GridInfo RunResult TableFile",
+        "record_files": "check_record read_epoch_lines read_record write_record",
+        "records": (
+            "CheckpointState DataInfo Details Environment EpochLine Figures GridInfo RunResult StudentMetadata "
+            "TableFile"
+        ),
         "run_folder": "RunFolder open_run",
         "trackers": "Tracker find_tracker",
         "trained_images": "read_trained_hashes write_trained_hashes",

@@ -15,7 +15,7 @@ from typing import Any, TypeVar, cast
 
 import msgspec
 
-from codistill.runs.records import DataInfo, Details, EpochLine, Figures, GridInfo, Measured, RunResult
+from codistill.runs.records import DataInfo, Details, EpochLine, Figures, GridInfo, Measured, RunResult, StudentMetadata
 from codistill.utils import InputError, read_file, read_json, write_json
 
 SCHEMA = 1
@@ -181,6 +181,11 @@ def _check_data_info(info: DataInfo) -> None:
             raise ValueError(f"its {name} is not above 0")
 
 
+def _check_metadata(metadata: StudentMetadata) -> None:
+    if len(metadata.get("mean", [])) != len(metadata.get("std", [])) or not all(metadata.get("std", [])):
+        raise ValueError("its mean and std are no statistics of images")
+
+
 def _check_grid(info: GridInfo) -> None:
     needed = ("title", "seeds", "cells") if info["kind"] == "compare" else ("table", "options")
     for key in needed:
@@ -194,4 +199,5 @@ _CHECKS: dict[Any, Callable[[Any], None]] = {
     Details: _check_details,
     DataInfo: _check_data_info,
     GridInfo: _check_grid,
+    StudentMetadata: _check_metadata,
 }

@@ -192,6 +192,15 @@ class DataInfo(TypedDict):
     """Fitted to best.pt."""
 
 
+class StudentMetadata(TypedDict, total=False):
+    """What the metadata of an exported student holds, as far as a teacher needs it."""
+
+    model: Name
+    classes: list[Name]
+    mean: list[float]
+    std: list[float]
+
+
 class GridRow(TypedDict):
     """One row of a comparison."""
 

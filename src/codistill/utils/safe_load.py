@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import zipfile
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.utils.errors import first_line, out_of_memory
+from codistill.utils.files import check_regular
 
 MAX_DEFLATE_RATIO = 1032  # uncompressed bytes per deflated byte, at most
 
@@ -24,6 +26,8 @@ def load_tensors(path: str | Path) -> Any:
     """
     import torch
 
+    if not check_regular(Path(path)):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
     except (OSError, MemoryError):  # it cannot be read now, which says nothing about its content
