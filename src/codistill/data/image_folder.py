@@ -85,7 +85,7 @@ def load_folder(
 
 
 def _messages_on_bits(files: ImageFiles, bits: int) -> list[str]:
-    """Return a message where files of 16 bits use less than a quarter of the range, as cameras of 10 to 14 bits write."""
+    """Return a message where files of 16 bits use less than a quarter of the range, as many cameras write."""
     values = (largest_value(files.path(index)) for index in evenly_spaced(len(files), NUM_DEEP_IMAGES))
     largest = max((value for value in values if value is not None), default=0)
     if not largest or largest >= 2 ** (bits - 2):
