@@ -11,10 +11,10 @@ from codistill.data import load_set
 from codistill.training import train
 from helpers.runs import tiny
 
-HEAVY = {"torchvision", "scipy", "sklearn", "PIL", "narwhals", "pandas", "matplotlib", "plotly", "onnx", "safetensors"}
+HEAVY = {"torchvision", "scipy", "sklearn", "narwhals", "pandas", "matplotlib", "plotly", "onnx", "safetensors"}
 HEAVY |= {"timm", "transformers", "joblib", "torch._inductor", "torch._dynamo", "sympy", "triton"}
 COMPILER = {"torch._inductor", "torch._dynamo", "sympy", "triton"}  # torch's optimizers import it
-ALLOWED = {"evaluate": set(), "export": {"safetensors"}, "predict": {"safetensors", "PIL"}}
+ALLOWED = {"evaluate": set(), "export": {"safetensors"}, "predict": {"safetensors"}}
 SCRIPT = """
 import json, sys
 from codistill.cli import main

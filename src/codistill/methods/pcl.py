@@ -22,7 +22,6 @@ import torch
 from torch import Tensor, nn
 
 from codistill.config import MethodConfig, PCLConfig
-from codistill.config.methods import MethodConfig, PCLConfig
 from codistill.losses import cross_entropy, soften, weighted_kl
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.peers import PeerOutputs
