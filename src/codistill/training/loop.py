@@ -139,8 +139,28 @@ def _train(config: Config, reporter: Reporter | None, teacher: nn.Module | None,
             data_info=data_info,
         )
         run = mesh.run_on_all_ranks(build)
+        _check_data_agree(run)
         reporter = Reporter() if reporter is None or mesh.rank else reporter
         return run_training(run, state, folder, reporter)
+
+
+def _check_data_agree(run: Run) -> None:
+    """Compare the images of all ranks.
+
+    Raises:
+        InputError: a rank has other images than the first one.
+    """
+    if run.mesh.world == 1:
+        return
+    checksums = run.mesh.all_gather_object(run.data.checksum())
+    others = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    if others and run.mesh.rank:
+        raise OtherRankFailedError(2)
+    if others:
+        raise InputError(
+            f"--data {run.config.data}: rank {', '.join(map(str, others))} has other images than rank 0; give all "
+            "ranks the same files"
+        )
 
 
 def load_checkpoint_or_none(folder: RunFolder) -> CheckpointState | None:
