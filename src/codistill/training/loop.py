@@ -62,7 +62,7 @@ from codistill.utils import (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A finished run."""
 
@@ -70,6 +70,11 @@ class Result:
     figures: dict[str, Any]
     """The content of result.json."""
     training: Run
+
+    def __repr__(self) -> str:
+        """Return the folder, what is deployed and its accuracy, on one line."""
+        figures = self.figures
+        return f"Result({str(self.folder)!r}, {figures['deployed']}: {figures['student']['top1']:.2f} % test top-1)"
 
     @property
     def peers(self) -> Peers:
