@@ -115,12 +115,11 @@ class RichReporter(Reporter):
 
 def _describe_accuracies(line: EpochLine) -> str:
     """Return the newest accuracies of an epoch: of the deployed student and of the ensemble, or those in training."""
-    for part, student, members in (
-        ("val", line.get("val_student"), line.get("val")),
-        ("test", line.get("test_student"), line.get("test")),
-    ):
-        if student is not None and members is not None:
-            ensemble = f"  ensemble {members['ensemble_top1']:.1f}" if len(members["top1"]) > 1 else ""
+    parts = (("val", line.get("val"), line.get("val_student")), ("test", line.get("test"), line.get("test_student")))
+    for part, members, student in parts:
+        if members is not None and student is not None:
+            several = len(members["top1"]) > 1
+            ensemble = f"  ensemble {members['ensemble_top1']:.1f}" if several else ""
             return f"{part} {student['top1']:.1f}{ensemble}"
     return "train " + " ".join(f"{a:.1f}" for a in line["train"]["top1"])
 

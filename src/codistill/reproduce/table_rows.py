@@ -115,7 +115,7 @@ def table_notes(plan: Plan) -> list[str]:
     o, published = plan.options, plan.published
     source = f"{published['source']}; {published['note']}"
     notes = [f"Published numbers: {published['paper']}, {published['place']} ({source})."] if o.scale != "smoke" else []
-    notes += [f"Our choice, not stated in the sources: {guess}." for guess in plan.recipe.guesses]
+    notes += [f"Chosen by this recipe: {guess}." for guess in plan.recipe.guesses]
     if o.scale != "full":
         why = "the paper's numbers are left out" if o.scale == "smoke" else "the paper's column is not comparable"
         notes.append(f"These results do not use the paper's setting ({SCALES[o.scale]}); {why}.")

@@ -26,7 +26,7 @@ from codistill.data import (
 )
 from codistill.models import pretrained_statistics, takes_only_rgb
 from codistill.training.run import Run
-from codistill.utils import DTYPES, InputError
+from codistill.utils import DTYPES, InputError, environment_number
 
 
 def load_images(config: Config, data: ImageSet | None, data_info: Mapping[str, Any] | None) -> tuple[ImageSet, Splits]:
@@ -122,7 +122,7 @@ def num_decoding_processes(config: Config) -> int:
     if config.data_workers is not None:
         return config.data_workers
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(8, cpus // environment_number("LOCAL_WORLD_SIZE", 1, 1)))
 
 
 def curve_loader(run: Run) -> Loader | None:

@@ -62,7 +62,7 @@ from codistill.utils import (
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A finished run."""
 
@@ -70,6 +70,11 @@ class Result:
     figures: dict[str, Any]
     """The content of result.json."""
     training: Run
+
+    def __repr__(self) -> str:
+        """Return the folder, what is deployed and its accuracy, on one line."""
+        figures = self.figures
+        return f"Result({str(self.folder)!r}, {figures['deployed']}: {figures['student']['top1']:.2f} % test top-1)"
 
     @property
     def peers(self) -> Peers:
@@ -139,8 +144,28 @@ def _train(config: Config, reporter: Reporter | None, teacher: nn.Module | None,
             data_info=data_info,
         )
         run = mesh.run_on_all_ranks(build)
+        _check_data_agree(run)
         reporter = Reporter() if reporter is None or mesh.rank else reporter
         return run_training(run, state, folder, reporter)
+
+
+def _check_data_agree(run: Run) -> None:
+    """Compare the images of all ranks.
+
+    Raises:
+        InputError: a rank has other images than the first one.
+    """
+    if run.mesh.world == 1:
+        return
+    checksums = run.mesh.all_gather_object(run.data.checksum())
+    others = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    if others and run.mesh.rank:
+        raise OtherRankFailedError(2)
+    if others:
+        raise InputError(
+            f"--data {run.config.data}: rank {', '.join(map(str, others))} has other images than rank 0; give all "
+            "ranks the same files"
+        )
 
 
 def load_checkpoint_or_none(folder: RunFolder) -> CheckpointState | None:

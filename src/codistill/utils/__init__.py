@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from codistill.utils.device import pick_device as pick_device
     from codistill.utils.device import reset_peak_memory as reset_peak_memory
     from codistill.utils.device import synchronize as synchronize
+    from codistill.utils.environ import environment_number as environment_number
     from codistill.utils.errors import InputError as InputError
     from codistill.utils.errors import MachineError as MachineError
     from codistill.utils.errors import OtherRankFailedError as OtherRankFailedError
@@ -71,6 +72,7 @@ __getattr__, __dir__ = lazy_names(
         "device": (
             "DTYPES accumulation_dtype allocated_bytes peak_megabytes pick_device reset_peak_memory synchronize"
         ),
+        "environ": "environment_number",
         "errors": (
             "InputError MachineError OtherRankFailedError Stopped StoppedEarly UnreadableError "
             "describe_unexpected explain_failure first_line on_one_line out_of_memory suggest"

@@ -52,7 +52,7 @@ class TableRecipe:
     teachers: Mapping[str, str] = field(default_factory=dict)
     """Method -> the cell of the same network whose run is its teacher."""
     guesses: tuple[str, ...] = ()
-    """Choices of the recipe that the sources do not state."""
+    """Choices of the recipe: what the sources do not state, and where it deviates from them."""
 
     def select_cells(self, networks: tuple[str, ...], methods: tuple[str, ...], table: str) -> list[tuple[str, str]]:
         """Return the selected (network, method) pairs; an empty selection means all.
