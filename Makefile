@@ -7,7 +7,7 @@ OUT    ?= demo/$(DATA)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench lint format install install-dev clean
+.PHONY: help demo test test-fast bench lint format docs install install-dev clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -48,5 +48,9 @@ format: install-dev  ## format the code and sort its imports
 bench: install  ## install, then measure the hot path against the published shape, as ratios
 	$(BIN)/python benchmarks/hotpath.py
 
+docs: install-dev  ## build the documentation site into build/docs; warnings are errors
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo build
