@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config import Checkpoint
-from codistill.methods import CLASSES
 from codistill.training import Run, count_trained_and_deployed, deployed_name
 from codistill.utils import escape_markdown, markdown, on_one_line, read_json
 
@@ -129,7 +128,7 @@ def _describe_training(run: Run, folder: Path, result: dict[str, Any]) -> str:
     )
     device = environment.get("gpu") or f"CPU ({environment.get('threads', '?')} threads)"
     seconds = result.get("seconds", run.progress.seconds)
-    paper = getattr(CLASSES[run.method.name], "citation", None)
+    paper = getattr(run.method, "citation", None)
     cited = f" ({escape_markdown(paper)})" if paper else ""
     varied = result.get("augmentation") or run.data.describe_augmentation(augment=c.augment, cutout=c.cutout)
     lines = [

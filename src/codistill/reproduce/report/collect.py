@@ -59,7 +59,7 @@ def read_run(path: Path) -> RunData:
     """Read one run folder; files that an unfinished run has not written yet are empty."""
     return RunData(
         path,
-        Config.from_file(path),
+        Config.from_file(path, without_code=True),
         read_json(path / "result.json"),
         read_lines(path / "metrics.jsonl"),
         read_json(path / "details.json") or {},
