@@ -50,6 +50,6 @@ class MeanTarget(Method):
 
 
 if __name__ == "__main__":
-    options = {"peers": 3, "epochs": 20, "batch_size": 64, "lr": 0.05, "out": "runs/own-method"}
+    options = {"peers": 2, "train_per_class": 50, "epochs": 8, "batch_size": 50, "lr": 0.05, "out": "runs/own-method"}
     result = cd.train(cd.Config(MeanTarget.Config(temperature=2.0), "resnet8", "digits", **options))
     print(f"test accuracy of the deployed peer: {result.figures['student']['top1']:.2f} %")

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
+from importlib.metadata import version
 
 from codistill.cli.options import COMMANDS, parse
 from codistill.utils import (
@@ -40,9 +41,7 @@ def main(argv: list[str] | None = None) -> int:
         _print_usage()
         return 0
     if argv[0] in ("--version", "-V"):
-        from codistill import __version__
-
-        print(f"codistill {__version__}")
+        print(", ".join(f"{name} {version(name)}" for name in ("codistill", "torch")))  # read without importing torch
         return 0
     try:
         if argv[0] not in COMMANDS:

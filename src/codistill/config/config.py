@@ -262,7 +262,7 @@ class ReproduceConfig:
     workers: int | None = None
     """Number of runs at the same time, each on one CPU thread or one GPU; default one per GPU, or one."""
     submit: Literal["none", "slurm", "local"] = "none"
-    """Submit each run through submitit (pip install codistill[slurm]): as a SLURM job, or as a local process."""
+    """Submit each run through submitit (pip install submitit): as a SLURM job, or as a local process."""
     submit_option: tuple[str, ...] = ()
     """NAME=VALUE for submitit (repeat the option), as in slurm_partition=gpu or gpus_per_node=1."""
     print_commands: bool = False

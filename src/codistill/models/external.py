@@ -29,9 +29,9 @@ KINDS = {
     "hf": "hf:PATH (a transformers image classifier)",
 }
 EXTERNAL_MODELS = {
-    "timm:NAME": "any classifier of timm (pip install 'codistill[timm]')",
+    "timm:NAME": "any classifier of timm (pip install timm)",
     "torchvision:NAME": "any classifier of torchvision; takes 3 channels",
-    "hf:PATH": "an image classifier of transformers (pip install 'codistill[transformers]')",
+    "hf:PATH": "an image classifier of transformers (pip install transformers)",
     "package.module:callable": "your own code; called with num_classes, in_channels, image_size, if it takes them",
 }
 # Auxiliary classifiers would make these return tuples while they train.
@@ -155,7 +155,7 @@ def _import_library(source: Source, module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         extra = {"hf": "transformers"}.get(source.kind, source.kind)
-        raise InputError(f"--model {source.name} needs: pip install 'codistill[{extra}]'") from None
+        raise InputError(f"--model {source.name} needs: pip install {extra}") from None
 
 
 def _build_timm(source: Source, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:

@@ -53,7 +53,7 @@ class Tracker:
         try:
             module = importlib.import_module(name)
         except ImportError:
-            raise InputError(f"--tracker {kind} needs: pip install 'codistill[{kind}]'") from None
+            raise InputError(f"--tracker {kind} needs: pip install {kind}") from None
         if kind == "tensorboard":
             self.writer = module.SummaryWriter(str(folder / "tensorboard"))
             return
