@@ -2,8 +2,8 @@
 
     python benchmarks/check_release.py FOLDER
 
-The wheel is installed without its dependencies into a folder of its own, which comes first on the path: torch and the others
-are those of this environment, codistill is the wheel's.
+The wheel is installed without its dependencies into a folder of its own, which comes first on the path: torch and the
+others are those of this environment, codistill is the wheel's.
 """
 
 from __future__ import annotations

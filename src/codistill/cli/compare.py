@@ -11,6 +11,7 @@ from codistill.reproduce import (
     check_options,
     comparison_folder,
     comparison_rows,
+    comparison_sentences,
     comparison_title,
     describe_comparison,
     list_failures,
@@ -47,6 +48,8 @@ def compare(methods: list[str], config: CompareConfig) -> int:
     rows = comparison_rows(cells)
     print_rows(rows, comparison_title(config))
     out.print(LEGEND)
+    for sentence in comparison_sentences(cells):
+        out.print(sentence)
     out.print(f"{time.perf_counter() - start:.0f} s in total; runs and table in {folder}")
     write_comparison(cells, config, folder, rows)
     failures = list_failures(cells)

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from codistill.reproduce.recipes.demo import demo as demo
     from codistill.reproduce.report.page import write_report as write_report
     from codistill.reproduce.statistics import comparison_rows as comparison_rows
+    from codistill.reproduce.statistics import comparison_sentences as comparison_sentences
     from codistill.reproduce.table_figures import make_figures as make_figures
     from codistill.reproduce.table_folder import make_executor as make_executor
     from codistill.reproduce.table_folder import prepare_table_folder as prepare_table_folder
@@ -45,7 +46,7 @@ __getattr__, __dir__ = lazy_names(
         "recipes": "TABLES",
         "recipes.demo": "METHODS demo",
         "report.page": "write_report",
-        "statistics": "comparison_rows",
+        "statistics": "comparison_rows comparison_sentences",
         "table_figures": "make_figures",
         "table_folder": "make_executor prepare_table_folder raise_failures write_table",
         "table_rows": "make_table_rows table_notes",

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from statistics import fmean, stdev
+from collections.abc import Callable, Sequence
+from statistics import fmean, median, stdev
+from typing import Any
 
 from codistill.reproduce.grid import Cell
 from codistill.utils import Rows
@@ -47,6 +48,62 @@ def format_difference(difference: Difference | None) -> str:
 def accuracy_by_seed(cell: Cell) -> dict[int, float]:
     """Return the test accuracy of the deployed member at the last epoch, by seed."""
     return {seed: r["student"]["top1"] for seed, r in cell.results.items()}
+
+
+def comparison_sentences(cells: list[Cell]) -> list[str]:
+    """Say in plain words what each method gained over its baseline of equal cost, and at which costs.
+
+    Independent networks share nothing, so their deployed member is the same network trained alone. Costs are counted
+    operations, as multiples of one plain network's.
+    """
+    by_label = {cell.label: cell for cell in cells}
+    sentences = []
+    for cell in cells:
+        baseline = by_label.get(cell.baseline or "")
+        difference = paired_difference(accuracy_by_seed(cell), accuracy_by_seed(baseline)) if baseline else None
+        if difference is None:
+            continue
+        mean, half, count = difference
+        name = cell.config.method.name
+        against = "the same network alone" if cell.config.topology == "networks" else "the same branch without exchange"
+        better = f"{abs(mean):.1f} ± {half:.1f} points {'better' if mean > 0 else 'worse'} than {against}"
+        start = f"Over {count} seeds the {name} student is {better}"
+        if abs(mean) <= half:
+            start = (
+                f"Over {count} seeds the {name} student shows no significant difference to {against} "
+                f"({mean:+.1f} ± {half:.1f} points)"
+            )
+        sentences.append(start + _costs_in_words(cell, cells[0]) + ".")
+    if sentences:
+        sentences.append(
+            "What else the same cost buys: a longer training of one network, an average of its weights, a larger "
+            "network, or an ensemble, where several networks can be deployed."
+        )
+    return sentences
+
+
+def _costs_in_words(cell: Cell, plain: Cell) -> str:
+    """Return the costs of a row as multiples of one plain network's, empty where they were not measured."""
+    training, deployment = (_median_ratio(cell, plain, cost) for cost in (_training_flops, _deployment_flops))
+    if training is None or deployment is None:
+        return ""
+    return f", at {training:.2g} x the training and {deployment:.2g} x the deployment cost of one plain network"
+
+
+def _median_ratio(cell: Cell, plain: Cell, cost: Callable[[dict[str, Any]], float | None]) -> float | None:
+    """Return the ratio of two rows' costs, None where one was not measured."""
+    ours, theirs = ([c for r in row.results.values() if (c := cost(r)) is not None] for row in (cell, plain))
+    return median(ours) / median(theirs) if ours and theirs else None
+
+
+def _training_flops(result: dict[str, Any]) -> float | None:
+    cost = result.get("cost", {})
+    flops = cost.get("training_flops_a_sample")
+    return flops * cost["samples_seen"] if flops else None
+
+
+def _deployment_flops(result: dict[str, Any]) -> float | None:
+    return result.get("cost", {}).get("flops_an_image")
 
 
 def comparison_rows(cells: list[Cell]) -> Rows:
