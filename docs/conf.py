@@ -27,6 +27,8 @@ add_module_names = False
 
 html_theme = "furo"
 html_math_renderer = "mathml"
+html_static_path = ["_static"]
+html_css_files = ["site.css"]
 html_title = "codistill"
 html_copy_source = False
 html_show_sourcelink = False

@@ -80,7 +80,7 @@ def _cells(texts: tuple[str, ...]) -> nodes.row:
 def _draw_math(translator: Any, node: nodes.Element) -> None:
     block = isinstance(node, nodes.math_block)
     tree = latex2mathml.tex2mathml(node.astext().replace("\n", " "), as_block=block)
-    translator.body.append(f'<div class="math">{tree}</div>' if block else str(tree))
+    translator.body.append(f'<div class="equation-block">{tree}</div>' if block else str(tree))
     raise nodes.SkipNode
 
 
