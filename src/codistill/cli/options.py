@@ -222,6 +222,8 @@ class Parsed:
     """The arguments before the options."""
     options: Any
     seeds: int | None = None
+    dry_run: bool = False
+    """Whether `train` only says what it would do (--dry-run)."""
 
 
 def parse(command: str, argv: Sequence[str]) -> Parsed:
@@ -255,6 +257,7 @@ def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: 
     """Read --config first, then the method's name, whose options are --method.NAME, then the other options."""
     path, argv = _pop_option(argv, "--config")
     seeds, argv = _pop_option(argv, "--seeds")
+    dry_run, argv = "--dry-run" in argv, [word for word in argv if word != "--dry-run"]
     config = Config.from_file(path) if path is not None else Config()
     if not positionals and path is None and not asks_help:
         raise InputError(
@@ -271,7 +274,7 @@ def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: 
     options = _parse_options(config, argv, name)
     if path is not None:
         check_imports(options.network_names(), f"--config {path}")
-    return Parsed(positionals, options, int(seeds) if seeds else None)
+    return Parsed(positionals, options, int(seeds) if seeds else None, dry_run)
 
 
 def _pop_option(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -371,7 +374,7 @@ def _reject_unknown(word: str, default: Any) -> None:
         raise InputError(f'"{word}" belongs to no option; options begin with --')
     names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(default)} - {"--method"}
     if isinstance(default, Config):
-        names |= {"--config", "--seeds"}
+        names |= {"--config", "--seeds", "--dry-run"}
         method = method_config(default.method) if isinstance(default.method, str) else default.method
         names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(method)}
     raise InputError(f'unknown option "{word}"{suggest(word.split("=")[0], names)}')

@@ -8,11 +8,15 @@ from codistill.cli.console import RichReporter, members_table, out
 from codistill.cli.options import Parsed
 from codistill.config import Config
 from codistill.distributed import shutdown
-from codistill.training import Result, train
+from codistill.training import Result, describe_dry_run, train
 
 
 def run(parsed: Parsed) -> int:
     """Train the runs one after the other; the first rank of a mesh prints each run's test figures."""
+    if parsed.dry_run:
+        for line in describe_dry_run(parsed.options):
+            out.print(line, highlight=False, markup=False)
+        return 0
     for config in _configs_of_seeds(parsed.options, parsed.seeds):
         result = train(config, RichReporter())
         if result.training.mesh.rank == 0:
