@@ -22,7 +22,7 @@ from codistill.utils import (
     suggest,
 )
 
-USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help lists its options)
+USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help lists its options, --help-all all)
 
 Train a better small network without a teacher: peers teach each other, one plain network is deployed.
 

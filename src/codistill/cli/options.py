@@ -236,12 +236,21 @@ def parse(command: str, argv: Sequence[str]) -> Parsed:
     spec = COMMANDS[command]
     first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     positionals, rest = list(argv[:first]), [spec.aliases.get(word, word) for word in argv[first:]]
-    asks_help = "--help" in rest or "-h" in rest
+    asks_help = bool({"--help", "-h", "--help-all"} & {*rest})
     if not asks_help:
         _check_positionals(command, positionals)
     name = " ".join(["codistill", command, *(positionals or [spec.arguments])]).strip()
+    if asks_help and command in ("train", "compare"):
+        from codistill.cli.help_text import format_help
+
+        default = spec.options()
+        if command == "train" and positionals:
+            default = dataclasses.replace(default, method=method_config(positionals[0]))
+        print(format_help(default, name, complete="--help-all" in rest))
+        raise SystemExit(0)
+    rest = ["--help" if word == "--help-all" else word for word in rest]
     if command == "train":
-        return _parse_train(positionals, rest, name, asks_help)
+        return _parse_train(positionals, rest, name)
     return Parsed(positionals, _parse_options(spec.options(), rest, name))
 
 
@@ -253,13 +262,13 @@ def _check_positionals(command: str, positionals: list[str]) -> None:
         raise InputError(f"{command} takes {spec.takes}, not {given}; for example: codistill {spec.example}")
 
 
-def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: bool) -> Parsed:
+def _parse_train(positionals: list[str], argv: list[str], name: str) -> Parsed:
     """Read --config first, then the method's name, whose options are --method.NAME, then the other options."""
     path, argv = _pop_option(argv, "--config")
     seeds, argv = _pop_option(argv, "--seeds")
     dry_run, argv = "--dry-run" in argv, [word for word in argv if word != "--dry-run"]
     config = Config.from_file(path) if path is not None else Config()
-    if not positionals and path is None and not asks_help:
+    if not positionals and path is None:
         raise InputError(
             f"train needs a METHOD{suggest('', METHODS)}; for example: codistill train okddip --data digits"
         )
@@ -267,8 +276,6 @@ def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: 
         method = method_config(positionals[0])
         if path is None or config.method.name != method.name:
             config = dataclasses.replace(config, method=method)
-    elif path is None:
-        config = dataclasses.replace(config, method=method_config("okddip"))
     if seeds is not None and (not seeds.isdigit() or int(seeds) < 1):
         raise InputError(f"--seeds {seeds} must be a number of seeds, 1 or more")
     options = _parse_options(config, argv, name)
