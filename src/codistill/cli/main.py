@@ -9,7 +9,6 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from importlib.metadata import version
 
 from codistill.cli.options import COMMANDS, parse
 from codistill.utils import (
@@ -41,6 +40,8 @@ def main(argv: list[str] | None = None) -> int:
         _print_usage()
         return 0
     if argv[0] in ("--version", "-V"):
+        from importlib.metadata import version
+
         print(", ".join(f"{name} {version(name)}" for name in ("codistill", "torch")))  # read without importing torch
         return 0
     try:
