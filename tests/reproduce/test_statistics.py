@@ -95,3 +95,6 @@ def test_summary_says_what_the_table_says():
     unclear, _ = summarize_comparison(cells([2.0, -2.0, 1.0]), peers=4)
     assert "does not differ significantly" in unclear
     assert "(+0.3 ± 5.2 points)" in unclear
+
+
+"""The sentences below a comparison: its differences and costs in plain words."""

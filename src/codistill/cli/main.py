@@ -31,7 +31,7 @@ from codistill.utils import (
 )
 
 TRACEBACK_FLAG = "--traceback"
-USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help lists its options)
+USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help lists its options, --help-all all)
 
 Train a better small network without a teacher: peers teach each other, one plain network is deployed.
 
@@ -72,9 +72,9 @@ def _run_command(argv: list[str] | None) -> int:
         _print_usage()
         return 0
     if argv[0] in ("--version", "-V"):
-        from codistill import __version__
+        from importlib.metadata import version
 
-        print(f"codistill {__version__}")
+        print(", ".join(f"{name} {version(name)}" for name in ("codistill", "torch")))  # read without importing torch
         return 0
     show_traceback = TRACEBACK_FLAG in argv or os.environ.get("CODISTILL_TRACEBACK", "0") not in ("", "0")
     argv = [word for word in argv if word != TRACEBACK_FLAG]

@@ -24,8 +24,12 @@ if TYPE_CHECKING:
     from codistill.config.methods import ONEConfig as ONEConfig
     from codistill.config.methods import PCLConfig as PCLConfig
     from codistill.config.methods import TeacherConfig as TeacherConfig
+    from codistill.config.methods import UnimportedConfig as UnimportedConfig
     from codistill.config.methods import method_config as method_config
     from codistill.config.old_names import rename_old_flags as rename_old_flags
+    from codistill.config.ranges import ABOVE_0 as ABOVE_0
+    from codistill.config.ranges import AT_LEAST_0 as AT_LEAST_0
+    from codistill.config.ranges import FROM_0_TO_1 as FROM_0_TO_1
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -34,8 +38,9 @@ __getattr__, __dir__ = lazy_names(
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
         "methods": (
             "CLILRConfig DMLConfig IndependentConfig KDCLConfig KDConfig METHODS MethodConfig "
-            "OKDDipConfig ONEConfig PCLConfig TeacherConfig method_config"
+            "OKDDipConfig ONEConfig PCLConfig TeacherConfig UnimportedConfig method_config"
         ),
         "old_names": "rename_old_flags",
+        "ranges": "ABOVE_0 AT_LEAST_0 FROM_0_TO_1",
     },
 )

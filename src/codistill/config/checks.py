@@ -37,7 +37,8 @@ def check_peers(options: Options, peers: int) -> None:
     """
     method, topology = options.method, options.topology
     if topology not in method.topologies:
-        raise InputError(f"{method.name} needs a trunk, so it works on branches only; drop --topology {topology}")
+        reason = "needs a trunk, so it " if topology == "networks" else ""
+        raise InputError(f"{method.name} {reason}works on {method.topologies[0]} only; drop --topology {topology}")
     if peers < method.min_peers:
         raise InputError(f"--peers is {peers}; {method.name} needs at least {method.min_peers}{method.min_peers_note}")
     if peers > MAX_PEERS:

@@ -12,17 +12,18 @@ import math
 import os
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from codistill.config.checks import check_mesh, check_options, check_peers
-from codistill.config.methods import METHODS, MethodConfig, TeacherConfig, method_config
+from codistill.config.methods import METHODS, MethodConfig, TeacherConfig, UnimportedConfig, method_config
 from codistill.config.old_names import OLD_OPTIONS, accept_old_options
 from codistill.config.options import Checkpoint, Device, Options
 from codistill.config.ranges import LIMIT
-from codistill.utils import InputError, MachineError, current_network_name, read_file, suggest
+from codistill.utils import InputError, MachineError, check_method_import, current_network_name, read_file, suggest
 
 __all__ = [
     "METHODS",
@@ -103,15 +104,31 @@ class Config(Options):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `from_dict` takes them back."""
         values = dataclasses.asdict(self)
-        values["method"] = {"name": self.method.name, **values["method"]}
+        options = self.method.options if isinstance(self.method, UnimportedConfig) else values["method"]
+        values["method"] = {"name": self.method.import_name or self.method.name, **options}
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
+    def from_dict(
+        cls,
+        values: dict[str, Any],
+        source: object = "--config",
+        *,
+        allow_import: bool = False,
+        known: Iterable[str] = (),
+        without_code: bool = False,
+    ) -> Config:
         """Build a config from plain values, as in a config file.
 
+        Args:
+            values: The options; `method` is a name, or a table with the name and the method's options.
+            source: Where they come from, for messages.
+            allow_import: Import an own method (package.module:Class) that the values name.
+            known: Names of own methods that the caller has from elsewhere.
+            without_code: Import no own method; the config can be shown, but not trained.
+
         Raises:
-            InputError: a key is unknown, or a value has the wrong type.
+            InputError: a key is unknown, a value has the wrong type, or the method is code that nobody asked for.
         """
         values = dict(values)
         schema = values.pop("schema", SCHEMA)
@@ -122,16 +139,25 @@ class Config(Options):
         name = options.pop("name", "okddip")
         if not isinstance(name, str):
             raise InputError(f"--config: method = {name!r} does not fit; it takes a method's name, or a table with one")
+        if ":" in name:
+            if without_code:
+                return cls(method=UnimportedConfig(name=name, options=options), **_checked(cls, values, ""))
+            check_method_import(name, source, allow_import, known)
         base = method_config(name)
         return cls(method=type(base)(**_checked(type(base), options, "method.")), **_checked(cls, values, ""))
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Config:
+    def from_file(cls, path: str | Path, **imports: Any) -> Config:
         """Read a JSON or TOML file, or the `config.json` of a run folder.
 
+        Args:
+            path: The file or folder.
+            imports: `allow_import`, `known` and `without_code` of `from_dict`.
+
         Raises:
-            InputError: the file is missing, is not JSON or TOML, or holds an unknown key.
+            InputError: the file is missing, is not JSON or TOML, holds an unknown key, or names a method that is code.
         """
+        given = path
         path = Path(path).expanduser()
         path = path / "config.json" if os.path.isdir(path) else path
         data = read_file(path)
@@ -145,7 +171,7 @@ class Config(Options):
         if not isinstance(values, dict):
             raise InputError(f"--config: {path} holds no table of options")
         try:
-            return cls.from_dict(values)
+            return cls.from_dict(values, given, **imports)
         except InputError as error:
             raise InputError(f"{str(error).removeprefix('--config: ')}, in {path}") from None
 
@@ -255,7 +281,7 @@ class ReproduceConfig:
     workers: int | None = None
     """Number of runs at the same time, each on one CPU thread or one GPU; default one per GPU, or one."""
     submit: Literal["none", "slurm", "local"] = "none"
-    """Submit each run through submitit (pip install codistill[slurm]): as a SLURM job, or as a local process."""
+    """Submit each run through submitit (pip install submitit): as a SLURM job, or as a local process."""
     submit_option: tuple[str, ...] = ()
     """NAME=VALUE for submitit (repeat the option), as in slurm_partition=gpu or gpus_per_node=1."""
     print_commands: bool = False

@@ -214,8 +214,8 @@ class RunOptions:
     eval_every_epochs: Annotated[int, AT_LEAST_1] = 1
     """Epochs between two evaluations on the validation set (the test set under --protocol paper)."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Also write the metrics for this viewer (extras of the same names: pip install codistill[tensorboard]). wandb runs
-    offline unless WANDB_MODE is set; trackio writes to its own folder, TRACKIO_DIR."""
+    """Also write the metrics for this viewer (pip install it by the same name). wandb runs offline unless WANDB_MODE is
+    set; trackio writes to its own folder, TRACKIO_DIR."""
 
 
 @dataclass

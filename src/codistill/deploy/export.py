@@ -176,7 +176,7 @@ def _write_onnx(student: nn.Module, images_BCHW: Tensor, metadata: dict[str, Any
         import onnxruntime
         import onnxscript  # noqa: F401
     except ImportError:
-        raise InputError("--format onnx needs: pip install 'codistill[onnx]'") from None
+        raise InputError("--format onnx needs: pip install onnx onnxscript onnxruntime") from None
     with _export_errors_as_sentence("onnx"):
         program = torch.onnx.export(
             student,

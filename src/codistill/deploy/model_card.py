@@ -13,7 +13,6 @@ from typing import Any
 
 from codistill.config import Checkpoint
 from codistill.deploy.calibrate import read_temperature
-from codistill.methods import CLASSES
 from codistill.runs import DataInfo, Environment, RunResult, TableFile, read_record
 from codistill.training import Run, count_trained_and_deployed, deployed_name
 from codistill.utils import InputError, escape_markdown, markdown, on_one_line
@@ -165,7 +164,7 @@ def _describe_training(run: Run, environment: Environment, result: dict[str, Any
     )
     device = environment.get("gpu") or f"CPU ({environment.get('threads', '?')} threads)"
     seconds = result.get("seconds", run.progress.seconds)
-    paper = getattr(CLASSES[run.method.name], "citation", None)
+    paper = getattr(run.method, "citation", None)
     cited = f" ({escape_markdown(paper)})" if paper else ""
     varied = result.get("augmentation") or run.data.describe_augmentation(augment=c.augment, cutout=c.cutout)
     lines = [

@@ -55,7 +55,7 @@ def load_predictor(
         InputError: there is no such run, its training has not begun, or it names code and `allow_import` is not given.
     """
     path = Path(run)
-    config = open_run(path, without_initial_weights=True)
+    config = open_run(path, without_initial_weights=True, allow_import=allow_import)
     info = read_record(path / "data.json", DataInfo)
     if info is None:
         raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")

@@ -14,14 +14,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from codistill.config import MethodConfig
+from codistill.config import METHODS, MethodConfig
 from codistill.losses import sigmoid_ramp
 from codistill.peers import PeerOutputs, Peers
 from codistill.utils import InputError
@@ -90,6 +92,11 @@ class Method(nn.Module):
         if isinstance(mode := vars(cls).get("update"), str):  # a class that uses the old name
             del cls.update
             cls.update_mode = mode  # pyrefly: ignore
+        config = vars(cls).get("Config")
+        if isinstance(config, type) and issubclass(config, MethodConfig):
+            config.method_class, config.import_name = cls, _import_name(cls)
+            if isinstance(name := getattr(cls, "name", None), str):
+                config.name = name
 
     @property
     def update(self) -> Literal["joint", "alternating"]:
@@ -99,6 +106,27 @@ class Method(nn.Module):
     @update.setter
     def update(self, mode: Literal["joint", "alternating"]) -> None:
         self.update_mode = mode
+
+    @classmethod
+    def config_class(cls) -> type[MethodConfig]:
+        """Return the class of an own method's options, `Config`.
+
+        Raises:
+            InputError: the method lacks its name, `forward` or `Config`.
+        """
+        where, config = _import_name(cls), vars(cls).get("Config")
+        name = getattr(cls, "name", None)
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f'method {where} has no name; set `name = "..."` on the class')
+        if name in METHODS:
+            raise InputError(f"method {where}: codistill has a method called {name}; set another `name`")
+        if cls.forward is Method.forward:
+            raise InputError(f"method {where} has no `forward`; write one: (outputs, targets_B, weight) -> terms")
+        if not (isinstance(config, type) and issubclass(config, MethodConfig)) or not dataclasses.is_dataclass(config):
+            raise InputError(f"method {where} has no options; add a dataclass `class Config(MethodConfig)` to it")
+        if "__dataclass_fields__" not in vars(config):
+            raise InputError(f"method {where}: decorate its Config with @dataclass(kw_only=True)")
+        return config
 
     @classmethod
     def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
@@ -217,6 +245,51 @@ class Ensemble(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return `B x C` log-probabilities."""
         return self.method.ensemble(self.peers(x_BCHW))
+
+
+def _import_name(cls: type) -> str:
+    """Return the package.module:Class of a class; the module of a script is its file's name."""
+    module = cls.__module__
+    if module in ("__main__", "__mp_main__"):
+        main = sys.modules[module]
+        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        module = spec.name if spec is not None else Path(file).stem if file else module
+    return f"{module}:{cls.__qualname__}"
+
+
+def check_first_terms(method: Method) -> None:
+    """Let a method check the terms that its `forward` returns, in its first call only."""
+
+    def check(_module: nn.Module, _inputs: Any, terms: Any) -> None:
+        handle.remove()
+        _check_terms(method, terms)
+
+    _check_needs(method)
+    handle = method.register_forward_hook(check)
+
+
+def _check_needs(method: Method) -> None:
+    """Raise InputError if the method asks the training loop for something that does not exist."""
+    known = {"views", "holdout", *_NEEDED_OUTPUTS}
+    if unknown := sorted(set(method.needs) - known):
+        raise InputError(f"method {method.name} needs {', '.join(unknown)}; it may need {', '.join(sorted(known))}")
+
+
+def _check_terms(method: Method, terms: Any) -> None:
+    """Raise InputError if the terms are not what the training loop expects of them."""
+    start, count = f"method {method.name}: forward must return a dict of tensors", method.num_peers
+    if not isinstance(terms, dict) or not all(isinstance(value, Tensor) for value in terms.values()):
+        kind = "other values in it" if isinstance(terms, dict) else type(terms).__name__
+        raise InputError(f"{start}, not {kind}; combine_terms makes it")
+    shapes = {"loss": (), "loss_P": (count,), "ce_P": (count,), "distill_P": (count,)}
+    if missing := [name for name in shapes if name not in terms]:
+        raise InputError(f"{start} with {', '.join(shapes)}; {', '.join(missing)} is missing; combine_terms makes it")
+    for name, shape in shapes.items():
+        if tuple(terms[name].shape) != shape:
+            wanted = f"one number a peer, {count}" if shape else "one number"
+            raise InputError(f"method {method.name}: {name} has the shape {tuple(terms[name].shape)}; give {wanted}")
+    if torch.is_grad_enabled() and not (terms["loss"].requires_grad and terms["loss_P"].requires_grad):
+        raise InputError(f"method {method.name}: its loss has no gradient; compute it from logits_PBC, not detached")
 
 
 def combine_terms(

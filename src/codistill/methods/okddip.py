@@ -51,6 +51,12 @@ class OKDDip(Method):
 
     Raises:
         InputError: the features are too narrow to project.
+
+    >>> from codistill.peers import PeerOutputs
+    >>> outputs = PeerOutputs(torch.zeros(4, 8, 10), [torch.zeros(8, 64)] * 4)
+    >>> terms = OKDDip(num_peers=4, feature_dim=64)(outputs, torch.arange(8))
+    >>> terms["attention_BAA"].shape, terms["loss"].item()  # 4 log 10
+    (torch.Size([8, 3, 3]), 9.210...)
     """
 
     name = "okddip"

@@ -12,18 +12,16 @@ import difflib
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from codistill.models.weights import load_weights
-from codistill.utils import InputError, current_network_name, first_line
+from codistill.utils import InputError, current_network_name, first_line, import_object
 
 KINDS = {
     "timm": "timm:NAME[,OPTION=VALUE ...]",
@@ -31,9 +29,9 @@ KINDS = {
     "hf": "hf:PATH (a transformers image classifier)",
 }
 EXTERNAL_MODELS = {
-    "timm:NAME": "any classifier of timm (pip install 'codistill[timm]')",
+    "timm:NAME": "any classifier of timm (pip install timm)",
     "torchvision:NAME": "any classifier of torchvision; takes 3 channels",
-    "hf:PATH": "an image classifier of transformers (pip install 'codistill[transformers]')",
+    "hf:PATH": "an image classifier of transformers (pip install transformers)",
     "package.module:callable": "your own code; called with num_classes, in_channels, image_size, if it takes them",
 }
 # Auxiliary classifiers would make these return tuples while they train.
@@ -157,7 +155,7 @@ def _import_library(source: Source, module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         extra = {"hf": "transformers"}.get(source.kind, source.kind)
-        raise InputError(f"--model {source.name} needs: pip install 'codistill[{extra}]'") from None
+        raise InputError(f"--model {source.name} needs: pip install {extra}") from None
 
 
 def _build_timm(source: Source, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
@@ -296,29 +294,7 @@ def accepted_kwargs(function: Callable[..., Any], kwargs: dict[str, Any]) -> dic
 
 def import_callable(source: Source) -> Callable[..., nn.Module]:
     """Import `package.module:callable`; modules of the working folder are found too, as with `python -m`."""
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(source.kind)
-    except ModuleNotFoundError as error:
-        if error.name is not None and not (source.kind + ".").startswith(error.name + "."):
-            raise InputError(
-                f"--model {source.name}: {source.kind} needs {error.name}, which is not installed"
-            ) from None
-        raise InputError(
-            f'--model {source.name}: there is no module "{source.kind}"{_suggest_name(source.kind, KINDS)}; give '
-            f"{', '.join(KINDS)} or an importable package.module before the colon"
-        ) from None
-    except (Exception, SystemExit) as error:  # the module's own code may raise anything
-        raise InputError(
-            f"--model {source.name}: importing {source.kind} fails ({first_line(error)}); fix it"
-        ) from error
-    finally:
-        sys.path.remove(folder)
-    factory = getattr(module, source.path, None)
-    if not callable(factory):
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise InputError(
-            f'--model {source.name}: {source.kind} has no callable "{source.path}"{_suggest_name(source.path, names)}'
-        )
-    return factory
+    hint = lambda module: (  # noqa: E731
+        f"{_suggest_name(module, KINDS)}; give {', '.join(KINDS)} or an importable package.module before the colon"
+    )
+    return import_object(source.kind, source.path, f"--model {source.name}", hint)

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from codistill.config import METHODS, CompareConfig, Config, TeacherConfig, method_config, slug
+from codistill.config import CompareConfig, Config, MethodConfig, TeacherConfig, method_config, slug
 from codistill.reproduce.grid import MAX_SEEDS, Cell, list_failures, read_results
 from codistill.runs import GridInfo, read_record, write_record
 from codistill.utils import InputError, Rows, markdown, write_text
@@ -49,32 +49,33 @@ def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
         f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in ("method", "topology")
     }
     peers, asked = config.peers or 4, config.topology
-    names = [method_config(name).name for name in dict.fromkeys(methods) if name != "independent"]
-    _check_methods(names, asked)
-    cells = [Cell("one plain network", _row_config(shared, "independent", "networks", peers=1))]
+    chosen = [method_config(name) for name in dict.fromkeys(methods) if name != "independent"]
+    _check_methods(chosen, asked)
+    cells = [Cell("one plain network", _row_config(shared, method_config("independent"), "networks", peers=1))]
     for topology in ("networks", "branches"):
         if asked is None:  # every method on the topology of its paper
-            wanted = [name for name in names if METHODS[name].topologies[0] == topology]
+            wanted = [method for method in chosen if method.topologies[0] == topology]
         else:
-            wanted = [name for name in names if asked in (topology, "both") and topology in METHODS[name].topologies]
-        if wanted or asked in (topology, "both") or (not names and topology == "networks" and asked is None):
+            wanted = [m for m in chosen if asked in (topology, "both") and topology in m.topologies]
+        if wanted or asked in (topology, "both") or (not chosen and topology == "networks" and asked is None):
             baseline = f"independent {topology}"
-            cells.append(Cell(baseline, _row_config(shared, "independent", topology, peers)))
-            cells += [Cell(f"{n} {topology}", _row_config(shared, n, topology, peers), baseline) for n in wanted]
+            cells.append(Cell(baseline, _row_config(shared, method_config("independent"), topology, peers)))
+            cells += [Cell(f"{m.name} {topology}", _row_config(shared, m, topology, peers), baseline) for m in wanted]
     return cells
 
 
-def _check_methods(names: list[str], topology: str | None) -> None:
-    for name in names:
-        if issubclass(METHODS[name], TeacherConfig):
+def _check_methods(methods: list[MethodConfig], topology: str | None) -> None:
+    for method in methods:
+        name = method.name
+        if isinstance(method, TeacherConfig):
             raise InputError(
                 f"compare trains peers without a teacher; train {name} by itself: train {name} --method.teacher RUN"
             )
-        if topology in ("networks", "branches") and topology not in METHODS[name].topologies:
-            raise InputError(f"{name} works on {METHODS[name].topologies[0]} only; drop --topology {topology}")
+        if topology in ("networks", "branches") and topology not in method.topologies:
+            raise InputError(f"{name} works on {method.topologies[0]} only; drop --topology {topology}")
 
 
-def _row_config(shared: dict, method: str, topology: str, peers: int) -> Config:
+def _row_config(shared: dict, method: MethodConfig, topology: str, peers: int) -> Config:
     """Return one row's config; a single network is the first model, without branch points."""
     values = shared | {"peers": peers}
     if topology == "networks":
@@ -82,7 +83,7 @@ def _row_config(shared: dict, method: str, topology: str, peers: int) -> Config:
     if peers == 1:
         values["model"] = shared["model"][:1]
         values["execution"] = "auto" if shared["execution"] == "stacked" else shared["execution"]
-    return Config(method=method_config(method), topology=topology, **values)  # type: ignore[arg-type]
+    return Config(method=dataclasses.replace(method), topology=topology, **values)  # type: ignore[arg-type]
 
 
 def check_comparison_folder(cells: list[Cell], seeds: Sequence[int], folder: Path) -> None:

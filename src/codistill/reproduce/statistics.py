@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
+from typing import Any
 
 from codistill.reproduce.grid import Cell
 from codistill.utils import Rows
@@ -161,6 +162,30 @@ def summarize_comparison(cells: list[Cell], peers: int) -> list[str]:
             f"{seeds_needed(worst, 1.0)} seeds, one of ± 0.5 needs {seeds_needed(worst, 0.5)}."
         )
     return sentences
+
+
+def _costs_in_words(cell: Cell, plain: Cell) -> str:
+    """Return the costs of a row as multiples of one plain network's, empty where they were not measured."""
+    training, deployment = (_median_ratio(cell, plain, cost) for cost in (_training_flops, _deployment_flops))
+    if training is None or deployment is None:
+        return ""
+    return f", at {training:.2g} x the training and {deployment:.2g} x the deployment cost of one plain network"
+
+
+def _median_ratio(cell: Cell, plain: Cell, cost: Callable[[dict[str, Any]], float | None]) -> float | None:
+    """Return the ratio of two rows' costs, None where one was not measured."""
+    ours, theirs = ([c for r in row.results.values() if (c := cost(r)) is not None] for row in (cell, plain))
+    return median(ours) / median(theirs) if ours and theirs else None
+
+
+def _training_flops(result: dict[str, Any]) -> float | None:
+    cost = result.get("cost", {})
+    flops = cost.get("training_flops_a_sample")
+    return flops * cost["samples_seen"] if flops else None
+
+
+def _deployment_flops(result: dict[str, Any]) -> float | None:
+    return result.get("cost", {}).get("flops_an_image")
 
 
 def comparison_rows(cells: list[Cell]) -> Rows:

@@ -201,7 +201,7 @@ class Submitit:
         try:
             import submitit
         except ImportError:
-            raise InputError(f"--submit {cluster} needs: pip install 'codistill[slurm]'") from None
+            raise InputError(f"--submit {cluster} needs: pip install submitit") from None
         values: dict[str, Any] = {"timeout_min": 60 * 24}
         for option in options:
             name, equals, value = option.partition("=")

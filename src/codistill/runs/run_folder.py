@@ -42,7 +42,9 @@ from codistill.utils import (
 )
 
 
-def open_run(path: str | Path, flag: str = "", *, without_initial_weights: bool = False) -> Config:
+def open_run(
+    path: str | Path, flag: str = "", *, without_initial_weights: bool = False, allow_import: bool = False
+) -> Config:
     """Read the config of a run folder.
 
     Args:
@@ -50,14 +52,15 @@ def open_run(path: str | Path, flag: str = "", *, without_initial_weights: bool 
         flag: The option that names the folder, for the message.
         without_initial_weights: Resolve the config with `pretrained` and `weights` off, for a network whose weights
             come from a checkpoint.
+        allow_import: Import the own method that the folder names.
 
     Raises:
-        InputError: it is no run folder, or its config is damaged.
+        InputError: it is no run folder, its config is damaged, or its method is code that nobody asked for.
     """
     prefix, file = flag + " " if flag else "", Path(path) / "config.json"
     if not check_regular(file):
         raise InputError(f"{prefix}{path} is no run folder (it has no config.json)")
-    config = Config.from_file(file)
+    config = Config.from_file(file, allow_import=allow_import)
     try:
         resolved = dataclasses.replace(config, pretrained=False, weights=None, mesh=None).resolved()
     except InputError as error:
@@ -88,7 +91,8 @@ class RunFolder:
         if resume not in (None, "auto") and not config_path.exists():
             raise InputError(f"--resume {resume}: there is no run there (no config.json)")
         if config_path.exists():
-            self._compare_config(Config.from_file(config_path))
+            own = self.config.method.import_name
+            self._compare_config(Config.from_file(config_path, known=[own] if own else []))
         elif self.path.exists() and (not self.path.is_dir() or not all(map(_is_leftover, self.path.iterdir()))):
             raise InputError(f"--out {self.path} exists and is no run of codistill; name a new or empty folder")
 

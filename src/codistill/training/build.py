@@ -169,7 +169,8 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
 
 def build_teacher(config: Config, data: ImageSet, device: torch.device, teacher: nn.Module | None) -> nn.Module:
     """Return the trained teacher, given or read from the file that the config names, in evaluation mode."""
-    assert isinstance(config.method, TeacherConfig)
+    if not isinstance(config.method, TeacherConfig):
+        raise InputError(f"{config.method.name} needs a teacher; derive its Config from codistill.config.TeacherConfig")
     teacher = load_teacher(config.method, data, config.model) if teacher is None else teacher
     _to_device(teacher, config, device)
     return teacher.eval().requires_grad_(False)
@@ -211,7 +212,8 @@ def load_run(
         data_dir: Where the data is now; default where it was when the run was trained.
         device: Where to run.
         checkpoint: The newest good one, or the best on validation.
-        allow_import: Run the code that the folder names, where its network is one's own (package.module:callable).
+        allow_import: Run the code that the folder names, where its network or method is one's own
+            (package.module:callable).
         data: The images, where they were given from Python.
 
     Raises:
@@ -219,7 +221,7 @@ def load_run(
             code.
     """
     path = Path(path)
-    config = open_run(path)
+    config = open_run(path, allow_import=allow_import)
     check_imports(config.network_names(), path, allow_import)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_run_checkpoint(path, checkpoint)

@@ -108,7 +108,10 @@ def train(
         MachineError: the loss became non-finite, the disk is full, or memory ran out.
         Stopped: a signal ended the run; its newest checkpoint, if there is one yet, is complete.
 
-    >>> result = train(Config("okddip", "resnet8", "digits", epochs=60))   # doctest: +SKIP
+    >>> config = Config("dml", "resnet8", "digits", peers=2, train_per_class=5, epochs=1, batch_size=25)
+    >>> result = train(config)
+    >>> result.figures["deployed"], type(result.student).__name__
+    ('member 0', 'ResNet')
     """
     config = config if data is None else dataclasses.replace(config, data=data.name)
     config = resume_after_restart(config.resolved())

@@ -7,9 +7,11 @@ from codistill.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from codistill.utils.allow_import import ImportPolicy as ImportPolicy
     from codistill.utils.allow_import import check_imports as check_imports
+    from codistill.utils.allow_import import check_method_import as check_method_import
     from codistill.utils.allow_import import command_line as command_line
     from codistill.utils.allow_import import current_network_name as current_network_name
     from codistill.utils.allow_import import current_policy as current_policy
+    from codistill.utils.allow_import import import_object as import_object
     from codistill.utils.allow_import import use_policy as use_policy
     from codistill.utils.cpu_memory import keep_freed_memory as keep_freed_memory
     from codistill.utils.cpu_memory import release_kept_memory as release_kept_memory
@@ -67,7 +69,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "allow_import": "ImportPolicy check_imports command_line current_network_name current_policy use_policy",
+        "allow_import": (
+            "ImportPolicy check_imports check_method_import command_line current_network_name current_policy "
+            "import_object use_policy"
+        ),
         "cpu_memory": "keep_freed_memory release_kept_memory",
         "device": (
             "DTYPES accumulation_dtype allocated_bytes peak_megabytes pick_device reset_peak_memory synchronize"

@@ -6,11 +6,16 @@ repeats it as the value of an option that names networks, or has `--allow-import
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from codistill.utils.errors import InputError
+from codistill.utils.errors import InputError, first_line
 
 FLAG = "--allow-import"
 _NETWORK_FLAGS = {"--model": None, "--method.teacher-model": 1}
@@ -120,3 +125,49 @@ def check_imports(names: Iterable[str], source: object, allow: bool = False, kno
                 f"{source} names code to import and run, {name}; if you trust it, add {FLAG} (in training, "
                 f"--model {name} repeats it)"
             )
+
+
+def check_method_import(name: str, source: object, allow: bool = False, known: Iterable[str] = ()) -> None:
+    """Refuse the code of an own method (package.module:Class) that only a file names; the arguments of check_imports.
+
+    Raises:
+        InputError: nobody asked for that code.
+    """
+    if not (allow or _policy.allow_all or name in _policy.allowed_names or name in {*known}):
+        raise InputError(
+            f"{source} names code to import and run, {name}; if you trust it, add {FLAG} (in training, naming the "
+            f"method repeats it: train {name})"
+        )
+
+
+def import_object(module_name: str, attribute: str, given: str, hint: Callable[[str], str] = lambda _: "") -> Any:
+    """Import an attribute of a module; modules of the working folder are found too, as with `python -m`.
+
+    Args:
+        module_name: The name before the colon.
+        attribute: The name after it.
+        given: What the user wrote, for messages: `--model a:b`.
+        hint: Completes the message about a module that does not exist; gets the module's name.
+
+    Raises:
+        InputError: there is no such module, it needs another one, or it has no such attribute.
+    """
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not (module_name + ".").startswith(error.name + "."):
+            raise InputError(f"{given}: {module_name} needs {error.name}, which is not installed") from None
+        raise InputError(f'{given}: there is no module "{module_name}"{hint(module_name)}') from None
+    except (Exception, SystemExit) as error:  # the module's own code may raise anything
+        raise InputError(f"{given}: importing {module_name} fails ({first_line(error)}); fix it") from error
+    finally:
+        sys.path.remove(folder)
+    if not callable(found := getattr(module, attribute, None)):
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        near = difflib.get_close_matches(attribute, names, n=1, cutoff=0.6)
+        raise InputError(
+            f'{given}: {module_name} has no callable "{attribute}"' + (f' (did you mean "{near[0]}"?)' if near else "")
+        )
+    return found

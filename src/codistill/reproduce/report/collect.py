@@ -65,7 +65,7 @@ def read_run(path: Path) -> RunData:
     """
     return RunData(
         path,
-        Config.from_file(path),
+        Config.from_file(path, without_code=True),
         read_record(path / "result.json", RunResult),
         read_epoch_lines(path / "metrics.jsonl"),
         read_record(path / "details.json", Details) or {},

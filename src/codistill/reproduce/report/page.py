@@ -55,7 +55,7 @@ def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise InputError("report needs: pip install 'codistill[report]'") from None
+        raise InputError("report needs: pip install plotly") from None
     from codistill import __version__
 
     if out.is_dir():
