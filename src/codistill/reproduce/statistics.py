@@ -156,20 +156,16 @@ def summarize_comparison(cells: list[Cell], peers: int) -> list[str]:
         sentences.append(f"{subject} {result}, at {peers} x the training and 1 x the deployment cost.")
     deviations = [d.deviation for d in differences.values() if d is not None]
     if deviations:
+        sentences.append(
+            "What else the same cost buys: a longer training of one network, an average of its weights, a larger "
+            "network, or an ensemble where several networks can be deployed."
+        )
         worst = max(deviations)
         sentences.append(
             f"With the largest deviation seen ({worst:.2f} points), an interval of ± 1 point needs "
             f"{seeds_needed(worst, 1.0)} seeds, one of ± 0.5 needs {seeds_needed(worst, 0.5)}."
         )
     return sentences
-
-
-def _costs_in_words(cell: Cell, plain: Cell) -> str:
-    """Return the costs of a row as multiples of one plain network's, empty where they were not measured."""
-    training, deployment = (_median_ratio(cell, plain, cost) for cost in (_training_flops, _deployment_flops))
-    if training is None or deployment is None:
-        return ""
-    return f", at {training:.2g} x the training and {deployment:.2g} x the deployment cost of one plain network"
 
 
 def _median_ratio(cell: Cell, plain: Cell, cost: Callable[[dict[str, Any]], float | None]) -> float | None:
