@@ -7,7 +7,7 @@ OUT    ?= demo/$(DATA)
 export OMP_NUM_THREADS ?= 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast bench bench-gpu lint format install install-dev clean
+.PHONY: help demo test test-fast bench bench-gpu lint format docs check-release install install-dev clean
 
 help:  ## print this list
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-12s %s\n", $$1, $$2}'
@@ -51,5 +51,14 @@ bench: install  ## install, then measure the hot path against the published shap
 bench-gpu: install  ## install, then measure the training step on an NVIDIA GPU
 	$(BIN)/python benchmarks/gpu.py
 
+docs: install-dev  ## build the documentation site into build/docs; warnings are errors
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --group docs
+	$(BIN)/sphinx-build -q -W --keep-going -b html docs build/docs
+
+check-release: docs  ## build wheel, sdist and site, and use the installed wheel
+	rm -rf build/release
+	$(BIN)/python -m build --no-isolation --outdir build/release . >/dev/null
+	$(BIN)/python benchmarks/check_release.py build/release
+
 clean:  ## remove the environment and what the demo wrote
-	rm -rf $(VENV) demo
+	rm -rf $(VENV) demo build

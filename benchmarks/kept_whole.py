@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
+from codistill.runs import read_epoch_lines
 from codistill.runs.checkpoint import list_checkpoints, load_checkpoint
-from codistill.utils.files import read_lines
 
 
 def unreadable(folder: Path) -> list[str]:
@@ -22,7 +22,7 @@ def unreadable(folder: Path) -> list[str]:
             elif path.suffix == ".json":
                 json.loads(path.read_text())
             elif path.name == "metrics.jsonl":
-                read = len(read_lines(path))
+                read = len(read_epoch_lines(path))
                 if read < len(path.read_text().splitlines()) - 1:
                     bad.append(str(path))
         except (ValueError, OSError) as error:

@@ -1,11 +1,15 @@
 """The README is true: its Python runs, and every command in it parses."""
 
+import doctest
+import importlib
 import re
 import shlex
 from pathlib import Path
 
 import pytest
+import torch
 
+import codistill as cd
 from codistill.cli.options import COMMANDS, parse
 
 ROOT = Path(__file__).parent.parent
@@ -41,16 +45,24 @@ def test_commands_in_the_documents_parse(line, tmp_path, monkeypatch):
     parse(words[0], words[1:])
 
 
-def test_the_doctests_run():
-    import doctest
+SOURCES = [path for path in sorted((ROOT / "src").rglob("*.py")) if ">>> " in path.read_text()]
 
-    from codistill import losses
-    from codistill.peers import branches, networks
 
-    for module in (losses, branches, networks):
-        result = doctest.testmod(module, optionflags=doctest.ELLIPSIS, extraglobs={"torch": __import__("torch")})
-        assert result.attempted
-        assert not result.failed
+@pytest.mark.parametrize(
+    "path", SOURCES, ids=lambda path: ".".join(path.relative_to(ROOT / "src").with_suffix("").parts)
+)
+def test_the_examples_of_a_module_run(path, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    module = importlib.import_module(".".join(path.relative_to(ROOT / "src").with_suffix("").parts))
+    result = doctest.testmod(module, optionflags=doctest.ELLIPSIS, extraglobs={"torch": torch})
+    assert result.attempted
+    assert not result.failed
+
+
+def test_every_loss_and_method_has_an_example():
+    losses = [getattr(cd.losses, name) for name in cd.losses.__all__ if callable(getattr(cd.losses, name))]
+    public = [*losses, *cd.methods.CLASSES.values(), cd.NetworkPeers, cd.BranchPeers]
+    assert [value.__name__ for value in public if ">>> " not in (value.__doc__ or "")] == []
 
 
 @pytest.mark.slow

@@ -32,7 +32,11 @@ def sigmoid_ramp(epoch: float, length: float) -> float:
 
 
 def cross_entropy(logits: Tensor, targets_B: Tensor) -> Tensor:
-    """Return the cross-entropy of every leading index: logits `... x B x C`, targets `B` or `B x C` -> `...`."""
+    """Return the cross-entropy of every leading index: logits `... x B x C`, targets `B` or `B x C` -> `...`.
+
+    >>> cross_entropy(torch.zeros(3, 5, 10), torch.arange(5))
+    tensor([2.3026, 2.3026, 2.3026])
+    """
     log_probs = logits.log_softmax(-1)
     if targets_B.dtype.is_floating_point:
         return -(targets_B * log_probs).sum(-1).mean(-1)
@@ -52,6 +56,10 @@ def kl_from_log_probs(
         target_log_probs: Log-probabilities of the target, already softened by T.
         temperature: T.
         eps: Added to the target's probabilities, which then sum to more than 1 (`SOURCE_EPS` in two codes).
+
+    >>> z_BC = torch.tensor([[0.0, 2.0]])
+    >>> kl_from_log_probs(z_BC, soften(z_BC, 2.0), temperature=2.0).item()
+    0.0
     """
     return kl_of_log_probs(soften(student_logits, temperature), target_log_probs, eps) * temperature**2
 
@@ -85,7 +93,11 @@ def probs_with_eps(log_probs: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def soften(logits: Tensor, temperature: float) -> Tensor:
-    """Return log softmax(logits / T)."""
+    """Return log softmax(logits / T).
+
+    >>> soften(torch.tensor([0.0, 2.0]), temperature=2.0).exp()
+    tensor([0.2689, 0.7311])
+    """
     return (logits / temperature).log_softmax(-1)
 
 
@@ -145,12 +157,21 @@ def weighted_kl(
 
 
 def soft_cross_entropy(student_logits: Tensor, target_log_probs: Tensor, temperature: float = 1.0) -> Tensor:
-    """Return -T^2 sum_c t_c log softmax(student / T)_c, mean over the batch: its gradient is that of the KL."""
+    """Return -T^2 sum_c t_c log softmax(student / T)_c, mean over the batch: its gradient is that of the KL.
+
+    >>> z_BC = torch.zeros(1, 4)
+    >>> soft_cross_entropy(z_BC, soften(z_BC, 1.0)).item()  # the entropy of four equal classes, log 4
+    1.386...
+    """
     return -(target_log_probs.exp() * soften(student_logits, temperature)).sum(-1).mean(-1) * temperature**2
 
 
 def leave_one_out_mean(logits_PBC: Tensor) -> Tensor:
-    """Return mean_{j != i} z_j for every peer i, `P x B x C`."""
+    """Return mean_{j != i} z_j for every peer i, `P x B x C`.
+
+    >>> leave_one_out_mean(torch.tensor([[[1.0]], [[2.0]], [[6.0]]])).flatten()
+    tensor([4.0000, 3.5000, 1.5000])
+    """
     return (logits_PBC.sum(0) - logits_PBC) / (len(logits_PBC) - 1)
 
 
@@ -161,6 +182,11 @@ def attention_log_weights(query_PBD: Tensor, key_PBD: Tensor, mask_self: bool = 
         query_PBD: Projections q_a of every peer's features.
         key_PBD: Projections k_b.
         mask_self: Exclude b = a.
+
+    >>> h_PBD = torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]])
+    >>> attention_log_weights(h_PBD, h_PBD).exp()
+    tensor([[[0.7311, 0.2689],
+             [0.2689, 0.7311]]])
     """
     scores_BPP = torch.einsum("abd,cbd->bac", query_PBD, key_PBD)
     if mask_self:
@@ -170,7 +196,11 @@ def attention_log_weights(query_PBD: Tensor, key_PBD: Tensor, mask_self: bool = 
 
 
 def mix_logits(weights_BPQ: Tensor, logits_QBC: Tensor) -> Tensor:
-    """Return sum_b w_ab z_b for every a: `B x P x Q` and `Q x B x C` -> `P x B x C`."""
+    """Return sum_b w_ab z_b for every a: `B x P x Q` and `Q x B x C` -> `P x B x C`.
+
+    >>> mix_logits(torch.tensor([[[0.25, 0.75]]]), torch.tensor([[[4.0]], [[8.0]]]))
+    tensor([[[7.]]])
+    """
     return torch.einsum("bpq,qbc->pbc", weights_BPQ, logits_QBC)
 
 
@@ -178,6 +208,10 @@ def mix_log_probs(log_weights_BPQ: Tensor, logits_QBC: Tensor, temperature: floa
     """Return log sum_b w_ab softmax(z_b / T) for every a: `B x P x Q`, `Q x B x C` -> `P x B x C`.
 
     Probabilities are mixed as in `mix_probs`, so that confident peers do not underflow.
+
+    >>> half_BPQ = torch.full((1, 1, 2), 0.5).log()
+    >>> mix_log_probs(half_BPQ, torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]), temperature=1.0).exp()
+    tensor([[[0.5000, 0.5000]]])
     """
     return mix_probs(log_weights_BPQ, soften(logits_QBC, temperature))[1]
 
@@ -200,7 +234,11 @@ def mix_probs(log_weights_BPQ: Tensor, log_probs_QBC: Tensor) -> tuple[Tensor, T
 
 
 def entropy(logits: Tensor) -> Tensor:
-    """Return the mean entropy of softmax(logits), in nats: `... x B x C` -> `...`."""
+    """Return the mean entropy of softmax(logits), in nats: `... x B x C` -> `...`.
+
+    >>> entropy(torch.zeros(1, 4)).item()  # log 4
+    1.386...
+    """
     log_probs = logits.log_softmax(-1)
     return -(log_probs.exp() * log_probs).sum(-1).mean(-1)
 
@@ -214,6 +252,9 @@ def peer_distance(probs_PBC: Tensor, eps: float = 0.0) -> Tensor:
 
     Returns:
         One distance per sample; zeros if there is one peer only.
+
+    >>> peer_distance(torch.tensor([[[1.0, 0.0]], [[0.0, 1.0]]]))
+    tensor([1.4142])
     """
     num_peers = probs_PBC.shape[0]
     if num_peers < 2:
@@ -234,7 +275,13 @@ class _ScaleGradient(torch.autograd.Function):
 
 
 def scale_gradient(x: Tensor, factor: float) -> Tensor:
-    """Return `x`; its gradient is multiplied by `factor` (CL's back-propagation rescaling, Song & Chai 2018, eq. 9)."""
+    """Return `x`; its gradient is multiplied by `factor` (CL's back-propagation rescaling, Song & Chai 2018, eq. 9).
+
+    >>> x = torch.ones(1, requires_grad=True)
+    >>> scale_gradient(x, 0.5).backward()
+    >>> x.grad
+    tensor([0.5000])
+    """
     return _ScaleGradient.apply(x, factor)  # pyrefly: ignore
 
 

@@ -1,5 +1,6 @@
 """The command line as a user meets it: the main way through, and every mistake as one sentence with exit code 2."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 
 from codistill.cli.main import main
+from codistill.config.config import Config
 from helpers.common import read_json
 
 SMALL = ["--model", "resnet8", "--train-per-class", "6", "--batch-size", "16", "--epochs", "2"]
@@ -34,6 +36,24 @@ def test_every_command_explains_itself(command, capsys):
         main([*command.split(), "--help"])
     assert end.value.code == 0
     assert "usage: codistill " + command.split()[0] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", ["train okddip", "compare"])
+def test_help_is_short_and_help_all_is_complete(command, capsys):
+    shown = {}
+    for flag in ("--help", "--help-all"):
+        with pytest.raises(SystemExit):
+            main([*command.split(), flag])
+        shown[flag] = capsys.readouterr().out
+    every = {f"--{field.name.replace('_', '-')}" for field in dataclasses.fields(Config)} - {"--method"}
+    missing = {option for option in every if f"  {option} " not in shown["--help-all"]}
+    assert missing == set()
+    assert len(shown["--help"].splitlines()) < 75
+    for title in ("network:", "data:", "peers:", "optimization:", "run:"):
+        assert f"\n{title}\n" in shown["--help"]
+    assert "--help-all lists all" in shown["--help"]
+    assert "--momentum" not in shown["--help"]
+    assert ("--method.mask-self" in shown["--help"]) == command.startswith("train")
 
 
 def test_the_way_of_a_newcomer(tmp_path, capsys, monkeypatch):

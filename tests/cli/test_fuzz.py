@@ -49,6 +49,26 @@ def test_no_command_line_ends_in_a_traceback(words):
     fuzz.try_command_line(words)
 
 
+@pytest.fixture(scope="module")
+def originals(tmp_path_factory):
+    place = tmp_path_factory.mktemp("originals")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        fuzz.make_run_folders(place)
+    return place
+
+
+@pytest.mark.slow
+@few
+@given(fuzz.RUN_FILES)
+@example(("run", "result.json", "report {run} -o out.html", ("bytes", [], b"[" * 200_000)))
+@example(("run", "last.pt", "predict {run} image.png", ("fifo", [], None)))
+@example(("grid", "grid.json", "compare independent {small} --seeds 1 --out {grid}", ("replace", [2], 10**9)))
+def test_no_file_of_a_run_ends_in_a_traceback(originals, case):
+    with fuzz.only_reading():
+        fuzz.try_run_files(case, originals)
+
+
 # Half precision ends at 65504, and T^2 times a divergence must fit; training computes losses in float32 or wider.
 LARGEST = {torch.float16: 50.0, torch.bfloat16: 1e30, torch.float32: 1e30, torch.float64: 1e290}
 

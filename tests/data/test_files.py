@@ -125,7 +125,7 @@ def test_a_large_folder_starts_without_being_decoded(tmp_path, monkeypatch):
     write_images(tmp_path, per_class=60, parts=("train", "val"), classes=("a", "b"))
     opened = []
     original = files_module.open_upright
-    monkeypatch.setattr(files_module, "open_upright", lambda file: opened.append(file) or original(file))
+    monkeypatch.setattr(files_module, "open_upright", lambda file, bits: opened.append(file) or original(file, bits))
     monkeypatch.setattr(lazy_module, "NUM_STATISTICS_IMAGES", 10)
     monkeypatch.setattr(folder_module, "RESIDENT_LIMIT", 240 * 16 * 16 * 3)
     assert not load_set(f"folder:{tmp_path}", image_size=16).from_files  # just fits
@@ -232,10 +232,14 @@ def test_corrupt_files_are_replaced_from_their_class_and_counted(tmp_path, capsy
         (folder / "train" / "bee" / f"{n}.png").write_bytes(b"no image")
     assert main(words(folder, tmp_path / "run", "--skip-corrupt")) == 0
     assert "the next one of its class replaces it (1 so far)" in capsys.readouterr().err
-    loader, data = loader_of(folder, augmentation=None, skip_corrupt=True)
+    loader, data = loader_of(folder, augmentation=Augmentation(), skip_corrupt=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         pixels, labels = whole_epoch(loader)
+        judged = whole_epoch(loader_of(folder, augmentation=None, skip_corrupt=True)[0])[1]
+    assert judged.tolist() == [0] * 6 + [1] * 4 + [2] * 6  # where they are left out
+    places = loader._draw_epoch(0)[0].argsort()
+    pixels, labels = pixels[:, places], labels[places]
     assert labels.tolist() == data.y_train.tolist()
     numbers = [n for n in range(18) if data.x_train.path(n).endswith(("bee/1.png", "bee/2.png"))]
     third = next(n for n in range(18) if data.x_train.path(n).endswith("bee/3.png"))
@@ -244,7 +248,7 @@ def test_corrupt_files_are_replaced_from_their_class_and_counted(tmp_path, capsy
     for n in range(6):
         (folder / "train" / "bee" / f"{n}.png").write_bytes(b"no image")
     with pytest.raises(InputError, match=r"bee.*cannot be read"):
-        whole_epoch(loader_of(folder, augmentation=None, skip_corrupt=True)[0])
+        whole_epoch(loader_of(folder, augmentation=Augmentation(), skip_corrupt=True)[0])
 
 
 def test_files_that_came_or_went_end_a_continuation(tmp_path, capsys):

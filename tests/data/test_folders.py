@@ -243,12 +243,12 @@ def test_missing_and_empty_folders_are_errors(tmp_path):
     with pytest.raises(InputError, match="there is no such folder"):
         load_set(f"folder:{tmp_path / 'none'}")
     (tmp_path / "empty").mkdir()
-    with pytest.raises(InputError, match=r"--data folder:.*find any class folder"):
+    with pytest.raises(InputError, match=r"--data folder:.*there is no folder of a class"):
         load_set(f"folder:{tmp_path / 'empty'}")
     write_folder(tmp_path / "half", {"a": 2, "b": 2})
     (tmp_path / "half" / "train" / "c").mkdir()
     (tmp_path / "half" / "test" / "c").mkdir()
-    with pytest.raises(InputError, match="no valid file for the classes c"):
+    with pytest.raises(InputError, match="no image file is in the class c"):
         load_set(f"folder:{tmp_path / 'half'}")
     write_folder(tmp_path / "one", {"a": 4})
     with pytest.raises(InputError, match="one class only"):
@@ -258,7 +258,7 @@ def test_missing_and_empty_folders_are_errors(tmp_path):
         load_set(f"folder:{tmp_path / 'single'}")
 
 
-@pytest.mark.parametrize("names", [("train", "validation"), ("training", "test"), ("val", "test")])
+@pytest.mark.parametrize("names", [("train", "check"), ("first", "test"), ("val", "test")])
 def test_a_part_of_another_name_is_not_taken_for_a_class(names, tmp_path):
     for part in names:
         for kind in ("cat", "dog"):

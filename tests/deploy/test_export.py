@@ -4,14 +4,20 @@ import json
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 
 from codistill.cli.main import main
+from codistill.deploy.export import _export_errors_as_sentence
 from codistill.training.build import load_run
+from codistill.training.teacher import read_export_metadata
+from codistill.utils.errors import InputError
 from codistill.utils.tables import escape_markdown
+from helpers.command_line import one_sentence
 from helpers.common import read_json
 from helpers.folders import ODD, write_folder
 
@@ -36,7 +42,7 @@ import numpy as np, torch
 pixels = np.load("pixels.npy")  # uint8, B x C x H x W
 answers = {}
 if "safetensors" in sys.argv:
-    import student
+    import s as student
     model, about = student.load("s.safetensors")
     answers["safetensors"] = model(student.normalise(torch.from_numpy(pixels), about))
 if "torch-export" in sys.argv:
@@ -144,7 +150,7 @@ def test_weights_load_into_their_own_library(model, load, tmp_path, capsys):
     assert main(["train", "dml", "--model", model, *words, "--out", str(tmp_path / "run")]) == 0
     out = export(tmp_path / "run", "safetensors", tmp_path / "s.safetensors", capsys)
     with safe_open(out, "pt") as archive:
-        about = {key: json.loads(value) for key, value in archive.metadata().items()}
+        about = json.loads(archive.metadata()["codistill"])
     assert about["channels"] == (3 if model.startswith("torchvision") else 1)  # gray digits, repeated for torchvision
     network = load(len(about["classes"]), about["channels"])
     network.load_state_dict(load_file(out))
@@ -161,3 +167,66 @@ def test_a_file_that_exists_or_ends_wrongly_is_refused(run, tmp_path, capsys):
     assert main(["export", str(run), "--format", "onnx", "--out", str(tmp_path / "s.onnx")]) == 2
     assert "exists; remove it" in capsys.readouterr().err
     assert (tmp_path / "s.onnx").read_text() == "mine"
+
+
+def test_an_export_replaces_no_file_of_anybody(run, tmp_path, capsys):
+    (tmp_path / "student.py").write_text("my own")
+    (tmp_path / "a.md").write_text("my notes")
+    export(run, "safetensors", tmp_path / "a.safetensors", capsys)
+    export(run, "safetensors", tmp_path / "b.safetensors", capsys)
+    names = {"student.py", "a.md", "a.safetensors", "a.safetensors.md", "a.py", "b.safetensors", "b.md", "b.py"}
+    assert {path.name for path in tmp_path.iterdir()} == names
+    assert (tmp_path / "student.py").read_text() == "my own"
+    assert (tmp_path / "a.md").read_text() == "my notes"
+    assert '"a.safetensors"' in (tmp_path / "a.py").read_text()
+    (tmp_path / "c.py").write_text("my own")
+    assert "c.py exists" in one_sentence(capsys, ["export", str(run), "--out", str(tmp_path / "c.safetensors")])
+    assert {path.name for path in tmp_path.iterdir()} == names | {"c.py"}
+
+
+def test_the_fitted_temperature_is_in_the_file_and_the_card(run, tmp_path, capsys):
+    place = Path(shutil.copytree(run, tmp_path / "run"))
+    info = json.loads((place / "data.json").read_text())
+    (place / "data.json").write_text(json.dumps(info | {"temperature": 1.75}))
+    for kind, name in (("safetensors", "s.safetensors"), ("torch-export", "t.pt2")):
+        export(place, kind, tmp_path / name, capsys)
+        card = (tmp_path / name).with_suffix(".md").read_text()
+        assert "divided by the temperature 1.7500" in card
+    with safe_open(tmp_path / "s.safetensors", "pt") as archive:
+        assert read_export_metadata(archive.metadata())["temperature"] == 1.75
+    extra = {"codistill.json": ""}
+    torch.export.load(tmp_path / "t.pt2", extra_files=extra)
+    assert json.loads(extra["codistill.json"])["temperature"] == 1.75
+
+
+@pytest.mark.slow
+def test_an_onnx_file_can_be_quantized(run, tmp_path, capsys):
+    onnxruntime = pytest.importorskip("onnxruntime")
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    export(run, "onnx", tmp_path / "s.onnx", capsys)
+    quantize_dynamic(tmp_path / "s.onnx", tmp_path / "q.onnx", weight_type=QuantType.QUInt8)
+    x = np.random.default_rng(0).normal(size=(3, 3, 16, 16)).astype(np.float32)
+    outputs = [
+        onnxruntime.InferenceSession(tmp_path / name).run(None, {"images": x})[0] for name in ("s.onnx", "q.onnx")
+    ]
+    assert np.abs(outputs[0] - outputs[1]).max() < 0.2 * np.abs(outputs[0]).max()
+
+
+def test_the_reason_of_a_failed_export_is_the_first_one():
+    error = RuntimeError("Failed to export")
+    error.__cause__ = ValueError("the real reason\nand more")
+    with pytest.raises(InputError, match=r"in that format \(the real reason\)"), _export_errors_as_sentence("onnx"):
+        raise error
+
+
+def test_safetensors_has_the_usual_format_and_the_same_bytes_every_time(run, tmp_path, capsys):
+    files = [export(run, "safetensors", tmp_path / name / "s.safetensors", capsys) for name in "ab"]
+    assert Path(files[0]).read_bytes() == Path(files[1]).read_bytes()
+    with safe_open(files[0], "pt") as archive:
+        texts = archive.metadata()
+    assert list(texts) == ["codistill", "format"]
+    assert texts["format"] == "pt"
+    early = {key: json.dumps(value) for key, value in json.loads(texts["codistill"]).items()}
+    assert read_export_metadata(early) == read_export_metadata(texts)
+    assert read_export_metadata({"format": "pt"}) == {}

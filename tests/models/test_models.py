@@ -107,13 +107,23 @@ def test_forward_is_head_of_features(name, channels, size):
 
 
 @pytest.mark.parametrize("name", KINDS)
-def test_convolutions_start_from_kaiming_fan_out(name):
+def test_convolutions_start_from_kaiming_fan_out_and_densenets_from_fan_in(name):
     for module in MODELS[name]().modules():
         if isinstance(module, nn.Conv2d) and module.weight.numel() > 5_000:
-            fan_out = module.out_channels * module.kernel_size[0] ** 2
-            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
+            maps = module.in_channels if name.startswith("densenet") else module.out_channels
+            fan = maps * module.kernel_size[0] ** 2
+            assert module.weight.std().item() == pytest.approx(math.sqrt(2 / fan), rel=0.05)
         if isinstance(module, nn.Conv2d) and module.bias is not None:
             assert not module.bias.any()
+
+
+def test_densenet_starts_with_the_published_deviations():
+    torch.manual_seed(0)
+    networks = [MODELS["densenet40_12"]() for _ in range(20)]
+    expected = {"conv1": 0.272, "block1.0.layers.5": 0.068, "block3.5.layers.2": 0.129 * (120 / 120) ** 0.5}
+    for path, deviation in (expected | {"transition1.2": 0.1443}).items():
+        weights = torch.stack([network.get_submodule(path).weight for network in networks])
+        assert weights.std().item() == pytest.approx(deviation, rel=0.02), path
 
 
 def test_wide_bottlenecks_are_wide_inside_only():

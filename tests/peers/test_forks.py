@@ -4,6 +4,8 @@ import pytest
 import torch
 from torch import nn
 
+from codistill.peers.branch_points import branch_point_rows
+from codistill.peers.branches import BranchPeers
 from codistill.utils.errors import InputError
 from helpers.peer_networks import (
     CLASSES,
@@ -247,3 +249,11 @@ def test_in_place_layers_within_the_trunk_or_a_branch_are_fine(fork):
 
 def _ends(outputs):
     return outputs.logits_PBC, outputs.features
+
+
+def test_only_places_are_offered_that_training_accepts():
+    offered = [row["module"].split()[0] for row in branch_point_rows("resnet8", 16)]
+    assert "layer3.0.bn1" in offered
+    assert not {"layer3.0.bn2", "layer3.0.shortcut"} & {*offered}
+    for place in offered:
+        BranchPeers("resnet8", 2, 10, branch_at=place, image_size=16)

@@ -14,17 +14,20 @@ import pytest
 
 from codistill.cli.main import main
 from codistill.cli.options import parse
-from codistill.config.config import Config, ReproduceConfig
+from codistill.config.config import CompareConfig, Config, ReproduceConfig
 from codistill.config.methods import OKDDipConfig
 from codistill.reproduce.command_line import format_command
+from codistill.reproduce.comparison import add_earlier_rows, plan_comparison, write_comparison
 from codistill.reproduce.grid import Cell, run_grid
 from codistill.reproduce.plan import make_plan
 from codistill.reproduce.published_tables import load_published_tables
 from codistill.reproduce.recipes import TABLES
 from codistill.reproduce.recipes.table_recipe import scale_config
+from codistill.reproduce.statistics import comparison_rows
 from codistill.reproduce.table_figures import make_figures
 from codistill.reproduce.table_rows import make_table_rows
 from codistill.utils.errors import InputError
+from codistill.utils.files import write_json
 from codistill.utils.tables import comma_separated, latex, markdown
 from helpers.common import read_json
 from helpers.tables import fake_plan, fake_result
@@ -360,3 +363,26 @@ def test_two_rows_that_share_a_folder_are_an_input_error(tmp_path):
     cells = [Cell(name, Config("independent", peers=1, **TINY)) for name in ("a b", "a-b")]
     with pytest.raises(InputError, match="rename one"):
         run_grid(cells, [0], tmp_path)
+
+
+def test_a_second_comparison_adds_its_rows_to_the_folder(tmp_path):
+    def finish(methods):
+        config = CompareConfig("independent", "resnet8", "digits", seeds=2)
+        cells = plan_comparison(methods, config)
+        for cell in cells:
+            for seed in range(2):
+                cell.results[seed] = fake_result(50.0 + seed)
+                write_json(cell.run_path(tmp_path, seed) / "result.json", cell.results[seed])
+        cells = add_earlier_rows(cells, config, tmp_path)
+        write_comparison(cells, config, tmp_path, comparison_rows(cells))
+        return [(row["peers"], row["n"]) for row in read_json(tmp_path / "table.json")["rows"]]
+
+    base = [("one plain network", "2"), ("independent networks", "2")]
+    assert finish(["dml"]) == [*base, ("dml networks", "2")]
+    assert finish(["pcl"])[-1] == ("dml networks", "2")
+    labels = [row["label"] for row in read_json(tmp_path / "grid.json")["cells"]]
+    assert labels[-1] == "dml networks"
+    assert any("pcl" in label for label in labels)
+    write_json(tmp_path / "grid.json", {"kind": "reproduce", "table": "okddip_table2", "options": {}})
+    with pytest.raises(InputError, match="holds okddip_table2"):
+        finish(["dml"])

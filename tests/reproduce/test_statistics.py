@@ -86,12 +86,12 @@ def test_seeds_needed_is_the_least_number():
 
 
 def test_summary_says_what_the_table_says():
-    better, power = summarize_comparison(cells([1.0, 1.2, 0.9, 1.1]), peers=4)
+    better, _, power = summarize_comparison(cells([1.0, 1.2, 0.9, 1.1]), peers=4)
     assert better == (
         "Over 4 seeds the okddip student (networks) is 1.1 ± 0.2 points better than the same network trained without "
         "exchange, at 4 x the training and 1 x the deployment cost."
     )
     assert power.endswith("an interval of ± 1 point needs 3 seeds, one of ± 0.5 needs 3.")
-    unclear, _ = summarize_comparison(cells([2.0, -2.0, 1.0]), peers=4)
+    unclear, *_ = summarize_comparison(cells([2.0, -2.0, 1.0]), peers=4)
     assert "does not differ significantly" in unclear
     assert "(+0.3 ± 5.2 points)" in unclear

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from codistill.cli.main import main
+from codistill.runs import read_epoch_lines
 from codistill.runs.checkpoint import (
     SCHEMA,
     CorruptCheckpointError,
@@ -23,7 +24,6 @@ from codistill.training.build import load_run
 from codistill.training.loop import train
 from codistill.training.reporter import Reporter
 from codistill.utils.errors import InputError
-from codistill.utils.files import read_lines
 from helpers.common import read_json
 from helpers.runs import StopAt, small
 
@@ -131,7 +131,7 @@ def test_a_kill_between_two_names_loses_nothing(whole, copy):
 def test_the_best_validation_epoch_is_kept(tmp_path, capsys):
     out = tmp_path / "run"
     result = train(small(out, lr=0.05, epochs=6))
-    curve = [line["val_student"]["top1"] for line in read_lines(out / "metrics.jsonl")]
+    curve = [line["val_student"]["top1"] for line in read_epoch_lines(out / "metrics.jsonl")]
     best = result.figures["best_validation"]
     assert best["top1"] == max(curve)
     assert best["epoch"] == curve.index(max(curve))
@@ -172,7 +172,7 @@ def test_a_stored_checkpoint_of_schema_1_is_read_and_continued(tmp_path):
     options = {"checkpoint_every_steps": 1, "log_every_steps": 1, "resume": "auto"}
     resumed = train(small(out, **options))
     train(small(tmp_path / "anew", **options))
-    lines, anew = read_lines(out / "metrics.jsonl"), read_lines(tmp_path / "anew" / "metrics.jsonl")
+    lines, anew = read_epoch_lines(out / "metrics.jsonl"), read_epoch_lines(tmp_path / "anew" / "metrics.jsonl")
     assert [line["epoch"] for line in lines] == [0, 1, 2]
     for ours, theirs in zip(lines, anew):  # another machine adds up in another order
         assert ours["train"]["loss"] == pytest.approx(theirs["train"]["loss"], rel=1e-3)

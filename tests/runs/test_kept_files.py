@@ -8,9 +8,9 @@ from codistill.cli.main import main
 from codistill.config.config import Config, ReproduceConfig
 from codistill.reproduce.plan import make_plan
 from codistill.reproduce.table_folder import prepare_table_folder, read_plan
+from codistill.runs import read_epoch_lines
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
-from codistill.utils.files import read_lines
 from helpers.common import read_json
 from helpers.runs import small
 
@@ -50,11 +50,11 @@ def test_a_complete_run_without_its_last_weights_is_left_alone(gone, run, tmp_pa
             path.unlink()
         elif path.name == "last.pt":
             path.write_bytes(path.read_bytes()[:-100])
-    before = read_lines(tmp_path / "run" / "metrics.jsonl")
+    before = read_epoch_lines(tmp_path / "run" / "metrics.jsonl")
     assert len(before) == 3
     with pytest.raises(InputError, match="is complete, but the checkpoint of its last epoch is gone or damaged"):
         train(small(tmp_path / "run", resume="auto"))
-    assert read_lines(tmp_path / "run" / "metrics.jsonl") == before
+    assert read_epoch_lines(tmp_path / "run" / "metrics.jsonl") == before
     assert (tmp_path / "run" / "result.json").exists()
 
 
@@ -72,10 +72,15 @@ def test_another_comparison_in_the_same_folder_is_refused(tmp_path, capsys):
     good = result.read_text()
     result.write_text("{")
     assert "result.json is damaged" in ended(capsys, [*compare, "--epochs", "1"], 1)
-    assert "result.json is damaged" in ended(capsys, ["report", str(tmp_path / "grid")])
+    report = ["report", str(tmp_path / "grid"), "--out", str(tmp_path / "report.html")]
+    assert main(report) == 0  # the other runs are shown
+    said = capsys.readouterr().err
+    assert "seed0 is left out" in said
+    assert "result.json is damaged" in said
     result.write_text(good)
     (tmp_path / "grid" / "grid.json").write_text("[]")
-    assert "grid.json is damaged" in ended(capsys, ["report", str(tmp_path / "grid")])
+    assert main(report) == 0
+    assert "grid.json is damaged" in capsys.readouterr().err
 
 
 def test_a_run_named_twice_counts_once(run, tmp_path, capsys):
@@ -87,7 +92,7 @@ def test_a_run_named_twice_counts_once(run, tmp_path, capsys):
 
 @pytest.mark.parametrize(
     ("values", "sentence"),
-    [({"model": ()}, "--model names no network"), ({"out": "runs/a\0b"}, "--out holds a character of number 0")],
+    [({"model": ()}, "--model names no network"), ({"out": "runs/a\0b"}, "--out contains a null character")],
 )
 def test_a_config_that_names_nothing_or_no_file_is_refused(values, sentence):
     with pytest.raises(InputError, match=sentence):

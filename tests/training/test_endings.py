@@ -15,6 +15,7 @@ from tiny_network import Tiny
 
 from codistill.cli.main import main
 from codistill.data import DeviceLoader
+from codistill.runs import read_epoch_lines
 from codistill.runs.checkpoint import list_checkpoints, load_checkpoint
 from codistill.runs.run_folder import RunFolder
 from codistill.training.build import build_run
@@ -23,7 +24,6 @@ from codistill.training.reporter import Reporter
 from codistill.training.run import zero_sums
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError, explain_failure
-from codistill.utils.files import read_lines
 from helpers.common import read_json
 from helpers.runs import small
 
@@ -64,6 +64,12 @@ def whole(tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "run"
     assert main([*WORDS, "--out", str(out)]) == 0
     return out
+
+
+@pytest.fixture(autouse=True)
+def no_trial(monkeypatch):
+    """Leave out the forwards of the trial: tests here count those of training."""
+    monkeypatch.setattr("codistill.training.build.try_networks", lambda config, *_: (config, []))
 
 
 def in_child(what) -> int:
@@ -303,7 +309,7 @@ def test_steps_that_are_not_finite_are_skipped_up_to_a_limit(tmp_path, capsys, p
     assert "at epoch 1, step 2" in ended(capsys, 1, [*words, "--skip-nonfinite", "1", "--resume", "auto"])
     assert main([*words, "--skip-nonfinite", "2", "--resume", "auto"]) == 0
     assert "warning: 2 of at most 2 steps skipped: their loss was not finite" in capsys.readouterr().err
-    lines = read_lines(out / "metrics.jsonl")
+    lines = read_epoch_lines(out / "metrics.jsonl")
     assert [line["skipped_steps"] for line in lines] == [1, 2, 2]
     assert all(np.isfinite(line["train"]["loss"]) and line["train"]["top1"][0] > 0 for line in lines)
     assert main([*words[:-1], str(tmp_path / "whole"), "--skip-nonfinite", "2"]) == 0

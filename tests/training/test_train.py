@@ -22,7 +22,7 @@ from codistill.training.step import train_step
 from codistill.utils.errors import InputError, MachineError, Stopped
 from helpers.common import read_json
 from helpers.host_reads import CountHostReads
-from helpers.runs import StopAt, tiny
+from helpers.runs import StopAt, small, tiny
 
 
 def test_the_rate_falls_when_the_papers_say():
@@ -38,6 +38,25 @@ def test_the_rate_falls_when_the_papers_say():
     assert rates == sorted(rates)
     assert rates[0] > 0
     assert rates[-1] == pytest.approx(0.1)
+
+
+def test_a_cosine_begins_where_the_warm_up_ends():
+    warm = Config(epochs=10, schedule="cosine", warmup_epochs=5).resolved()
+    rates = [round(learning_rate_at(warm, e), 4) for e in range(5, 10)]
+    assert rates == [0.1, 0.0905, 0.0655, 0.0345, 0.0095]  # 0.05 (1 + cos(pi e / 5))
+    assert learning_rate_at(warm, 4, 99, 100) == pytest.approx(0.0998, abs=5e-5)
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"warmup_epochs": 3.0}, "warm-up of 3 epochs does not end within the 2 epochs"),
+        ({"warmup_epochs": 1.5, "milestones": (1,)}, "warm-up of 1.5 epochs ends after the milestone 1"),
+    ],
+)
+def test_a_warm_up_without_a_peak_is_told(options, said, tmp_path):
+    with pytest.warns(UserWarning, match=said):
+        train(small(tmp_path / "run", epochs=2, **options))
 
 
 def test_the_ramp_scales_with_the_run_and_warns_if_it_never_ends(tmp_path):
@@ -274,13 +293,13 @@ def test_trackers_of_wandbs_shape_hear_every_epoch(kind, tmp_path, monkeypatch):
 
 def test_a_methods_own_weights_and_its_details_are_written_down(tmp_path):
     from codistill.config.methods import KDCLConfig
-    from codistill.utils.files import read_lines
+    from codistill.runs import read_epoch_lines
 
     attention = train(tiny(out=str(tmp_path / "okddip"), epochs=2))
-    lines = read_lines(attention.folder / "metrics.jsonl")
+    lines = read_epoch_lines(attention.folder / "metrics.jsonl")
     assert [sum(row) for row in lines[1]["method"]["attention"]] == pytest.approx([1.0, 1.0])
     shares = train(tiny(method=KDCLConfig(target="linear"), peers=2, out=str(tmp_path / "kdcl"), epochs=1))
-    assert sum(read_lines(shares.folder / "metrics.jsonl")[0]["method"]["weights"]) == pytest.approx(1.0)
+    assert sum(read_epoch_lines(shares.folder / "metrics.jsonl")[0]["method"]["weights"]) == pytest.approx(1.0)
     details = read_json(attention.folder / "details.json")
     assert sum(map(sum, details["confusion"])) == sum(b["samples"] for b in details["reliability"]) == 797
     hits = sum(details["confusion"][c][c] for c in range(10))

@@ -1,14 +1,18 @@
 """Files of strangers: nothing in them is run, followed elsewhere, given the room that it claims, or shown as code."""
 
+import csv
 import io
 import json
+import os
 import pickle
 import re
 import shutil
 import struct
+import subprocess
 import sys
 import zipfile
 import zlib
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -16,9 +20,14 @@ import pytest
 import torch
 from PIL import Image
 
+from codistill.cli.console import RichReporter, new_table, out, print_rows
 from codistill.cli.main import main
+from codistill.cli.options import parse
 from codistill.config.config import Config
 from codistill.data import load_set
+from codistill.evaluation import write_confusion
+from codistill.models import build, resolve
+from codistill.reproduce import format_command
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
 from codistill.utils.files import write_json
@@ -189,7 +198,7 @@ def test_an_image_that_unfolds_into_gigabytes_is_refused(tmp_path, run, capsys):
 
 
 @pytest.mark.parametrize("what", ["file", "folder"])
-def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path, run, capsys, monkeypatch):
+def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path, run, capsys):
     folder, private = image_folder(tmp_path / "photos"), image_folder(tmp_path / "private")
     (folder / "cat" / "inside.png").symlink_to("1.png")
     (folder / "cow").symlink_to("dog")
@@ -203,28 +212,17 @@ def test_links_out_of_an_image_folder_are_named_and_not_followed(what, tmp_path,
     assert f"{link} is a link out of {folder}" in said
     assert f"{link} is a link to outside the folder" in one_sentence(capsys, ["predict", str(run), str(folder)])
 
-    def walked(_root):
-        raise AssertionError("the link was followed")
-
-    monkeypatch.setattr("torchvision.datasets.ImageFolder", walked)
-    with pytest.raises(InputError, match="is a link out of"):
-        load_set(f"folder:{folder}")
-
 
 @pytest.mark.parametrize(
     "links",
     [{"cow": "."}, {"cat/again": ".."}, {"cat/again": "."}, {"cat/x": "../dog", "dog/y": "../cat"}],
 )
-def test_links_that_form_a_loop_are_named_and_not_followed(links, tmp_path, monkeypatch):
+def test_links_that_form_a_loop_are_named_and_not_followed(links, tmp_path):
     folder = image_folder(tmp_path / "photos")
     for name, target in links.items():
         (folder / name).symlink_to(target)
 
-    def walked(_root):
-        raise AssertionError("the link was followed")
-
-    monkeypatch.setattr("torchvision.datasets.ImageFolder", walked)
-    with pytest.raises(InputError, match="is a link to a folder, which only a class as a whole may be"):
+    with pytest.raises(InputError, match="is a link to a folder, as only the folder of a class may be"):
         load_set(f"folder:{folder}")
 
 
@@ -285,3 +283,113 @@ def test_names_are_escaped_in_the_model_card_and_the_terminal(tmp_path, capsys):
         assert part not in outside
     assert "&lt;b&gt;bold" in card
     assert escape_markdown("[x](y)\n# z") == "\\[x\\](y) \\# z"
+
+
+HOSTILE = '=HYPERLINK("http://x") \x1b[31m\x9b31m\u202e'
+
+
+@pytest.fixture(scope="module")
+def hostile_run(run, tmp_path_factory):
+    """A run whose data set and classes have names that spreadsheets and terminals would obey."""
+    place = tmp_path_factory.mktemp("hostile") / "run"
+    shutil.copytree(run, place)
+    info = read_json(place / "data.json")
+    write_json(place / "data.json", info | {"classes": [f"{HOSTILE}{c}" for c in range(10)]})
+    return place
+
+
+def obeyed(text: str) -> list[str]:
+    """The characters of a text that a terminal might obey."""
+    return [c for c in text if not c.isprintable() and c != "\n"]
+
+
+@pytest.mark.parametrize("json_output", [False, True])
+def test_names_in_predictions_are_harmless(json_output, hostile_run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Image.new("L", (8, 8)).save("image.png")
+    Path("image.png").rename("=cmd|calc\x1b]0;x\x07.png")
+    words = ["predict", str(hostile_run), "=cmd|calc\x1b]0;x\x07.png", "--top", "2"] + ["--json"] * json_output
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert not obeyed(said)
+    if json_output:
+        (row,) = json.loads(said)
+        assert row["file"] == "=cmd|calc\x1b]0;x\x07.png"
+        assert row["top"][0]["class"].startswith(HOSTILE)
+    else:
+        _, cells = csv.reader(io.StringIO(said))
+        assert cells[0].startswith("'=cmd|calc ")
+        assert cells[1].startswith("'=HYPERLINK")
+
+
+def test_class_names_in_a_confusion_matrix_are_harmless(tmp_path):
+    write_confusion(tmp_path / "c.csv", [[1, 0], [0, 2]], [HOSTILE, "\t+1+cmd"])
+    text = (tmp_path / "c.csv").read_text()
+    assert not obeyed(text)
+    rows = [*csv.reader(io.StringIO(text))]
+    assert rows[0][1].startswith("'=HYPERLINK")
+    assert [rows[2][0], *rows[2][1:]] == ["' +1+cmd", "0", "2"]
+
+
+def test_what_the_commands_print_holds_no_control_characters(capsys):
+    out.print(f"run folder: {HOSTILE}", HOSTILE)
+    table = new_table(HOSTILE)
+    table.add_column("x")
+    out.print(table)
+    print_rows([{"a": HOSTILE, "b": "1"}], HOSTILE)
+    reporter = RichReporter()
+    reporter.begin([HOSTILE], 1, 1, 0)
+    reporter.bar.stop()
+    said = capsys.readouterr()
+    assert "HYPERLINK" in said.out
+    assert not obeyed(said.out + said.err)
+
+
+def test_words_of_the_command_line_other_than_names_of_networks_allow_no_code(run, tmp_path, monkeypatch, capsys):
+    """The name of the code is a file's, which the shell puts on the command line, or the run folder's own."""
+    monkeypatch.chdir(tmp_path)
+    name = "os:system,command=touch ran #.png"
+    place = tmp_path / name.removesuffix(".png")
+    for folder, model in ((tmp_path / "run", name), (place, place.name)):
+        shutil.copytree(run, folder)
+        write_json(folder / "config.json", read_json(folder / "config.json") | {"model": [model]})
+    Image.new("L", (8, 8)).save(name)
+    for words in (["predict", "run", name], ["predict", place.name, name], ["evaluate", place.name],
+                  ["export", place.name, "--out", "x.safetensors", "--license", place.name]):  # fmt: skip
+        assert "names code to import and run" in one_sentence(capsys, words)
+    assert not Path("ran").exists()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"data": "--x; touch ran #"},
+        {"data": "--$(touch ran)", "weights": "-`touch ran`"},
+        {"data_dir": "x\ntouch ran\n", "out": "--a'b; touch ran"},
+        {"model": ("timm:x; touch ran #", "resnet8")},
+    ],
+)
+def test_a_command_line_that_is_copied_runs_codistill_alone(options, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = Config("dml", **options)
+    command = format_command(config)
+    script = tmp_path / "bin" / "codistill"
+    script.parent.mkdir()
+    script.write_text(f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open('words.json', 'w'))\n")
+    script.chmod(0o755)
+    subprocess.run(["bash", "-c", command], check=True, env={"PATH": f"{script.parent}:{os.environ['PATH']}"})
+    assert not Path("ran").exists()
+    words = json.loads(Path("words.json").read_text())
+    assert parse("train", words[1:]).options == config
+
+
+def test_code_of_a_transformers_folder_is_refused_without_a_question(tmp_path, monkeypatch, capsys):
+    pytest.importorskip("transformers")
+    (tmp_path / "net").mkdir()
+    auto = {"AutoConfig": "code.C", "AutoModelForImageClassification": "code.M"}
+    (tmp_path / "net" / "config.json").write_text(json.dumps({"model_type": "mine", "auto_map": auto}))
+    (tmp_path / "net" / "code.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.setattr("builtins.input", lambda *_: "y")
+    with pytest.raises(InputError, match="cannot be built"):
+        build(resolve(f"hf:{tmp_path / 'net'}"), num_classes=2, in_channels=3, image_size=8)
+    assert not (tmp_path / "ran").exists()

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
 import time
 
 from codistill.cli.console import err, out, print_rows, progress_bar
 from codistill.config import CompareConfig
 from codistill.reproduce import (
+    add_earlier_rows,
     check_comparison_folder,
     check_options,
     comparison_folder,
@@ -40,6 +42,7 @@ def compare(methods: list[str], config: CompareConfig) -> int:
     cells = plan_comparison(methods, config)
     seeds = config.seed_range()
     check_comparison_folder(cells, seeds, folder)
+    add_earlier_rows([], dataclasses.replace(config), folder)  # raises, before anything is trained
     start = time.perf_counter()
     for line in describe_comparison(cells, config, folder):
         err.print(line, style="dim")
@@ -47,9 +50,10 @@ def compare(methods: list[str], config: CompareConfig) -> int:
         task = bar.add_task(f"{len(cells)} rows x {config.seeds} seeds, epochs", total=None, note="")
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         run_grid(cells, seeds, folder, config.workers, show)
+    cells = add_earlier_rows(cells, config, folder)
     rows = comparison_rows(cells)
     summary = summarize_comparison(cells, config.peers or 4)
-    write_comparison(cells, config, folder, rows, summary)
+    write_comparison(cells, config, folder, rows, summary)  # before printing, which may fail
     print_rows(rows, comparison_title(config))
     out.print(LEGEND)
     for sentence in summary:

@@ -2,30 +2,85 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from rich.table import Table
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from codistill.runs import EpochLine, Figures, RunResult
 from codistill.training import Reporter
 from codistill.utils import Rows, looks_numeric, on_one_line
 
 FILE_WIDTH = 160  # columns where the output is no terminal
-# Names are chosen by users, so nothing in them is read as markup.
-out = Console(highlight=False, markup=False, width=None if sys.stdout.isatty() else FILE_WIDTH)
-err = Console(stderr=True, highlight=False, markup=False, width=None if sys.stderr.isatty() else FILE_WIDTH)
+
+
+class PlainConsole(Console):
+    """Prints text whose names users have chosen: nothing in it is read as markup, color or a terminal's command."""
+
+    def __init__(self, *, stderr: bool = False) -> None:
+        stream = sys.stderr if stderr else sys.stdout
+        width = None if stream.isatty() else FILE_WIDTH
+        super().__init__(stderr=stderr, highlight=False, markup=False, emoji=False, width=width)
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        """Print, as `Console.print` does, every text on one line and without control characters."""
+        super().print(*(on_one_line(part) if isinstance(part, str) else part for part in objects), **options)
+
+
+out, err = PlainConsole(), PlainConsole(stderr=True)
+
+
+def new_table(title: str | None) -> Table:
+    """Return an empty table with a title on the left."""
+    return Table(title=None if title is None else on_one_line(title), title_justify="left")
 
 
 def progress_bar(console: Console) -> Progress:
     """Return the progress bar of all commands; it is shown only in a terminal."""
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    return Progress(*columns, TextColumn("{task.fields[note]}"), console=console, disable=not console.is_terminal)
+    whole = lambda: Column(no_wrap=True, min_width=7)  # noqa: E731 - never narrowed; what is too long is the note
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(20, table_column=Column(no_wrap=True, min_width=20)),
+        MofNCompleteColumn(table_column=whole()),
+        TimeRemainingColumn(table_column=whole()),
+        _NoteColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=False)),
+    )
+    return Progress(*columns, console=console, disable=not console.is_terminal)
+
+
+class _NoteColumn(TextColumn):
+    """The last column, which is cut where the terminal is too narrow for it."""
+
+    def render(self, task: Task) -> Text:
+        """Return the note on one line."""
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
+
+def show_progress(items: Sequence[Any], description: str) -> Iterator[Any]:
+    """Yield the items under a progress bar, which disappears at the end; on the first rank of a job alone."""
+    with progress_bar(err) as bar:
+        bar.live.transient = True
+        bar.disable |= os.environ.get("RANK", "0") != "0"
+        task = bar.add_task(description, total=len(items), note="")
+        for item in items:
+            yield item
+            bar.advance(task)
 
 
 class RichReporter(Reporter):
-    """A progress bar over the epochs, with loss and accuracies."""
+    """A progress bar over the epochs, with the loss and the accuracy of what is deployed and of the ensemble.
+
+    Where there is no terminal, every epoch is a line.
+    """
+
+    bar: Progress | None = None
 
     def begin(self, notes: list[str], epochs: int, steps: int, start: int) -> None:
         """Print the notes and start the bar."""
@@ -37,27 +92,41 @@ class RichReporter(Reporter):
 
     def step(self, epoch: int, step: int, loss: float) -> None:
         """Show the loss."""
-        self.bar.update(self.task, note=f"loss {loss:.3f}")
+        if self.bar is not None:
+            self.bar.update(self.task, note=f"loss {loss:.3f}")
 
     def epoch(self, line: EpochLine) -> None:
-        """Advance, and show accuracies; where there is no terminal, print a line every ten epochs."""
-        figures = line.get("val") or line.get("test") or line["train"]
-        part = "val" if "val" in line else "test" if "test" in line else "train"
-        note = f"loss {line['train']['loss']:.3f}  {part} " + " ".join(f"{a:.1f}" for a in figures["top1"])
-        if "ensemble_top1" in figures and len(figures["top1"]) > 1:
-            note += f"  ensemble {figures['ensemble_top1']:.1f}"
-        self.bar.update(self.task, completed=line["epoch"] + 1, note=note)
-        if not err.is_terminal and (line["epoch"] + 1) % 10 == 0:
+        """Advance, and show accuracies."""
+        note = f"loss {line['train']['loss']:.3f}  {_describe_accuracies(line)}"
+        if self.bar is not None:
+            self.bar.update(self.task, completed=line["epoch"] + 1, note=note)
+        if not err.is_terminal:
             err.print(f"epoch {line['epoch'] + 1}: {note}")
 
     def end(self, result: RunResult) -> None:
         """Stop the bar."""
-        self.bar.stop()
+        self.stop()
+
+    def stop(self) -> None:
+        """Stop the bar and show the cursor again, however the run ended."""
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def _describe_accuracies(line: EpochLine) -> str:
+    """Return the newest accuracies of an epoch: of the deployed student and of the ensemble, or those in training."""
+    parts = (("val", line.get("val"), line.get("val_student")), ("test", line.get("test"), line.get("test_student")))
+    for part, members, student in parts:
+        if members is not None and student is not None:
+            several = len(members["top1"]) > 1
+            ensemble = f"  ensemble {members['ensemble_top1']:.1f}" if several else ""
+            return f"{part} {student['top1']:.1f}{ensemble}"
+    return "train " + " ".join(f"{a:.1f}" for a in line["train"]["top1"])
 
 
 def members_table(figures: Figures, deployed: str, title: str, ema: Figures | None = None) -> Table:
     """Return a table with one row per member and per mean teacher, and one for the ensemble; `deployed` names one."""
-    table = Table(title=title, title_justify="left")
+    table = new_table(title)
     columns = ("top-1 %", *(["top-5 %"] if "top5" in figures else []), "NLL", "calibration error")
     table.add_column("member")
     for name in columns:
@@ -78,7 +147,9 @@ def _add_figures(
     table: Table, name: str, deployed: str, top1: float, top5: float | None, nll: float, ece: float
 ) -> None:
     percentages = [f"{value:.2f}" for value in (top1, top5) if value is not None]
-    table.add_row(name + (" (deployed)" if name == deployed else ""), *percentages, f"{nll:.4f}", f"{ece:.4f}")
+    table.add_row(
+        on_one_line(name) + (" (deployed)" if name == deployed else ""), *percentages, f"{nll:.4f}", f"{ece:.4f}"
+    )
 
 
 def print_rows(rows: Rows, title: str) -> None:
@@ -94,7 +165,7 @@ def print_rows(rows: Rows, title: str) -> None:
             width = widths[name]
         blocks[-1].append(name)
     for block in blocks:
-        table = Table(title=title if block is blocks[0] else None, title_justify="left")
+        table = new_table(title if block is blocks[0] else None)
         table.add_column(names[0])
         for name in block:
             table.add_column(name, justify="right" if looks_numeric(rows[0][name]) else "left")

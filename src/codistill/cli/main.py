@@ -1,33 +1,44 @@
 """The entry point: parse first, import torch afterwards.
 
 Exit codes: 0 done; 1 the machine failed, or a bug; 2 the user's input; 75 stopped by a signal, with a checkpoint
-written; 130 interrupted.
+written where there was something to keep; 130 interrupted.
 """
 
 from __future__ import annotations
 
 import os
 import sys
+import traceback
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from codistill.cli.options import COMMANDS, parse
+from codistill.cli.output import safe_output
 from codistill.utils import (
     InputError,
     MachineError,
     OtherRankFailedError,
+    SignalReceived,
+    StoppedEarly,
     command_line,
+    describe_unexpected,
     explain_failure,
+    first_line,
     on_one_line,
+    raise_on_signals,
     suggest,
 )
 
-USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help lists its options)
+TRACEBACK_FLAG = "--traceback"
+USAGE = """usage: codistill COMMAND [OPTIONS]      (codistill COMMAND --help lists its options, --help-all all)
 
 Train a better small network without a teacher: peers teach each other, one plain network is deployed.
 
 {commands}
 
-Every command takes --allow-import: run code (package.module:callable) that only a config file or run folder names.
+Every command takes --allow-import: run code (package.module:callable) that only a config file or run folder names; and
+--traceback (or CODISTILL_TRACEBACK=1): show where an unexpected error was raised.
 
 Begin with:  codistill train okddip --model resnet8 --data digits --epochs 60 --batch-size 64
 """
@@ -35,39 +46,64 @@ Begin with:  codistill train okddip --model resnet8 --data digits --epochs 60 --
 
 def main(argv: list[str] | None = None) -> int:
     """Run one command and return its exit code."""
+    with safe_output() as stdout, _warnings_shown():
+        code = _run_command(argv)
+        stdout.flush()
+        if code == 0 and stdout.failure is not None:
+            return _print_error(f"the output cannot be written ({first_line(stdout.failure)}); files are complete", 1)
+        return code
+
+
+@contextmanager
+def _warnings_shown() -> Iterator[None]:
+    """Show warnings as sentences; those that `python -W error` makes errors are shown too, and do not end a command."""
+    with warnings.catch_warnings():
+        for option in sys.warnoptions:
+            if option.partition(":")[0] == "error":
+                warnings.simplefilter("default")
+        warnings.showwarning = _print_warning
+        yield
+
+
+def _run_command(argv: list[str] | None) -> int:
+    """Run one command, end it in order where a signal arrives, and return its exit code."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if not argv or argv[0] in ("-h", "--help", "help"):
         _print_usage()
         return 0
     if argv[0] in ("--version", "-V"):
-        from codistill import __version__
+        from importlib.metadata import version
 
-        print(f"codistill {__version__}")
+        print(", ".join(f"{name} {version(name)}" for name in ("codistill", "torch")))  # read without importing torch
         return 0
+    show_traceback = TRACEBACK_FLAG in argv or os.environ.get("CODISTILL_TRACEBACK", "0") not in ("", "0")
+    argv = [word for word in argv if word != TRACEBACK_FLAG]
     try:
-        if argv[0] not in COMMANDS:
-            raise InputError(f'unknown command "{argv[0]}"{suggest(argv[0], COMMANDS)}')
-        with command_line(argv[1:]) as words:
+        if not argv or argv[0] not in COMMANDS:
+            name = argv[0] if argv else ""
+            raise InputError(f'unknown command "{name}"{suggest(name, COMMANDS)}')
+        with command_line(argv[1:]) as words, raise_on_signals():
             return parse_and_run(argv[0], words)
     except InputError as error:
         return _print_error(error, 2)
     except MachineError as error:
         return _print_error(error, 1)
+    except SignalReceived as received:
+        return _print_error(StoppedEarly(str(received)).sentence(), 75)
     except KeyboardInterrupt:
         return _print_error("interrupted", 130)
     except OtherRankFailedError as error:
         return error.code
     except Exception as error:
         sentence, code = explain_failure(error)
-        if sentence is None:
-            raise
-        return _print_error(sentence, code)
+        if sentence is None and show_traceback:
+            traceback.print_exc()
+        return _print_error(sentence or describe_unexpected(error, argv), code)
 
 
 def parse_and_run(command: str, argv: list[str]) -> int:
     """Parse a command's options, then import what it needs and run it."""
     parsed = parse(command, argv)
-    warnings.showwarning = _print_warning
     from codistill.cli.commands import run_command
 
     return run_command(command, parsed)

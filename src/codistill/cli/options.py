@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -222,6 +223,8 @@ class Parsed:
     """The arguments before the options."""
     options: Any
     seeds: int | None = None
+    dry_run: bool = False
+    """Whether `train` only says what it would do (--dry-run)."""
 
 
 def parse(command: str, argv: Sequence[str]) -> Parsed:
@@ -234,12 +237,21 @@ def parse(command: str, argv: Sequence[str]) -> Parsed:
     spec = COMMANDS[command]
     first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
     positionals, rest = list(argv[:first]), [spec.aliases.get(word, word) for word in argv[first:]]
-    asks_help = "--help" in rest or "-h" in rest
+    asks_help = bool({"--help", "-h", "--help-all"} & {*rest})
     if not asks_help:
         _check_positionals(command, positionals)
     name = " ".join(["codistill", command, *(positionals or [spec.arguments])]).strip()
+    if asks_help and command in ("train", "compare"):
+        from codistill.cli.help_text import format_help
+
+        default = spec.options()
+        if command == "train" and positionals:
+            default = dataclasses.replace(default, method=method_config(positionals[0]))
+        print(format_help(default, name, complete="--help-all" in rest))
+        raise SystemExit(0)
+    rest = ["--help" if word == "--help-all" else word for word in rest]
     if command == "train":
-        return _parse_train(positionals, rest, name, asks_help)
+        return _parse_train(positionals, rest, name)
     return Parsed(positionals, _parse_options(spec.options(), rest, name))
 
 
@@ -251,12 +263,13 @@ def _check_positionals(command: str, positionals: list[str]) -> None:
         raise InputError(f"{command} takes {spec.takes}, not {given}; for example: codistill {spec.example}")
 
 
-def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: bool) -> Parsed:
+def _parse_train(positionals: list[str], argv: list[str], name: str) -> Parsed:
     """Read --config first, then the method's name, whose options are --method.NAME, then the other options."""
     path, argv = _pop_option(argv, "--config")
     seeds, argv = _pop_option(argv, "--seeds")
+    dry_run, argv = "--dry-run" in argv, [word for word in argv if word != "--dry-run"]
     config = Config.from_file(path) if path is not None else Config()
-    if not positionals and path is None and not asks_help:
+    if not positionals and path is None:
         raise InputError(
             f"train needs a METHOD{suggest('', METHODS)}; for example: codistill train okddip --data digits"
         )
@@ -264,14 +277,12 @@ def _parse_train(positionals: list[str], argv: list[str], name: str, asks_help: 
         method = method_config(positionals[0])
         if path is None or config.method.name != method.name:
             config = dataclasses.replace(config, method=method)
-    elif path is None:
-        config = dataclasses.replace(config, method=method_config("okddip"))
-    if seeds is not None and (not seeds.isdigit() or int(seeds) < 1):
-        raise InputError(f"--seeds {seeds} must be a number of seeds, 1 or more")
+    if seeds is not None and not re.fullmatch("0*[1-9][0-9]{0,4}", seeds):
+        raise InputError(f"--seeds {seeds} must be a number of seeds, 1 to 99999")
     options = _parse_options(config, argv, name)
     if path is not None:
         check_imports(options.network_names(), f"--config {path}")
-    return Parsed(positionals, options, int(seeds) if seeds else None)
+    return Parsed(positionals, options, int(seeds) if seeds else None, dry_run)
 
 
 def _pop_option(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -371,7 +382,7 @@ def _reject_unknown(word: str, default: Any) -> None:
         raise InputError(f'"{word}" belongs to no option; options begin with --')
     names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(default)} - {"--method"}
     if isinstance(default, Config):
-        names |= {"--config", "--seeds"}
+        names |= {"--config", "--seeds", "--dry-run"}
         method = method_config(default.method) if isinstance(default.method, str) else default.method
         names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(method)}
     raise InputError(f'unknown option "{word}"{suggest(word.split("=")[0], names)}')

@@ -42,10 +42,11 @@ def reproduce(table: str, options: ReproduceConfig) -> int:
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         run_grid([*plan.cells], range(options.seeds), plan.folder, options.workers, show, executor)
     rows = make_table_rows(plan, make_figures(plan))
+    write_table(plan, rows)
+    write_table(plan, rows)  # before printing, which may fail
     print_rows([_terminal_columns(row) for row in rows], plan.title())
     for note in table_notes(plan):
         out.print(note)
-    write_table(plan, rows)
     out.print(f"{time.perf_counter() - start:.0f} s in total; runs and table in {plan.folder}")
     raise_failures(plan)
     return 0

@@ -27,8 +27,12 @@ if TYPE_CHECKING:
     from codistill.config.methods import PCLConfig as PCLConfig
     from codistill.config.methods import SwitOKDConfig as SwitOKDConfig
     from codistill.config.methods import TeacherConfig as TeacherConfig
+    from codistill.config.methods import UnimportedConfig as UnimportedConfig
     from codistill.config.methods import method_config as method_config
     from codistill.config.old_names import rename_old_flags as rename_old_flags
+    from codistill.config.ranges import ABOVE_0 as ABOVE_0
+    from codistill.config.ranges import AT_LEAST_0 as AT_LEAST_0
+    from codistill.config.ranges import FROM_0_TO_1 as FROM_0_TO_1
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -37,8 +41,9 @@ __getattr__, __dir__ = lazy_names(
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
         "methods": (
             "CLILRConfig CodistillationConfig DMLConfig DivergenceConfig IndependentConfig KDCLConfig KDConfig METHODS "
-            "MethodConfig OKDDipConfig ONEConfig PCLConfig SwitOKDConfig TeacherConfig method_config"
+            "MethodConfig OKDDipConfig ONEConfig PCLConfig SwitOKDConfig TeacherConfig UnimportedConfig method_config"
         ),
         "old_names": "rename_old_flags",
+        "ranges": "ABOVE_0 AT_LEAST_0 FROM_0_TO_1",
     },
 )

@@ -9,6 +9,8 @@ from codistill.config.options import Options
 from codistill.config.ranges import check_ranges
 from codistill.utils import InputError
 
+MAX_PEERS = 1_000
+
 
 def check_options(options: Options) -> None:
     """Check everything that does not depend on the number of peers.
@@ -35,12 +37,12 @@ def check_peers(options: Options, peers: int) -> None:
     """
     method, topology = options.method, options.topology
     if topology not in method.topologies:
-        why = "needs a trunk, so it works on branches only"
-        if topology == "branches":
-            why = "steps some members and not others, so it works on networks only: branches share a trunk"
-        raise InputError(f"{method.name} {why}; drop --topology {topology}")
+        reason = "needs a trunk, so it " if topology == "networks" else ""
+        raise InputError(f"{method.name} {reason}works on {method.topologies[0]} only; drop --topology {topology}")
     if peers < method.min_peers:
         raise InputError(f"--peers is {peers}; {method.name} needs at least {method.min_peers}{method.min_peers_note}")
+    if peers > MAX_PEERS:
+        raise InputError(f"--peers is {peers:,}; give {MAX_PEERS:,} or fewer")
     if method.max_peers is not None and peers > method.max_peers:
         raise InputError(f"--peers is {peers}; {method.name} is defined for at most {method.max_peers}")
     _check_deploy(options, peers)

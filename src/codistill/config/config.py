@@ -9,19 +9,21 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import os
 import re
 import tomllib
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, Literal, Union, get_args, get_origin, get_type_hints
 
 from codistill.config.checks import check_mesh, check_options, check_peers
-from codistill.config.methods import METHODS, MethodConfig, TeacherConfig, method_config
+from codistill.config.methods import METHODS, MethodConfig, TeacherConfig, UnimportedConfig, method_config
 from codistill.config.old_names import OLD_OPTIONS, accept_old_options
 from codistill.config.options import Checkpoint, Device, Options
 from codistill.config.ranges import LIMIT
-from codistill.utils import InputError, MachineError, current_network_name, suggest
+from codistill.utils import InputError, MachineError, check_method_import, current_network_name, read_file, suggest
 
 __all__ = [
     "METHODS",
@@ -36,6 +38,10 @@ __all__ = [
     "method_config",
     "slug",
 ]
+
+
+SCHEMA = 1
+"""Number of the schema of config.json, which it holds under `schema`."""
 
 
 @accept_old_options
@@ -79,6 +85,7 @@ class Config(Options):
         if full.milestones is None:
             halves = (max(full.epochs // 2, 1), max(full.epochs * 3 // 4, 1))
             full.milestones = halves if full.schedule == "step" else ()
+        full.out = full.out and os.path.expanduser(full.out)
         if full.out is None:
             name = "-".join(slug(part) for part in [full.data, method.name, topology, *full.model])
             full.out = f"runs/{name}-seed{full.seed}"
@@ -97,44 +104,76 @@ class Config(Options):
     def to_dict(self) -> dict[str, Any]:
         """Return plain values for JSON; `from_dict` takes them back."""
         values = dataclasses.asdict(self)
-        values["method"] = {"name": self.method.name, **values["method"]}
+        options = self.method.options if isinstance(self.method, UnimportedConfig) else values["method"]
+        values["method"] = {"name": self.method.import_name or self.method.name, **options}
         return values
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> Config:
+    def from_dict(
+        cls,
+        values: dict[str, Any],
+        source: object = "--config",
+        *,
+        allow_import: bool = False,
+        known: Iterable[str] = (),
+        without_code: bool = False,
+    ) -> Config:
         """Build a config from plain values, as in a config file.
 
+        Args:
+            values: The options; `method` is a name, or a table with the name and the method's options.
+            source: Where they come from, for messages.
+            allow_import: Import an own method (package.module:Class) that the values name.
+            known: Names of own methods that the caller has from elsewhere.
+            without_code: Import no own method; the config can be shown, but not trained.
+
         Raises:
-            InputError: a key is unknown, or a value has the wrong type.
+            InputError: a key is unknown, a value has the wrong type, or the method is code that nobody asked for.
         """
         values = dict(values)
+        schema = values.pop("schema", SCHEMA)
+        if type(schema) is int and schema > SCHEMA:
+            raise InputError(f"--config: it was written by a newer codistill (schema {schema}); upgrade codistill")
         method = values.pop("method", "okddip")
         options = dict(method) if isinstance(method, dict) else {"name": method}
         name = options.pop("name", "okddip")
         if not isinstance(name, str):
             raise InputError(f"--config: method = {name!r} does not fit; it takes a method's name, or a table with one")
+        if ":" in name:
+            if without_code:
+                return cls(method=UnimportedConfig(name=name, options=options), **_checked(cls, values, ""))
+            check_method_import(name, source, allow_import, known)
         base = method_config(name)
         return cls(method=type(base)(**_checked(type(base), options, "method.")), **_checked(cls, values, ""))
 
     @classmethod
-    def from_file(cls, path: str | Path) -> Config:
+    def from_file(cls, path: str | Path, **imports: Any) -> Config:
         """Read a JSON or TOML file, or the `config.json` of a run folder.
 
+        Args:
+            path: The file or folder.
+            imports: `allow_import`, `known` and `without_code` of `from_dict`.
+
         Raises:
-            InputError: the file is missing, is not JSON or TOML, or holds an unknown key.
+            InputError: the file is missing, is not JSON or TOML, holds an unknown key, or names a method that is code.
         """
-        path = Path(path)
-        path = path / "config.json" if path.is_dir() else path
+        given = path
+        path = Path(path).expanduser()
+        path = path / "config.json" if os.path.isdir(path) else path
+        data = read_file(path)
+        if data is None:
+            raise InputError(f"--config: cannot read {path} (No such file or directory)")
         try:
-            text = path.read_text()
+            text = data.decode("utf-8-sig")
             values = tomllib.loads(text) if path.suffix == ".toml" else json.loads(text)
-        except OSError as error:
-            raise InputError(f"--config: cannot read {path} ({error.strerror or error})") from None
         except (ValueError, RecursionError) as error:
             raise InputError(f"--config: {path} is not valid {path.suffix[1:] or 'JSON'} ({error})") from None
         if not isinstance(values, dict):
             raise InputError(f"--config: {path} holds no table of options")
-        return cls.from_dict(values)
+        try:
+            return cls.from_dict(values, given, **imports)
+        except InputError as error:
+            raise InputError(f"{str(error).removeprefix('--config: ')}, in {path}") from None
 
 
 def slug(name: str, *, lower: bool = False) -> str:
@@ -170,7 +209,7 @@ def _checked(cls: type, values: dict[str, Any], prefix: str) -> dict[str, Any]:
 
 
 def _fits(value: Any, kind: Any) -> bool:
-    """Tell whether a plain value fits an annotation."""
+    """Return whether a plain value fits an annotation."""
     origin, parts = get_origin(kind), get_args(kind)
     if origin in (Union, UnionType):
         return any(_fits(value, part) for part in parts)
@@ -242,7 +281,7 @@ class ReproduceConfig:
     workers: int | None = None
     """Number of runs at the same time, each on one CPU thread or one GPU; default one per GPU, or one."""
     submit: Literal["none", "slurm", "local"] = "none"
-    """Submit each run through submitit (pip install codistill[slurm]): as a SLURM job, or as a local process."""
+    """Submit each run through submitit (pip install submitit): as a SLURM job, or as a local process."""
     submit_option: tuple[str, ...] = ()
     """NAME=VALUE for submitit (repeat the option), as in slurm_partition=gpu or gpus_per_node=1."""
     print_commands: bool = False
@@ -254,3 +293,13 @@ class ReproduceConfig:
     out: str | None = None
     """Folder of the runs and of the table; runs that it already holds are not trained again. Default
     runs/TABLE-SCALE-PROTOCOL."""
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ReproduceConfig:
+        """Build the options from plain values; those of other versions are left out.
+
+        Raises:
+            InputError: a value has the wrong type.
+        """
+        names = {field.name for field in dataclasses.fields(cls)}
+        return cls(**_checked(cls, {name: value for name, value in values.items() if name in names}, ""))

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
 
 from codistill.config.ranges import (
     ABOVE_0,
@@ -19,7 +19,7 @@ from codistill.config.ranges import (
     FROM_0_BELOW_1,
     FROM_0_TO_1,
 )
-from codistill.utils import InputError, suggest
+from codistill.utils import InputError, import_object, suggest
 
 if TYPE_CHECKING:
     from codistill.config.options import Options
@@ -33,8 +33,8 @@ class MethodConfig:
     """What all methods have in common."""
 
     name: ClassVar[str]
-    default_peers: ClassVar[int]
-    min_peers: ClassVar[int]
+    default_peers: ClassVar[int] = 4
+    min_peers: ClassVar[int] = 2
     max_peers: ClassVar[int | None] = None
     min_peers_note: ClassVar[str] = ""
     """Follows the minimum in an error message, where the number needs an explanation."""
@@ -42,13 +42,23 @@ class MethodConfig:
     """The topologies that the method supports; the first is its default."""
     keeps_ema: ClassVar[bool] = False
     """Whether there are mean teachers (moving averages of the peers), which can be deployed."""
+    import_name: ClassVar[str] = ""
+    """An own method's package.module:Class, which the command line and files name it by; set by its class."""
+    method_class: ClassVar[Any] = None
+    """An own method's class; set by it."""
+
+    def __reduce__(self) -> str | tuple[Any, ...]:
+        """Pickle an own method's options by its name: another process finds its module in the working folder too."""
+        if not self.import_name:
+            return super().__reduce__()
+        return _restore, (self.import_name, vars(self))
 
     def default_ramp(self, epochs: int) -> float:
         """Return the default length of the weight's ramp, in epochs: 80 of 300, scaled to the length of the run."""
         return epochs * 80 / 300
 
     def needs_holdout(self) -> bool:
-        """Tell whether a part of the training set, `holdout_fraction`, is held out for the method."""
+        """Return whether a part of the training set, `holdout_fraction`, is held out for the method."""
         return False
 
     def ramp_length(self, epochs: int = 300) -> float:
@@ -290,7 +300,7 @@ class KDCLConfig(DivergenceConfig):
     per class)."""
 
     def needs_holdout(self) -> bool:
-        """Tell whether the weights of `general` are solved for."""
+        """Return whether the weights of `general` are solved for."""
         return self.target == "general"
 
     def check(self, options: Options) -> None:
@@ -302,6 +312,10 @@ class KDCLConfig(DivergenceConfig):
                 f"--{soft.replace('_', '-')} makes labels soft, and kdcl's {self.target} target reads one hard label "
                 "each; drop it, or give --method.target general"
             )
+
+
+def _restore(import_name: str, options: dict[str, Any]) -> MethodConfig:
+    return dataclasses.replace(method_config(import_name), **options)
 
 
 @dataclass(kw_only=True)
@@ -383,12 +397,30 @@ METHODS: dict[str, type[MethodConfig]] = {
 """Every method's config, by its name."""
 
 
+@dataclass(kw_only=True)
+class UnimportedConfig(MethodConfig):
+    """The options of an own method whose code is not imported, for a report, which only shows them."""
+
+    name: str  # type: ignore[misc]
+    options: dict[str, Any]
+
+
 def method_config(name: str) -> MethodConfig:
-    """Return the default config of the method called `name`.
+    """Return the default config of a method: a built-in name, or package.module:Class, which is imported.
 
     Raises:
-        InputError: there is no such method.
+        InputError: there is no such method, or the class is not complete.
     """
+    module, colon, class_name = name.partition(":")
+    if colon:
+        own = import_object(module, class_name, f"method {name}")
+        if not hasattr(own, "config_class"):
+            raise InputError(f"method {name} is no method; derive the class from codistill.methods.Method")
+        config: type[MethodConfig] = own.config_class()
+        try:
+            return config()
+        except TypeError as error:
+            raise InputError(f"method {name}: give every option of its Config a default ({error})") from None
     if name not in METHODS:
         raise InputError(f'unknown method "{name}"{suggest(name, METHODS)}')
     return METHODS[name]()

@@ -18,6 +18,7 @@ from codistill.config.ranges import (
     AT_LEAST_8,
     EACH_AT_LEAST_1,
     FROM_0_BELOW_1,
+    FROM_8_TO_16,
     SEED,
 )
 
@@ -28,7 +29,7 @@ Checkpoint = Literal["last", "best"]
 if TYPE_CHECKING:
 
     class MethodField:
-        """Tells type checkers that the field `method` takes a name too, and is always read as a config."""
+        """Declares to type checkers that the field `method` takes a name too, and is always read as a config."""
 
         def __get__(self, instance: object, owner: object = None) -> MethodConfig: ...
         def __set__(self, instance: object, value: MethodConfig | str) -> None: ...
@@ -78,6 +79,9 @@ class DataOptions:
     or more."""
     data_workers: Annotated[int | None, AT_LEAST_0] = None
     """Processes that decode image files; 0 decodes in the training process. Default: one per CPU, at most 8."""
+    bits: Annotated[int, FROM_8_TO_16] = 16
+    """Bits that image files of 16 bits a pixel use: 12 for many cameras and microscopes, whose images are black
+    otherwise."""
     skip_corrupt: bool = False
     """Leave out image files that cannot be read (with files, the next image of the same class replaces one)."""
     balanced_sampling: bool = False
@@ -87,6 +91,8 @@ class DataOptions:
     that a pretrained network was trained with, else the data set's own."""
     augment: bool = True
     """Random crops (and flips, if the data set allows them), drawn again for every sample, view and epoch."""
+    flip: bool = True
+    """Swap left and right at random, if the data set allows it; --no-flip for images where the side matters."""
     cutout: Annotated[int, AT_LEAST_0] = 0
     """Side in pixels of a random square set to the mean color (0 = off)."""
     label_smoothing: Annotated[float, FROM_0_BELOW_1] = 0.0
@@ -208,8 +214,8 @@ class RunOptions:
     eval_every_epochs: Annotated[int, AT_LEAST_1] = 1
     """Epochs between two evaluations on the validation set (the test set under --protocol paper)."""
     tracker: Literal["none", "tensorboard", "wandb", "trackio"] = "none"
-    """Also write the metrics for this viewer (extras of the same names: pip install codistill[tensorboard]). wandb runs
-    offline unless WANDB_MODE is set; trackio writes to its own folder, TRACKIO_DIR."""
+    """Also write the metrics for this viewer (pip install it by the same name). wandb runs offline unless WANDB_MODE is
+    set; trackio writes to its own folder, TRACKIO_DIR."""
 
 
 @dataclass

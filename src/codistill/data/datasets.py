@@ -6,12 +6,12 @@ torchvision reads the public sets; the digits are scikit-learn's.
 from __future__ import annotations
 
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from codistill.data.image_folder import load_folder
 from codistill.data.image_set import GIVEN, ImageSet
 from codistill.utils import InputError, check_npz_sizes, first_line, suggest
 
@@ -34,22 +34,29 @@ def load_set(
     pipeline: str = "auto",
     *,
     skip_corrupt: bool = False,
+    bits: int = 16,
 ) -> ImageSet:
     """Load a set by name.
 
     Args:
         name: digits, fashion-mnist, cifar10, cifar100, npz:PATH or folder:PATH.
-        data_dir: Where torchvision finds or downloads it, or a folder with `cifar100.npz` (default ./data).
+        data_dir: Where torchvision finds or downloads it, or a folder with `cifar100.npz` (default ./data); for
+            folder:PATH the folder instead of PATH, which has moved.
         image_size: Height and width for the images of a folder.
         pipeline: How a folder is read (see `load_folder`).
         skip_corrupt: Whether a folder's files that cannot be read are left out.
+        bits: Bits that a folder's files of 16 bits a pixel use.
 
     Raises:
         InputError: the set is unknown, missing, unreadable, or cannot be trained on.
     """
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
-        return load_folder(Path(path), image_size, pipeline, skip_corrupt=skip_corrupt).check()
+        from codistill.data.image_folder import load_folder
+
+        place = Path(path if data_dir is None else data_dir).expanduser()
+        data = load_folder(place, image_size, pipeline, skip_corrupt=skip_corrupt, bits=bits)
+        return replace(data, name=name).check()
     if kind == GIVEN:
         raise InputError(
             f"--data {name}: these images were given from Python and are not stored; give them again, as in "
@@ -60,7 +67,7 @@ def load_set(
     if pipeline == "files":
         raise InputError(f"--data-pipeline files reads the images of a folder; --data {name} is in memory, so drop it")
     if kind == "npz" and path:
-        return _load_npz(name, Path(path)).check()
+        return _load_npz(name, Path(path).expanduser()).check()
     if name not in SETS or kind != name:
         raise InputError(f'--data: unknown set "{name}"{suggest(name, SETS)}')
     loader = {
@@ -69,20 +76,33 @@ def load_set(
         "cifar10": _load_cifar,
         "cifar100": _load_cifar,
     }[name]
-    return loader(name, Path(data_dir or "data")).check()
+    return loader(name, Path(data_dir or "data").expanduser()).check()
 
 
 def _load_digits(name: str, _data_dir: Path) -> ImageSet:
     """Load the 1,797 digits of scikit-learn; the last 797 of a fixed shuffle are the test part."""
-    from sklearn.datasets import load_digits
-
-    pixels, target = load_digits(return_X_y=True)  # 64 values per image, from 0 to 16
-    images = np.minimum(np.asarray(pixels).reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)
-    labels = np.asarray(target, dtype=np.int64)
+    pixels, labels = _read_digits()
+    images = np.minimum(pixels.reshape(-1, 8, 8, 1) * 16, 255).astype(np.uint8)
     order = np.random.default_rng(1797).permutation(len(labels))
     train, test = order[:1000], order[1000:]
     classes = tuple(str(c) for c in range(10))
     return ImageSet(name, images[train], labels[train], images[test], labels[test], classes, pad=1, flip=False)
+
+
+def _read_digits() -> tuple[np.ndarray, np.ndarray]:
+    """Return scikit-learn's digits, 64 values from 0 to 16 per image, and their labels.
+
+    Its file is read without its package, whose import takes longer than a short run's training.
+    """
+    found = find_spec("sklearn")
+    file = Path(found.origin or "").parent / "datasets" / "data" / "digits.csv.gz" if found is not None else None
+    if file is not None and file.is_file():
+        table = np.loadtxt(file, dtype=np.int64, delimiter=",")
+        return table[:, :-1], table[:, -1]
+    from sklearn.datasets import load_digits
+
+    pixels, labels = load_digits(return_X_y=True)
+    return np.asarray(pixels, dtype=np.int64), np.asarray(labels, dtype=np.int64)
 
 
 def _load_fashion_mnist(name: str, data_dir: Path) -> ImageSet:
@@ -139,8 +159,9 @@ def _load_torchvision(cls: Any, name: str, data_dir: Path) -> tuple[Any, ...]:
 
 def _load_npz(name: str, path: Path) -> ImageSet:
     """Read x_train, y_train, x_test, y_test; other arrays are ignored. Pickled objects are refused."""
-    if not path.exists():
-        raise InputError(f"--data {name}: {path} does not exist")
+    if not path.is_file():
+        what = "cannot be read, as it is no file" if path.exists() else "does not exist"
+        raise InputError(f"--data {name}: {path} {what}; name an .npz file")
     try:
         with np.load(path, allow_pickle=False) as archive:
             missing = [k for k in ("x_train", "y_train", "x_test", "y_test") if k not in archive.files]

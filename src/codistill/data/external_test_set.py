@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import unicodedata
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -9,15 +11,16 @@ from typing import Any
 import numpy as np
 
 from codistill.data.datasets import load_set
-from codistill.data.image_folder import read_whole
+from codistill.data.decode import hash_content
+from codistill.data.image_files import ImageFiles
 from codistill.data.image_set import Pixels
 from codistill.utils import InputError
 
 
 def load_external_test_set(
-    name: str, data_dir: str | None, data_info: dict[str, Any]
-) -> tuple[Pixels, np.ndarray, str]:
-    """Return another set's test images (all of a folder without parts), their labels in the run's numbers, and a note.
+    name: str, data_dir: str | None, data_info: Mapping[str, Any]
+) -> tuple[Pixels, np.ndarray, list[str]]:
+    """Return another set's test images (all of a folder without parts), their labels in the run's numbers, and notes.
 
     Args:
         name: The other set, as `--data` takes it.
@@ -30,25 +33,43 @@ def load_external_test_set(
     size, channels = data_info["image_size"], data_info["channels"]
     kind, _, path = name.partition(":")
     if kind == "folder" and path:
-        files, labels, classes = read_whole(Path(path))
-        images: Pixels = replace(files, size=size, channels=channels, crop=data_info.get("fit") == "crop")
+        from codistill.data.folder_listing import list_judged_part
+
+        part, classes, left_out = list_judged_part(Path(path).expanduser())
+        labels, notes = part.labels, left_out.messages()
+        fit = {"crop": data_info.get("fit") == "crop", "bits": data_info.get("bits", 16)}
+        images: Pixels = replace(part.files, size=size, channels=channels, **fit)
     else:
         other = load_set(name, data_dir).with_channels(channels)
-        images, labels, classes = other.x_test, other.y_test, other.classes
+        images, labels, classes, notes = other.x_test, other.y_test, other.classes, []
     if images.shape[1:] != (size, size, channels):
         shape = " x ".join(map(str, images.shape[1:]))
         raise InputError(f"--data {name}: its images are {shape}, and the run takes {size} x {size} x {channels}")
     numbers, note = match_classes(name, classes, tuple(data_info["classes"]))
-    return images, numbers[labels], note
+    return images, numbers[labels], [note] * bool(note) + notes
 
 
-def match_classes(name: str, classes: tuple[str, ...], known: tuple[str, ...]) -> tuple[np.ndarray, str]:
+def count_trained_images(images: Pixels, trained_hashes: np.ndarray) -> int:
+    """Return how many of the images are files whose content was trained on; 0 where they are no files.
+
+    Args:
+        images: Images to be judged on.
+        trained_hashes: The hashes (`hash_content`) of the training images' files.
+    """
+    if not isinstance(images, ImageFiles) or not len(trained_hashes):
+        return 0
+    hashes = [hash_content(images.path(index)) for index in range(len(images))]
+    return int(np.isin(np.array(hashes, dtype=np.uint64), trained_hashes[trained_hashes != 0]).sum())
+
+
+def match_classes(name: str, classes: Sequence[str], known: Sequence[str]) -> tuple[np.ndarray, str]:
     """Return the run's number of each class, and a note.
 
     Raises:
         InputError: a class is not among the run's.
     """
     note = "" if len(classes) == len(known) else f"{len(classes)} of the run's {len(known)} classes occur"
+    classes, known = ([unicodedata.normalize("NFC", c) for c in names] for names in (classes, known))
     unknown = [c for c in classes if c not in known]
     if not unknown:
         return np.array([known.index(c) for c in classes], dtype=np.int64), note

@@ -13,17 +13,19 @@ import signal
 import warnings
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
-from torchvision.transforms import v2
 
 from codistill.data.lazy_images import LazyImages
 from codistill.data.loader import Augmentation, Loader, LoaderOptions
 from codistill.utils import InputError, MachineError, UnreadableError, first_line
+
+if TYPE_CHECKING:
+    from torchvision.transforms import v2
 
 SampleRef = tuple[int, int, int]
 """Epoch, position in it, and index of the sample at that position."""
@@ -47,33 +49,44 @@ class Decoder(Dataset):
     def __post_init__(self) -> None:
         augmentation = self.augmentation
         if augmentation is not None and (augmentation.flip or augmentation.resized_crop):
+            from torchvision.transforms import v2
+
             crop = [v2.RandomResizedCrop(self.files.size, antialias=True)] * augmentation.resized_crop
             self.transform = v2.Compose([*crop, *[v2.RandomHorizontalFlip()] * augmentation.flip])
 
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, samples: list[SampleRef]) -> tuple[Tensor, dict[str, str]]:
-        """Return `V x B x H x W x C`, uint8, and the files that were replaced (or that end the run), with the reason.
+    def __getitems__(self, samples: list[SampleRef]) -> tuple[Tensor, dict[str, str], list[int]]:
+        """Return `V x B x H x W x C`, uint8, the files that could not be read, with the reason, and places left out.
 
         Errors are returned as values: an exception of a worker would arrive as a traceback.
         """
         pixels_VBHWC = np.empty((len(self.views), len(samples), *self.files.shape[1:]), dtype=np.uint8)
         unreadable: dict[str, str] = {}
+        bad: list[int] = []
         for b, (epoch, position, index) in enumerate(samples):
             image = self._open_or_replace(index, unreadable)
-            if image is None:
+            if image is None and "" in unreadable:
                 break
+            if image is None:
+                bad.append(b)
+                continue
             for v, view in enumerate(self.views):
                 pixels_VBHWC[v, b] = self._make_view(image, (self.seed, epoch, position, view))
-        return torch.from_numpy(pixels_VBHWC), unreadable
+        return torch.from_numpy(np.delete(pixels_VBHWC, bad, 1) if bad else pixels_VBHWC), unreadable, bad
 
     def _open_or_replace(self, index: int, unreadable: dict[str, str]) -> Any:
-        """Decode a file, or with `skip_corrupt` the next readable one of its class; None where there is none."""
+        """Decode a file, or with `skip_corrupt` the next readable one of its class; None where there is none.
+
+        Where images are judged (nothing is augmented) none is replaced, as its replacement would count twice.
+        """
         try:
             return self.files.open(index)
         except InputError as error:
             unreadable[self.files.path(index)] = str(error)
+        if self.skip_corrupt and self.augmentation is None:
+            return None
         members = np.flatnonzero(self.labels == self.labels[index]) if self.skip_corrupt else np.array([], dtype=int)
         here = int(np.searchsorted(members, index))
         for other in (*members[here + 1 :], *members[:here]):
@@ -109,7 +122,7 @@ def _identity(batch: Any) -> Any:
 
 def _ignore_signals(_worker: int) -> None:
     """Ignore signals in a worker: they reach the whole process group, and the main process still needs its batches."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1"):
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
 
@@ -133,7 +146,8 @@ class FileLoader(Loader):
         std: Per-channel deviation.
         options: Options of every loader.
         workers: Processes that decode; 0 decodes in this one.
-        skip_corrupt: Whether a file that cannot be read is replaced by the next one of its class, and counted.
+        skip_corrupt: Whether a file that cannot be read is replaced by the next one of its class, and counted; where
+            nothing is augmented, for evaluation, it is left out.
     """
 
     def __init__(
@@ -171,19 +185,26 @@ class FileLoader(Loader):
         loader.batch_sampler.planned = (
             self._sample_refs(epoch, order_N, self._local_slice(batch)) for batch in self._batch_slices(start)
         )
-        for batch, (pixels_VBHWC, unreadable) in zip(self._batch_slices(start), _iterate(loader)):
+        for batch, (pixels_VBHWC, unreadable, bad) in zip(self._batch_slices(start), _iterate(loader)):
             self._count_unreadable(unreadable)
             local_draws = {name: d[self._local_views, self._local_slice(batch)] for name, d in draws.items()}
             moved = pixels_VBHWC.to(self.device, non_blocking=True)
             labels_B = self.labels_N[batch if device_order_N is None else device_order_N[batch]]
+            if bad:  # of images that are judged
+                kept = np.delete(np.arange(len(labels_B)), bad)
+                labels_B = labels_B[torch.from_numpy(kept).to(self.device)]
+            if not pixels_VBHWC.shape[1]:
+                continue
             yield self._normalize(moved, local_draws), labels_B
 
     def sample_batch(self) -> Tensor:
         """Return a few images, repeated to the size of a batch; see `Loader.sample_batch`."""
         order_N, _ = self._draw_epoch(0)
         samples = self._sample_refs(0, order_N, self._local_slice(next(self._batch_slices(0))))
-        pixels_VBHWC, unreadable = self._make_decoder().__getitems__(samples[:NUM_SAMPLE_IMAGES])
+        pixels_VBHWC, unreadable, _ = self._make_decoder().__getitems__(samples[:NUM_SAMPLE_IMAGES])
         self._count_unreadable(unreadable)
+        if not pixels_VBHWC.shape[1]:
+            raise UnreadableError(next(iter(unreadable.values())))
         repeated = torch.arange(len(samples)) % pixels_VBHWC.shape[1]
         return self._normalize(pixels_VBHWC[:, repeated].to(self.device), {})
 
@@ -235,7 +256,7 @@ class FileLoader(Loader):
         return [(epoch, position, index) for position, index in zip(numbers, indices)]
 
     def _count_unreadable(self, unreadable: dict[str, str]) -> None:
-        """Count the files that were replaced, and warn about the first ones.
+        """Count the files that were replaced or left out, and warn about the first ones.
 
         Raises:
             UnreadableError: there is no replacement for one.
@@ -248,7 +269,9 @@ class FileLoader(Loader):
                 count = len(self.skipped)
                 if count <= 5 or str(count).strip("0") == "1":  # then every power of ten
                     cause = reason.partition("; ")[0]
-                    warnings.warn(f"{cause}; the next one of its class replaces it ({count} so far)", stacklevel=3)
+                    judged = self.options.augmentation is None
+                    what = "it is left out" if judged else "the next one of its class replaces it"
+                    warnings.warn(f"{cause}; {what} ({count} so far)", stacklevel=3)
 
 
 def _iterate(loader: DataLoader) -> Iterator[Any]:

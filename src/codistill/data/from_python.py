@@ -6,16 +6,17 @@ Shapes: N images, H height, W width, C channels.
 from __future__ import annotations
 
 import math
+import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from PIL import Image
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset
+from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
 from codistill.data.decode import as_rgb
-from codistill.utils import InputError
+from codistill.utils import InputError, first_line
 
 
 def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -52,10 +53,19 @@ def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None
 def _iterate(pairs: Any, part: str) -> Iterator[Any]:
     """Iterate over a data set by its length (not every one raises IndexError at its end), or over an iterable."""
     if hasattr(pairs, "__getitem__") and hasattr(pairs, "__len__") and not isinstance(pairs, IterableDataset):
-        return (pairs[index] for index in range(len(pairs)))
+        return (_read_item(pairs, index, part) for index in range(len(pairs)))
     if isinstance(pairs, Iterable):
         return iter(pairs)
     raise InputError(f"the {part} data are a {type(pairs).__name__}; give a Dataset or an iterable of (image, label)")
+
+
+def _read_item(pairs: Any, index: int, part: str) -> Any:
+    """Return an item of a data set; whatever it raises becomes an `InputError` with the item's number."""
+    try:
+        return pairs[index]
+    except Exception as error:
+        reason = type(error).__name__ + f": {first_line(error)}" * bool(str(error).strip())
+        raise InputError(f"item {index} of the {part} data cannot be read ({reason})") from error
 
 
 def check_pair(item: Any, where: str) -> Sequence[Any]:
@@ -68,7 +78,12 @@ def check_pair(item: Any, where: str) -> Sequence[Any]:
 def to_uint8_hwc(image: Any, where: str) -> np.ndarray:
     """Return an image as `H x W x C`, uint8, or raise InputError."""
     if isinstance(image, Image.Image):
-        rgb, gray = as_rgb(image, where)
+        try:
+            rgb, gray = as_rgb(image, where)
+        except InputError:
+            raise
+        except Exception as error:  # a file that PIL decodes only now may be damaged in any way
+            raise InputError(f"{where} cannot be read as an image ({first_line(error)})") from None
         return np.asarray(rgb)[..., :1] if gray else np.asarray(rgb)
     if isinstance(image, Tensor):
         array = image.detach().cpu().numpy()
@@ -114,6 +129,50 @@ def class_index(label: Any, where: str) -> int:
     return value
 
 
+def listed_classes(pairs: Any) -> tuple[str, ...] | None:
+    """Return the class names that a data set lists in `classes`, also through `Subset` and `ConcatDataset`.
+
+    Raises:
+        InputError: the parts of a `ConcatDataset` list different classes.
+    """
+    if isinstance(pairs, Subset):
+        return listed_classes(pairs.dataset)
+    if isinstance(pairs, ConcatDataset):
+        listed = {listed_classes(part) for part in pairs.datasets}
+        if len(listed) > 1:
+            raise InputError("the data sets of a ConcatDataset number their classes differently; give equal ones")
+        return listed.pop()
+    listed = getattr(pairs, "classes", None)
+    is_list = isinstance(listed, Sequence) and not isinstance(listed, str)
+    return tuple(unicodedata.normalize("NFC", str(name)) for name in listed) if is_list else None
+
+
+def match_labels(labels: np.ndarray, test: Any, train: Any, classes: Sequence[str] | None) -> np.ndarray:
+    """Return the test data's labels in the training data's numbers, matched by the class names that both list.
+
+    Args:
+        labels: Labels of the test data.
+        test: The test data.
+        train: The training data.
+        classes: Names that the caller gives; they apply where the training data lists none.
+
+    Raises:
+        InputError: the test data lists a class that the training data does not.
+    """
+    known, listed = listed_classes(train) or classes, listed_classes(test)
+    if known is None or listed is None or tuple(known) == listed:
+        return labels
+    unknown = [name for name in listed if name not in known]
+    if unknown or len(set(listed)) < len(listed):
+        raise InputError(
+            f"the test data has the classes {', '.join(unknown[:3]) or 'of equal names'}, which the training data does "
+            "not list, so its labels cannot be matched; give both the same classes"
+        )
+    if labels.max(initial=0) >= len(listed):
+        raise InputError(f"the test data has a label {labels.max()}, but lists {len(listed)} classes")
+    return np.array([list(known).index(name) for name in listed], dtype=np.int64)[labels]
+
+
 def class_names(given: Sequence[str] | None, pairs: Any, labels: Sequence[np.ndarray]) -> tuple[str, ...]:
     """Return the classes' names: as given, as the data set has them, or their numbers.
 
@@ -121,9 +180,7 @@ def class_names(given: Sequence[str] | None, pairs: Any, labels: Sequence[np.nda
         InputError: a label is larger than the last class.
     """
     highest = max(int(part.max(initial=0)) for part in labels)
-    listed = getattr(pairs, "classes", None)
-    if given is None and isinstance(listed, Sequence) and not isinstance(listed, str):
-        given = listed
+    given = listed_classes(pairs) if given is None else given
     if given is None:
         return tuple(str(number) for number in range(highest + 1))
     if highest >= len(given):

@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 from PIL import Image
 
-from codistill.data.decode import GRAY_MODES, open_upright
+from codistill.data.decode import GRAY_MODES, open_upright, opened
 from codistill.data.lazy_images import NUM_PROBED_IMAGES, LazyImages, evenly_spaced
+from codistill.utils import InputError
 
 
 @dataclass(frozen=True)
@@ -22,15 +21,12 @@ class ImageFiles(LazyImages):
     Args:
         root: Folder that holds them.
         names: Their paths in it, as bytes of equal width: a tenth of the memory of as many Python strings.
+        bits: Bits that files of 16 bits a pixel use (see `open_upright`).
     """
 
     root: str
     names: np.ndarray
-
-    @classmethod
-    def from_paths(cls, root: Path, files: Sequence[str]) -> ImageFiles:
-        """Return files under `root`, given by their paths."""
-        return cls(str(root), np.array([os.fsencode(os.path.relpath(file, root)) for file in files], dtype=np.bytes_))
+    bits: int = 16
 
     def __len__(self) -> int:
         return len(self.names)
@@ -44,16 +40,16 @@ class ImageFiles(LazyImages):
 
     def open(self, index: int) -> Image.Image:
         """Decode file number `index`; see `LazyImages.open`."""
-        return open_upright(self.path(index))[0]
+        return open_upright(self.path(index), self.bits)[0]
 
     def probe(self) -> tuple[list[tuple[int, int]], bool]:
         """Return sizes and whether all are gray, from the headers of some files; see `LazyImages.probe`."""
         sizes, gray = [], True
         for index in evenly_spaced(len(self), NUM_PROBED_IMAGES):
             try:
-                with Image.open(self.path(index)) as image:
+                with opened(self.path(index)) as image:
                     sizes.append(image.size)
                     gray &= image.mode in GRAY_MODES
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+            except InputError:
                 continue  # decoding it raises an error that names it
         return sizes, gray and bool(sizes)

@@ -1,4 +1,4 @@
-"""A folder of images, one sub-folder per class, listed by torchvision's `ImageFolder`.
+"""A folder of images, one sub-folder per class.
 
 Small ones are decoded into one uint8 array; of large ones only names and labels are kept, and their files are decoded
 in every epoch.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import zlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,46 +16,49 @@ import numpy as np
 from PIL import Image
 
 from codistill.data.class_balance import balanced_part
-from codistill.data.decode import open_upright
+from codistill.data.decode import hash_content, largest_value, open_upright
+from codistill.data.folder_listing import Part, list_parts
 from codistill.data.image_files import ImageFiles
 from codistill.data.image_set import ImageSet, Provenance
-from codistill.data.lazy_images import common_side
-from codistill.utils import InputError, find_looping_links, find_outside_links, first_line
+from codistill.data.lazy_images import common_side, evenly_spaced
+from codistill.utils import InputError, track
 
 RESIDENT_LIMIT = 2 * 2**30
 """Bytes of decoded images (one per channel and pixel, 3 channels) up to which a folder is kept in memory."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """The files of one part, and their labels."""
-
-    files: ImageFiles
-    labels: np.ndarray
-
-    def __getitem__(self, index: np.ndarray) -> Part:
-        return Part(self.files[index], self.labels[index])
+NUM_DEEP_IMAGES = 16
+"""Files that are decoded to find out which range files of 16 bits use."""
 
 
 def load_folder(
-    path: Path, image_size: int | None = None, pipeline: str = "auto", *, skip_corrupt: bool = False
+    path: Path, image_size: int | None = None, pipeline: str = "auto", *, skip_corrupt: bool = False, bits: int = 16
 ) -> ImageSet:
     """Load `path/train` and `path/test` (or `path/val`, or both), or one folder that is split 80/20, balanced.
 
-    Where there are three parts, `val` is the validation part; otherwise it is split off the training part.
+    Where there are three parts, `val` is the validation part; otherwise it is split off the training part. What is left
+    out (see `list_parts`) is told in the messages of the set's provenance.
 
     Args:
         path: The folder.
         image_size: Side that images become; default their own, or 224 for files whose sizes differ.
         pipeline: resident (decode all into memory), files (decode in every epoch), or auto (by `RESIDENT_LIMIT`).
         skip_corrupt: Leave out files that cannot be read (in memory; loaders of files replace them).
+        bits: Bits that files of 16 bits a pixel use.
 
     Raises:
         InputError: the folder is missing or empty, an image cannot be read (it is named), or sizes differ where images
             are kept in memory and no `image_size` is given.
     """
-    classes, train, val, test = _list_parts(path)
+    classes, listed, left_out = list_parts(path)
+    listed = {name: replace(part, files=replace(part.files, bits=bits)) for name, part in listed.items()}
+    if "all" in listed:
+        is_test = balanced_part(listed["all"].labels, 0.2, seed=0)
+        train, val, test = listed["all"][~is_test], None, listed["all"][is_test]
+    else:
+        train = listed["train"]
+        val = listed["val"] if len(listed) == 3 else None
+        test = listed["test" if "test" in listed else "val"]
     parts = [train, val, test]
+    messages = [*left_out.messages(), *_messages_on_bits(train.files, bits)]
     sizes, gray = train.files.probe()
     area = image_size**2 if image_size else sum(w * h for w, h in sizes) / max(len(sizes), 1)
     count = sum(len(part.labels) for part in parts if part is not None)
@@ -64,84 +67,33 @@ def load_folder(
         if pipeline == "auto":
             gib = count * area * 3 / 2**30
             message += f": {gib:.1f} GiB are more than the {RESIDENT_LIMIT // 2**30} kept in memory"
-        provenance = Provenance(_checksum(parts), (message,))
+        provenance = Provenance(_checksum(parts), (message, *messages))
         fields = _lazy_fields(train, val, test, image_size or common_side(sizes), 1 if gray else 3)
     else:
         fields, provenance = _resident_fields(parts, image_size, skip_corrupt=skip_corrupt)
-    return ImageSet(f"folder:{path}", classes=classes, flip=True, provenance=provenance, **fields)
-
-
-def refuse_unsafe_links(path: Path) -> None:
-    """Raise for a link out of the folder, or one that could make a recursive walk loop.
-
-    A downloaded archive could link to any file of this machine, or contain links that form a circle.
-    """
-    link = next(find_outside_links(path), None)
-    if link is not None:
-        raise InputError(
-            f"--data folder: {link} is a link out of {path}; only links inside are followed, so copy the file there"
+        provenance = replace(provenance, messages=(*provenance.messages, *messages))
+    if (
+        isinstance(x := fields["x_train"], np.ndarray)
+        and len(x)
+        and (x[0] == x.flat[0]).all()
+        and (x == x.flat[0]).all()
+    ):
+        provenance = replace(
+            provenance, messages=(*provenance.messages, "all training images are of one and the same color")
         )
-    link = next(find_looping_links(path), None)
-    if link is not None:
-        raise InputError(
-            f"--data folder: {link} is a link to a folder, as only the folder of a class may be; copy its target"
-        )
+    return ImageSet(f"folder:{path}", classes=classes, flip=True, bits=bits, provenance=provenance, **fields)
 
 
-def read_whole(path: Path) -> tuple[ImageFiles, np.ndarray, tuple[str, ...]]:
-    """Return the files, labels and classes of a folder's test (or val) part, or of all of it where it has no parts."""
-    if not path.is_dir():
-        raise InputError(f"--data folder:{path}: there is no such folder")
-    parts = [path / part for part in ("test", "val") if (path / "train").is_dir() and (path / part).is_dir()]
-    part, classes = _list_part(parts[0] if parts else path)
-    return part.files, part.labels, classes
-
-
-def _list_parts(path: Path) -> tuple[tuple[str, ...], Part, Part | None, Part]:
-    """List the classes and the parts: training, validation where there are three, test."""
-    if not path.is_dir():
-        raise InputError(f"--data folder:{path}: there is no such folder")
-    names = [part for part in ("train", "val", "test") if (path / part).is_dir()]
-    if "train" not in names or len(names) == 1:
-        _refuse_misnamed(path, names)
-        if [part.name for part in path.iterdir() if part.is_dir()] == ["train"]:
-            raise InputError(f"--data folder:{path} has a folder train, but none called test (or val) beside it")
-        whole, classes = _list_part(path)
-        test = balanced_part(whole.labels, 0.2, seed=0)
-        return classes, whole[~test], None, whole[test]
-    listed = {part: _list_part(path / part) for part in names}
-    classes = listed["train"][1]
-    for part, (_, part_classes) in listed.items():
-        if part_classes != classes:
-            different = ", ".join(sorted(set(classes) ^ set(part_classes))[:5])
-            raise InputError(f"--data folder:{path}: train and {part} differ in their classes ({different})")
-    val = listed["val"][0] if len(names) == 3 else None
-    return classes, listed["train"][0], val, listed[names[-1]][0]
-
-
-def _refuse_misnamed(path: Path, parts: Sequence[str]) -> None:
-    """Raise where a part is beside a folder that seems to be a part of another name (validation, say)."""
-    others = [other.name for other in path.iterdir() if other.is_dir()]
-    for part in parts:
-        beside = next((other for other in others if other != part), None)
-        if beside is not None and not any(inner.is_file() for inner in (path / part).iterdir()):
-            raise InputError(
-                f"--data folder:{path}: {part} contains only folders, so it and {beside} are parts and not classes; "
-                "call parts train, val and test"
-            )
-
-
-def _list_part(path: Path) -> tuple[Part, tuple[str, ...]]:
-    """List one part and its classes."""
-    from torchvision.datasets import ImageFolder
-
-    refuse_unsafe_links(path)  # first: the listing follows links
-    try:
-        folder = ImageFolder(str(path))
-    except FileNotFoundError as error:
-        raise InputError(f"--data folder:{path}: {first_line(error)}") from None
-    labels = np.asarray([label for _, label in folder.samples], dtype=np.int64)
-    return Part(ImageFiles.from_paths(path, [file for file, _ in folder.samples]), labels), tuple(folder.classes)
+def _messages_on_bits(files: ImageFiles, bits: int) -> list[str]:
+    """Return a message where 16-bit files use less than a quarter of the range, as cameras of 10 to 14 bits do."""
+    values = (largest_value(files.path(index)) for index in evenly_spaced(len(files), NUM_DEEP_IMAGES))
+    largest = max((value for value in values if value is not None), default=0)
+    if not largest or largest >= 2 ** (bits - 2):
+        return []
+    return [
+        f"files of 16 bits a pixel use values up to {largest:,} only, of {2**bits - 1:,}, so the upper 8 bits hardly "
+        f"differ; --bits {max(largest.bit_length(), 8)} reads that range"
+    ]
 
 
 def _lazy_fields(train: Part, val: Part | None, test: Part, size: int, channels: int) -> dict[str, Any]:
@@ -183,7 +135,8 @@ def _resident_fields(
     fields: dict[str, Any] = {"x_train": images[0], "y_train": labels[0], "x_test": images[-1], "y_test": labels[-1]}
     fields |= {"num_val": num_val, "pad": max(1, images[0].shape[1] // 8)}
     # Of the files that could be read: splits are drawn over those.
-    return fields, Provenance(_checksum([d.part for d in decoded]), messages)
+    hashes = np.concatenate([d.hashes for d in decoded[: len(decoded) - 1]])
+    return fields, Provenance(_checksum([d.part for d in decoded]), messages, content_hashes=hashes)
 
 
 @dataclass(frozen=True)
@@ -198,14 +151,17 @@ class _Decoded:
     """Whether all are gray."""
     unreadable: list[str]
     """Why other files are left out, one message each."""
+    hashes: np.ndarray
+    """Hashes of the files' contents, uint64."""
 
 
 def _decode(part: Part, image_size: int | None, *, skip_corrupt: bool) -> _Decoded:
     images, kept, all_gray, bad = np.empty((0, 0, 0, 3), dtype=np.uint8), [], True, []
-    for index in range(len(part.labels)):
+    hashes = np.zeros(len(part.labels), dtype=np.uint64)
+    for index in track(range(len(part.labels)), "decoding images"):
         file = part.files.path(index)
         try:
-            upright, gray = open_upright(file)
+            upright, gray = open_upright(file, part.files.bits)
         except InputError as error:
             if skip_corrupt:
                 bad.append(str(error).partition("; ")[0])
@@ -223,5 +179,7 @@ def _decode(part: Part, image_size: int | None, *, skip_corrupt: bool) -> _Decod
                 f"{images.shape[2]} x {images.shape[1]}; give --image-size"
             )
         images[len(kept)] = pixels
+        hashes[len(kept)] = hash_content(file)
         kept.append(index)
-    return _Decoded(images[: len(kept)], part[np.array(kept, dtype=np.int64)], all_gray, bad)
+    kept_part = part[np.array(kept, dtype=np.int64)]
+    return _Decoded(images[: len(kept)], kept_part, all_gray, bad, hashes[: len(kept)])

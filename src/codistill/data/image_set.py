@@ -14,7 +14,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from codistill.data.class_balance import balanced_part
-from codistill.data.from_python import class_names, read_pairs
+from codistill.data.from_python import class_names, match_labels, read_pairs
 from codistill.data.lazy_dataset import as_common_squares, checksum, read_lazily
 from codistill.data.lazy_images import LazyImages
 from codistill.utils import InputError
@@ -34,6 +34,8 @@ class Provenance:
     """Messages to the user on how it was read."""
     placeholder_reason: str = ""
     """Why the run's own images are missing, where noise of their shape replaces them."""
+    content_hashes: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """A hash of each training image's file (`hash_content`), where the files were decoded into memory."""
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class ImageSet:
     std: tuple[float, ...] = ()
     resize_mode: str = "stretch"
     """How images of another shape become squares: stretch, or crop (see `fit_square`)."""
+    bits: int = 16
+    """Bits that image files of 16 bits a pixel use."""
     num_val: int = 0
     """Number of images at the end of the training part that are the set's own validation part."""
     provenance: Provenance = field(default_factory=Provenance)
@@ -66,6 +70,14 @@ class ImageSet:
             mean, std = statistics(self.x_train)
             object.__setattr__(self, "mean", mean)
             object.__setattr__(self, "std", std)
+
+    def __repr__(self) -> str:
+        """Return the set in one line."""
+        size, channels = self.image_size, self.channels
+        return (
+            f"ImageSet({self.name!r}, {len(self.y_train):,} training and {len(self.y_test):,} test images of {size} x "
+            f"{size} x {channels}, {len(self.classes):,} classes)"
+        )
 
     @classmethod
     def from_dataset(
@@ -87,7 +99,8 @@ class ImageSet:
         Args:
             train: A map-style data set, or any iterable, of pairs.
             test: The test part; default a fifth of `train`, balanced over classes.
-            classes: Their names, in the order of the labels; default the data set's `classes`, or numbers.
+            classes: Their names, in the order of the labels; default the data set's `classes`, or numbers. Where the
+                test data lists `classes` too, its labels are matched by these names.
             image_size: Side to stretch images to; default their own size.
             flip: Whether left and right may be swapped in training.
             name: Name of the set in the run.
@@ -109,6 +122,7 @@ class ImageSet:
             x, y, x_test, y_test = x[~mask], y[~mask], x[mask], y[mask]
         else:
             x_test, y_test = read(test, "test", image_size)
+            y_test = match_labels(y_test, test, train, classes)
         names = class_names(classes, train, (y, y_test))
         name = f"{GIVEN}:{name}"
         if not lazy:
@@ -188,8 +202,18 @@ class ImageSet:
             raise InputError(f"{flag}: images are {shape[0]} x {shape[1]}; they must be square{hint}")
         if shape[0] < 8:
             raise InputError(f"{flag}: images of {shape[0]} x {shape[0]} are too small; 8 x 8 is the minimum")
-        if len(np.unique(self.y_train)) < 2:
+        counts = np.bincount(self.y_train)
+        used = int((counts > 0).sum())
+        if used < 2:
             raise InputError(f"{flag} has one class only in its training part; a classifier needs two or more")
+        highest = int(max(counts.size, self.y_test.max() + 1)) - 1
+        if highest >= len(self.classes):
+            raise InputError(f"{flag} has a label {highest:,}, but {len(self.classes):,} classes; labels count from 0")
+        if len(self.classes) > max(1_000, 2 * used):
+            raise InputError(
+                f"{flag} has {len(self.classes):,} classes, and training images of {used:,} of them; number the "
+                "classes from 0 without gaps"
+            )
         return self
 
     def metadata(self) -> dict[str, Any]:
@@ -203,7 +227,7 @@ class ImageSet:
             "std": list(self.std),
             "fit": self.resize_mode,
             "checksum": self.checksum(),
-        }
+        } | ({} if self.bits == 16 else {"bits": self.bits})
 
     def checksum(self) -> str:
         """Return a checksum that identifies the set: of files their names and labels, of arrays every number."""

@@ -13,7 +13,7 @@ from typing import Any, Self
 
 import numpy as np
 from PIL import Image
-from torch.utils.data import Subset
+from torch.utils.data import ConcatDataset, Subset
 
 from codistill.data.from_python import check_pair, class_index, to_uint8_hwc
 from codistill.data.lazy_images import NUM_PROBED_IMAGES, LazyImages, common_side, evenly_spaced
@@ -133,4 +133,7 @@ def _listed_labels(pairs: Any) -> Sequence[Any] | None:
     if isinstance(pairs, Subset):
         whole = _listed_labels(pairs.dataset)
         return None if whole is None else [whole[index] for index in pairs.indices]
+    if isinstance(pairs, ConcatDataset):
+        parts = [_listed_labels(part) for part in pairs.datasets]
+        return None if any(part is None for part in parts) else [label for part in parts for label in part or ()]
     return None if getattr(pairs, "target_transform", None) is not None else getattr(pairs, "targets", None)

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
-from PIL import Image
 
-from codistill.data.decode import as_channels, fit_square
 from codistill.utils import InputError
+
+if TYPE_CHECKING:
+    from PIL import Image
 
 NUM_PROBED_IMAGES = 256
 """Images whose size and colors are read to choose the size and channels of a set."""
@@ -68,6 +69,8 @@ class LazyImages(ABC):
 
     def squared(self, image: Image.Image) -> np.ndarray:
         """Return an opened image in the form for evaluation, `H x W x C`, uint8."""
+        from codistill.data.decode import as_channels, fit_square
+
         return as_channels(fit_square(image, self.size, crop=self.crop), self.channels)
 
     def as_squares(self, size: int, channels: int) -> Self:

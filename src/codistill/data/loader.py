@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from codistill.data.class_balance import balanced_order
+from codistill.utils import share_out
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,8 @@ class LoaderOptions:
     """Options of every loader."""
 
     batch_size: int
-    """Samples per batch; the last one is smaller where N is no multiple."""
+    """Samples per batch; the last one is smaller where N is no multiple, and of a training set never a single sample:
+    that joins the batch before it, as BatchNorm needs more than one."""
     augmentation: Augmentation | None = None
     """Changes of training images; None for evaluation, where the order is kept too."""
     views: int = 1
@@ -84,8 +86,8 @@ class Loader:
         Everything is drawn as before, for the whole batch and all views, so that the shards make up the same batch.
 
         Args:
-            index: Number of the shard; a shard without any sample of a batch gets the batch's first one.
-            num_shards: Number of shards; their sizes differ by 1 at most.
+            index: Number of the shard; a shard without any sample of a batch gets the batch's first two.
+            num_shards: Number of shards; their sizes as `share_out` says.
             local_views: The views to yield, where there is one per peer.
         """
         self._shard = index, num_shards
@@ -94,7 +96,8 @@ class Loader:
 
     def __len__(self) -> int:
         """Return the number of batches per epoch."""
-        return -(-len(self.labels_N) // self.options.batch_size)
+        count = -(-self.num_samples // self.options.batch_size)
+        return count - self._has_single_rest()
 
     @property
     def num_samples(self) -> int:
@@ -111,17 +114,30 @@ class Loader:
 
     def _batch_slices(self, start: int) -> Iterator[slice]:
         """Yield the positions of every batch in the epoch, from batch number `start` on."""
-        for first in range(start * self.options.batch_size, self.num_samples, self.options.batch_size):
-            yield slice(first, min(first + self.options.batch_size, self.num_samples))
+        size, count = self.options.batch_size, len(self)
+        for number in range(start, count):
+            yield slice(number * size, self.num_samples if number == count - 1 else (number + 1) * size)
+
+    def _has_single_rest(self) -> bool:
+        """Return whether the last batch would be one sample, which joins the one before (only of training images).
+
+        The rule depends on N and the batch size alone, so that all ranks and a resumed run have the same batches.
+        """
+        size = self.options.batch_size
+        return self.options.augmentation is not None and 1 < size < self.num_samples and self.num_samples % size == 1
 
     def _local_slice(self, batch: slice) -> slice:
         """Return the positions of this process's shard of a batch."""
         if self._shard is None:
             return batch
-        (index, num_shards), size = self._shard, batch.stop - batch.start
-        first = batch.start + index * (size // num_shards) + min(index, size % num_shards)
-        count = size // num_shards + (index < size % num_shards)
-        return slice(first, first + count) if count else slice(batch.start, batch.start + 1)
+        index, num_shards = self._shard
+        counts = share_out(batch.stop - batch.start, num_shards)
+        first = batch.start + sum(counts[:index])
+        return (
+            slice(first, first + counts[index])
+            if counts[index]
+            else slice(batch.start, min(batch.start + 2, batch.stop))
+        )
 
     def _generator(self, epoch: int) -> torch.Generator:
         # On the CPU whatever the device, so that every machine sees the same samples.
@@ -144,7 +160,8 @@ class Loader:
         if "cut_y" in draws and augmentation is not None:
             x = x * _outside_square(draws["cut_y"], draws["cut_x"], augmentation.cutout, x.shape[2]).to(x.dtype)
         x = x.movedim(-1, 2)
-        return x if self.options.channels_last else x.contiguous()
+        # Through a flat view: one channel is contiguous in both orders, and its strides would still say channels_last.
+        return x if self.options.channels_last else x.contiguous().flatten().view(x.shape)
 
 
 def _outside_square(y_VB: Tensor, x_VB: Tensor, side: int, size: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -20,7 +21,7 @@ def with_normalization(
     data: ImageSet,
     rule: str | None,
     pretrained: dict[str, Statistics | None],
-    data_info: dict[str, Any] | None = None,
+    data_info: Mapping[str, Any] | None = None,
 ) -> ImageSet:
     """Return the set with the mean and deviation by which a run normalizes its images.
 

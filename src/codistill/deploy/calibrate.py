@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from codistill.config import Checkpoint
 from codistill.evaluation import fit_temperature
+from codistill.runs import DataInfo, read_record, write_record
 from codistill.training import Run, curve_loader, deployed_scores
-from codistill.utils import InputError, read_json, write_json
+from codistill.utils import InputError
 
 
 def temperature_key(checkpoint: Checkpoint) -> str:
@@ -25,6 +28,11 @@ def calibrate_student(run: Run, folder: Path, checkpoint: Checkpoint) -> float:
     if validation is None:
         raise InputError("--calibrate fits on validation images, and this run kept none (--val-fraction 0)")
     temperature = fit_temperature(*deployed_scores(run, validation))
-    data_info = read_json(folder / "data.json") or run.data.metadata()
-    write_json(folder / "data.json", data_info | {temperature_key(checkpoint): temperature})
+    data_info = read_record(folder / "data.json", DataInfo) or run.data.metadata()
+    write_record(folder / "data.json", {**data_info, temperature_key(checkpoint): temperature})
     return temperature
+
+
+def read_temperature(info: Mapping[str, Any] | None, checkpoint: Checkpoint) -> float:
+    """Return the temperature that was fitted to a checkpoint's weights; 1 where none was."""
+    return 1.0 if info is None else info.get(temperature_key(checkpoint), 1.0)

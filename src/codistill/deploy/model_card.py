@@ -6,40 +6,68 @@ It states only what the folder holds. Names of classes, files and data are chose
 from __future__ import annotations
 
 import json
+import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from codistill.config import Checkpoint
-from codistill.methods import CLASSES
+from codistill.deploy.calibrate import read_temperature
+from codistill.runs import DataInfo, Environment, RunResult, TableFile, read_record
 from codistill.training import Run, count_trained_and_deployed, deployed_name
-from codistill.utils import escape_markdown, markdown, on_one_line, read_json
+from codistill.utils import InputError, escape_markdown, markdown, on_one_line
 
 MAX_CLASS_NAMES = 30
 
 
+@dataclass
+class CardRecords:
+    """What a model card says of a run, as its folder holds it."""
+
+    result: dict[str, Any]
+    environment: Environment
+    grid: TableFile | None
+    """The table of the grid that the run belongs to."""
+    temperature: float
+
+
+def read_card_records(folder: Path, checkpoint: Checkpoint = "last") -> CardRecords:
+    """Read what a model card needs of a run folder.
+
+    Raises:
+        InputError: a file of the run is damaged.
+    """
+    return CardRecords(
+        {**(read_record(folder / "result.json", RunResult) or {})},
+        read_record(folder / "environment.json", Environment) or {},
+        _read_grid_table(folder.resolve().parent.parent),
+        read_temperature(read_record(folder / "data.json", DataInfo), checkpoint),
+    )
+
+
 def make_model_card(
-    run: Run, folder: Path, exported: Path, difference: float, license: str, checkpoint: Checkpoint = "last"
+    run: Run, records: CardRecords, exported: Path, difference: float, license: str, checkpoint: Checkpoint = "last"
 ) -> str:
     """Return the model card of an exported student.
 
     Args:
         run: The run, loaded with the exported weights.
-        folder: Its run folder.
+        records: What its run folder holds.
         exported: The exported file.
         difference: Largest difference of the file's outputs from the trained student's.
         license: The license of the weights, as the Hub spells it.
         checkpoint: The exported weights; for the best ones no test figures are given, which are the last epoch's.
     """
-    result = read_json(folder / "result.json") or {}
+    result = records.result
     if checkpoint == "best":
         result = {name: value for name, value in result.items() if name != "student"}
     parts = [
         _front_matter(run, result, license),
         _describe_student(run, exported),
-        _describe_accuracy(run, result, folder),
-        _describe_training(run, folder, result),
+        _describe_accuracy(run, result, records.grid),
+        _describe_training(run, records.environment, result),
     ]
-    return "\n\n".join([*parts, _describe_file(run, exported, difference, license)]) + "\n"
+    return "\n\n".join([*parts, _describe_file(run, exported, difference, license, records.temperature)]) + "\n"
 
 
 def _front_matter(run: Run, result: dict[str, Any], license: str) -> str:
@@ -89,7 +117,7 @@ def _describe_student(run: Run, exported: Path) -> str:
     )
 
 
-def _describe_accuracy(run: Run, result: dict[str, Any], folder: Path) -> str:
+def _describe_accuracy(run: Run, result: dict[str, Any], grid: TableFile | None) -> str:
     student = result.get("student")
     if not student and result:
         best = run.progress.best_validation or {"epoch": "?", "top1": float("nan")}
@@ -107,7 +135,6 @@ def _describe_accuracy(run: Run, result: dict[str, Any], folder: Path) -> str:
     honest = "every choice was made on validation images, and the test set was read once."
     text += honest if run.config.protocol == "honest" else "no validation part, the last epoch counts."
     text += f"\n\n{markdown(rows)}"
-    grid = read_json(folder.parent.parent / "table.json")
     if grid is None:
         return text + "\nNo baseline was trained beside this run; `codistill compare` trains one of equal cost."
     columns = ("peers", "n", "top-1 %", "vs equal cost", "parameters trained", "deployed", "s a run")
@@ -116,10 +143,18 @@ def _describe_accuracy(run: Run, result: dict[str, Any], folder: Path) -> str:
     return f"{text}\nThe grid that this run belongs to ({title}), with baselines of equal cost:\n\n{markdown(table)}"
 
 
-def _describe_training(run: Run, folder: Path, result: dict[str, Any]) -> str:
+def _read_grid_table(folder: Path) -> TableFile | None:
+    """Return the table of the grid in a folder; None where it has none, or one of another program."""
+    try:
+        return read_record(folder / "table.json", TableFile)
+    except InputError as error:
+        warnings.warn(f"the model card leaves the grid's table out: {error}", stacklevel=2)
+        return None
+
+
+def _describe_training(run: Run, environment: Environment, result: dict[str, Any]) -> str:
     c = run.config
     trained, deployed = count_trained_and_deployed(run)
-    environment = read_json(folder / "environment.json") or {}
     start = (
         "the library's pretrained weights"
         if c.pretrained
@@ -129,26 +164,33 @@ def _describe_training(run: Run, folder: Path, result: dict[str, Any]) -> str:
     )
     device = environment.get("gpu") or f"CPU ({environment.get('threads', '?')} threads)"
     seconds = result.get("seconds", run.progress.seconds)
-    paper = getattr(CLASSES[run.method.name], "citation", None)
+    paper = getattr(run.method, "citation", None)
     cited = f" ({escape_markdown(paper)})" if paper else ""
     varied = result.get("augmentation") or run.data.describe_augmentation(augment=c.augment, cutout=c.cutout)
     lines = [
-        f"- Data: {escape_markdown(c.data)}; {result.get('split') or run.splits.describe(run.data)}",
+        f"- Data: {escape_markdown(c.data)}; {escape_markdown(result.get('split') or run.splits.describe(run.data))}",
         f"- Method: {run.method.name}, {run.peers.num_peers} {c.topology}{cited}",
         f"- From {escape_markdown(start)}; {c.epochs} epochs, batch {c.batch_size}, learning rate {c.lr:g}, "
-        f"weight decay {c.weight_decay:g}; {varied}; seed {c.seed}",
+        f"weight decay {c.weight_decay:g}; {escape_markdown(varied)}; seed {c.seed}",
         f"- Cost: {trained:,} parameters trained, {deployed:,} deployed; {seconds:.0f} s on {escape_markdown(device)}",
-        f"- codistill {environment.get('codistill', '?')}, torch {environment.get('torch', '?')}",
+        f"- codistill {escape_markdown(str(environment.get('codistill', '?')))}, "
+        f"torch {escape_markdown(str(environment.get('torch', '?')))}",
     ]
     return "## Training\n\n" + "\n".join(lines)
 
 
-def _describe_file(run: Run, exported: Path, difference: float, license: str) -> str:
+def _describe_file(run: Run, exported: Path, difference: float, license: str, temperature: float) -> str:
     name = on_one_line(exported.name).replace("`", "")
+    calibration = (
+        f"Its outputs are to be divided by the temperature {temperature:.4f}, which was fitted on validation images, "
+        "before the softmax; the file itself does not divide them. "
+        if temperature != 1
+        else "No temperature was fitted. "
+    )
     on_noise = run.data.provenance.placeholder_reason
     images = "images of noise" if on_noise else f"{min(64, len(run.data.y_test))} test images"
     return (
-        f"## File\n\nThe metadata of `{name}` holds the classes, mean, std and image size. "
+        f"## File\n\nThe metadata of `{name}` holds the classes, mean, std, image size and temperature. {calibration}"
         f"Its outputs, read back in its own runtime, differ from the trained student's by at most {difference:.3g} on "
         f"{images}.\n\n"
         "## License\n\n"

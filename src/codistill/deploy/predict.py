@@ -7,23 +7,22 @@ from __future__ import annotations
 
 import csv
 import io
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NotRequired, TypedDict, cast
+from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
 from torch import nn
 
 from codistill.config import Checkpoint, Device
-from codistill.data import read_pixels
-from codistill.deploy.calibrate import temperature_key
-from codistill.runs import DataInfo, load_run_checkpoint, open_run
+from codistill.data import ENDINGS, is_hidden, read_pixels
+from codistill.deploy.calibrate import read_temperature
+from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
 from codistill.training import load_student
-from codistill.utils import InputError, check_imports, find_outside_links, pick_device, read_json
-
-SUFFIXES = {".jpg", ".jpeg", ".png", ".ppm", ".bmp", ".pgm", ".tif", ".tiff", ".webp", ".gif"}
+from codistill.utils import InputError, check_imports, escape_csv, find_outside_links, pick_device
 
 
 @dataclass
@@ -56,16 +55,20 @@ def load_predictor(
         InputError: there is no such run, its training has not begun, or it names code and `allow_import` is not given.
     """
     path = Path(run)
-    config = open_run(path, without_initial_weights=True)
-    data_info = read_json(path / "data.json", "classes", "channels", "image_size", "mean", "std")
-    if data_info is None:
+    config = open_run(path, without_initial_weights=True, allow_import=allow_import)
+    info = read_record(path / "data.json", DataInfo)
+    if info is None:
         raise InputError(f"{path} has no data.json; continue the run with --resume auto, which writes it")
+    if info["channels"] not in (1, 3):
+        raise InputError(
+            f"predict: {path} was trained on images of {info['channels']} channels, and image files have 1 or 3; "
+            "predict from Python, on the network of codistill.load_run"
+        )
     check_imports(config.network_names(), path, allow_import)
     state = load_run_checkpoint(path, checkpoint)
-    info = cast(DataInfo, data_info)
     network = load_student(config, state, len(info["classes"]), info["channels"], info["image_size"])
     torch_device = pick_device(device)
-    return Predictor(network.to(torch_device), info, torch_device, data_info.get(temperature_key(checkpoint), 1.0))
+    return Predictor(network.to(torch_device), info, torch_device, read_temperature(info, checkpoint))
 
 
 def find_images(names: Sequence[str]) -> list[Path]:
@@ -80,15 +83,24 @@ def find_images(names: Sequence[str]) -> list[Path]:
         if path.is_dir():
             if (link := next(find_outside_links(path), None)) is not None:
                 raise InputError(f"predict: {link} is a link to outside the folder {path}; name its target, or copy it")
-            inside = sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES and p.is_file())
+            inside = _find_images_in(path)
             if not inside:
-                raise InputError(f"predict: the folder {path} holds no image files")
+                raise InputError(f"predict: the folder {path} holds no image files ({', '.join(sorted(ENDINGS))})")
             files += inside
         elif not path.exists():
             raise InputError(f"predict: {path} does not exist; name image files or folders of them")
         else:
             files.append(path)
     return files
+
+
+def _find_images_in(folder: Path) -> list[Path]:
+    """Return the image files under a folder, sorted; hidden and system folders and files are passed over."""
+    found = []
+    for place, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not is_hidden(name)]
+        found += [Path(place, name) for name in names if Path(name).suffix.lower() in ENDINGS and not is_hidden(name)]
+    return sorted(found)
 
 
 class Prediction(TypedDict):
@@ -103,12 +115,13 @@ class Prediction(TypedDict):
 def predict_images(predictor: Predictor, files: Sequence[Path], top: int, batch_size: int = 64) -> Iterator[Prediction]:
     """Yield a prediction with `top` guesses for every file, in order."""
     info = predictor.data_info
+    how = {"crop": info.get("fit") == "crop", "bits": info.get("bits", 16)}
     for first in range(0, len(files), batch_size):
         rows: list[Prediction] = []
         pixels = []
         for file in files[first : first + batch_size]:
             try:
-                pixels.append(read_pixels(file, info["channels"], info["image_size"], crop=info.get("fit") == "crop"))
+                pixels.append(read_pixels(file, info["channels"], info["image_size"], **how))
                 rows.append({"file": str(file)})
             except InputError as error:
                 rows.append({"file": str(file), "error": str(error)})
@@ -121,12 +134,13 @@ def predict_images(predictor: Predictor, files: Sequence[Path], top: int, batch_
 
 
 def format_csv(rows: Sequence[Prediction], top: int) -> str:
-    """Return predictions as CSV: file, class1, probability1, class2, ..., error."""
+    """Return predictions as CSV: file, class1, probability1, class2, ..., error; every name is escaped."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
     pairs = [name for k in range(1, top + 1) for name in (f"class{k}", f"probability{k}")]
     writer.writerow(["file", *pairs, "error"])
     for row in rows:
         cells = [cell for guess in row.get("top", []) for cell in (guess["class"], f"{guess['probability']:.6f}")]
-        writer.writerow([row["file"], *cells, *[""] * (2 * top - len(cells)), row.get("error", "")])
+        padded = [row["file"], *cells, *[""] * (2 * top - len(cells)), row.get("error", "")]
+        writer.writerow(map(escape_csv, padded))
     return stream.getvalue()

@@ -1,10 +1,11 @@
-"""The part of the exported `student.py` that loads the network; it follows the network's own source."""
+"""The part of the exported Python file that loads the network; it follows the network's own source."""
 
 LOADER = '''
 
 # ----------------------------------------------------------------------------------------------------------------------
 # The trained student: `model, metadata = load("{weights}")`, then
-# `metadata["classes"][model(normalize(pixels, metadata)).argmax(-1)]`.
+# `metadata["classes"][model(normalize(pixels, metadata)).argmax(-1)]`; the calibrated probabilities are
+# `(model(normalize(pixels, metadata)) / metadata["temperature"]).softmax(-1)`.
 
 
 def load(path: str = "{weights}") -> tuple[nn.Module, dict]:
@@ -13,7 +14,7 @@ def load(path: str = "{weights}") -> tuple[nn.Module, dict]:
         length = int.from_bytes(stream.read(8), "little")
         header = json.loads(stream.read(length))
         data = bytearray(stream.read())
-    metadata = {{key: json.loads(value) for key, value in header.pop("__metadata__").items()}}
+    metadata = json.loads(header.pop("__metadata__")["codistill"])
     dtypes = {{"F32": torch.float32, "F64": torch.float64, "I64": torch.int64}}
     tensors = {{}}
     for name, entry in header.items():

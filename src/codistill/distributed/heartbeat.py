@@ -13,12 +13,17 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Callable
 from datetime import timedelta
+from typing import TypeVar
 
 from torch.distributed import PrefixStore, Store
 
 from codistill.utils import MachineError, OtherRankFailedError
 
+Answer = TypeVar("Answer")
+ANSWER_SECONDS = 20.0
+"""Time that the job's store has for an answer."""
 INTERVAL = 0.5  # seconds between two beats
 MAX_MISSED_BEATS = 4  # beats that a living rank may miss
 
@@ -93,8 +98,7 @@ class Heartbeat:
 
     def report_failure(self, reason: str) -> None:
         """Write the reason why this rank ends to the store, and stop counting."""
-        with contextlib.suppress(RuntimeError):
-            self.store.set(f"end/{self.rank}", reason.splitlines()[0][:500])
+        self._ask_store(lambda: self.store.set(f"end/{self.rank}", reason.splitlines()[0][:500]))
         self.stop()
 
     def diagnose(self, reason: str) -> MachineError | OtherRankFailedError:
@@ -103,10 +107,32 @@ class Heartbeat:
         Args:
             reason: Message of the failed collective.
         """
-        try:
-            failures, silent = self._find_failures()
-        except RuntimeError:
-            return MachineError("the job's store is gone: the machine that holds it, or torchrun on it, has ended")
+        found = self._ask_store(lambda: self._diagnose(reason))
+        if found is None:
+            return MachineError(
+                "the job's store is gone or does not answer: the machine that holds it, torchrun on it or rank 0 has "
+                "ended or was stopped; continue with --resume auto"
+            )
+        return found
+
+    def _ask_store(self, question: Callable[[], Answer]) -> Answer | None:
+        """Return the store's answer; None where it fails, or takes longer than ANSWER_SECONDS.
+
+        Where no torchrun keeps the store, a rank does; if that one is stopped, a question would wait for ever.
+        """
+        answers: list[Answer] = []
+
+        def ask() -> None:
+            with contextlib.suppress(RuntimeError):
+                answers.append(question())
+
+        thread = threading.Thread(target=ask, daemon=True)
+        thread.start()
+        thread.join(ANSWER_SECONDS)
+        return answers[0] if answers else None
+
+    def _diagnose(self, reason: str) -> MachineError | OtherRankFailedError:
+        failures, silent = self._find_failures()
         living = [r for r in range(self.world) if r not in failures and r not in silent]
         if living and self.rank != living[0]:
             return OtherRankFailedError(1)

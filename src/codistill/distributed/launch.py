@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 from datetime import timedelta
+from importlib.metadata import version
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -13,8 +15,10 @@ from codistill.config import Config, mesh_shape
 from codistill.distributed.heartbeat import Heartbeat, rendezvous
 from codistill.distributed.mesh import Mesh, SingleProcess
 from codistill.distributed.process_mesh import ProcessMesh
-from codistill.utils import InputError
+from codistill.utils import InputError, MachineError, OtherRankFailedError, environment_number, first_line
 
+MAY_DIFFER = frozenset({"out", "resume", "data_dir", "device", "data_workers", "tracker"})
+"""Options that each rank may have for itself; the main rank's folder counts."""
 _job: list[Heartbeat] = []  # of this process, once it has joined the job; consecutive runs share it
 
 
@@ -30,7 +34,11 @@ def init_mesh(config: Config, device: torch.device) -> Mesh:
         MachineError: a rank did not come in time.
     """
     launched = "RANK" in os.environ and "WORLD_SIZE" in os.environ
-    world = int(os.environ["WORLD_SIZE"]) if launched else 1
+    world = environment_number("WORLD_SIZE", 1, 1) if launched else 1
+    if launched and environment_number("RANK", 0) >= world:
+        raise InputError(
+            f"the environment variable RANK is {os.environ['RANK']}, of WORLD_SIZE {world}; start with torchrun"
+        )
     data, peer = mesh_shape(config.mesh)
     if data * peer != world:
         if config.mesh is None:
@@ -49,6 +57,7 @@ def init_mesh(config: Config, device: torch.device) -> Mesh:
     device = local_device(device)
     if not _job:
         _job.append(join_job(backend_for(device), config.collective_timeout))
+    _check_ranks_agree(config, _job[-1])
     return ProcessMesh(
         (data, peer),
         config.peers,
@@ -66,12 +75,60 @@ def join_job(backend: str, timeout: float) -> Heartbeat:
     Args:
         backend: What `backend_for` returns.
         timeout: Seconds to wait for the other ranks.
+
+    Raises:
+        InputError: the environment lacks where the ranks meet.
+        MachineError: the ranks do not meet in time.
     """
     wait = timedelta(seconds=timeout)
-    store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-    store = rendezvous(store, rank, world, timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    try:
+        store, rank, world = next(dist.rendezvous("env://", timeout=wait))
+        store = rendezvous(store, rank, world, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
+    except ValueError as error:
+        raise InputError(f"the ranks cannot meet ({first_line(error)}); start them with torchrun") from None
+    except RuntimeError as error:
+        if isinstance(error, MachineError):
+            raise
+        raise MachineError(
+            f"the ranks did not meet within {timeout:g} seconds ({first_line(error)}); start as many as WORLD_SIZE "
+            "says, each with a RANK of its own, and give torchrun another --master-port if this one is in use"
+        ) from None
     return Heartbeat(store, rank, world)
+
+
+def _check_ranks_agree(config: Config, heartbeat: Heartbeat) -> None:
+    """Compare the options and versions of all ranks before they divide up the work.
+
+    Raises:
+        InputError: a rank was given other options than the first one, or runs another version.
+        OtherRankFailedError: the same, on all ranks but the first.
+    """
+    own = {f"--{k.replace('_', '-')}": v for k, v in config.to_dict().items() if k not in MAY_DIFFER}
+    own |= {"the version of codistill": version("codistill"), "the version of torch": torch.__version__}
+    gathered: list[Any] = [None] * heartbeat.world
+    try:
+        dist.all_gather_object(gathered, own)
+    except RuntimeError as error:
+        raise heartbeat.diagnose(first_line(error)) from None
+    first = gathered[0]
+    for rank, other in enumerate(gathered):
+        name = next((key for key in first | other if first.get(key) != other.get(key)), None)
+        if name is None:
+            continue
+        if heartbeat.rank:
+            raise OtherRankFailedError(2)
+        name, values = _describe_difference(name, first.get(name), other.get(name))
+        raise InputError(f"{name} is {values[0]} on rank 0 and {values[1]} on rank {rank}; give all the same")
+
+
+def _describe_difference(name: str, first: Any, other: Any) -> tuple[str, tuple[Any, Any]]:
+    """Return what differs, and its two values; of a method that is the option."""
+    if isinstance(first, dict) and isinstance(other, dict):
+        key = next(key for key in first | other if first.get(key) != other.get(key))
+        option = "method" if key == "name" else f"method.{key.replace('_', '-')}"
+        return f"--{option}", (first.get(key), other.get(key))
+    return name, (first, other)
 
 
 def backend_for(device: torch.device) -> str:
@@ -98,17 +155,17 @@ def local_device(device: torch.device) -> torch.device:
     """
     if device.type != "cuda" or "LOCAL_RANK" not in os.environ:
         return device
-    available, wanted = torch.cuda.device_count(), int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    available, wanted = torch.cuda.device_count(), environment_number("LOCAL_WORLD_SIZE", 1, 1)
     if wanted > available:
         raise InputError(f"--nproc-per-node {wanted}: this machine has {available} GPUs; give as many, or --device cpu")
-    local = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    local = torch.device("cuda", environment_number("LOCAL_RANK", 0))
     torch.cuda.set_device(local)
     return local
 
 
 def resume_after_restart(config: Config) -> Config:
     """Return the config with `resume="auto"` where torchrun has restarted the job, else as it is."""
-    restarted = int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")) > 0
+    restarted = environment_number("TORCHELASTIC_RESTART_COUNT", 0) > 0
     return dataclasses.replace(config, resume="auto") if restarted and config.resume is None else config
 
 

@@ -20,6 +20,8 @@ from typing import Any, Self, TypeVar
 import torch
 from torch import Tensor, nn
 
+from codistill.utils import share_out
+
 Value = TypeVar("Value")
 
 
@@ -55,18 +57,18 @@ class Mesh:
 
     def begin_step(self, num_samples: int, step: int) -> None:
         """Begin step number `step` on a batch of `num_samples`."""
-        self.rows = [num_samples // self.num_data + (d < num_samples % self.num_data) for d in range(self.num_data)]
+        self.rows = share_out(num_samples, self.num_data)
         self.step = step
 
     @property
     def idle(self) -> bool:
-        """Whether the batch has no sample for this rank, which then runs one sample with weight 0."""
+        """Whether the batch has no sample for this rank, which then runs two samples with weight 0."""
         return self.rows[self.data_index] == 0
 
     def local_rows(self) -> slice:
         """Return which samples of the batch belong to this rank."""
         first = sum(self.rows[: self.data_index])
-        return slice(first, first + self.rows[self.data_index]) if not self.idle else slice(0, 1)
+        return slice(first, first + self.rows[self.data_index]) if not self.idle else slice(0, min(2, sum(self.rows)))
 
     def loss_weight(self, *, full_batch: bool) -> float:
         """Return the weight of this rank's loss: its part of the batch, or 1 where every rank has the full batch."""

@@ -15,7 +15,7 @@ from typing import Any
 from torch import Tensor
 
 from codistill.evaluation.metrics import NUM_BINS, PeerMetrics
-from codistill.utils import write_text
+from codistill.utils import escape_csv, write_text
 
 
 def confusion_matrix(scores_NC: Tensor, labels_N: Tensor) -> list[list[int]]:
@@ -86,6 +86,6 @@ def write_confusion(path: Path, confusion: list[list[int]], classes: Sequence[st
     """Write the counts as CSV: a row per true class, a column per prediction."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow(["true \\ predicted", *classes])
-    writer.writerows([name, *row] for name, row in zip(classes, confusion))
+    writer.writerow(map(escape_csv, ["true \\ predicted", *classes]))
+    writer.writerows(map(escape_csv, [name, *row]) for name, row in zip(classes, confusion))
     write_text(path, stream.getvalue())

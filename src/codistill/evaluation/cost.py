@@ -9,14 +9,17 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 from codistill.methods import Method
 from codistill.peers import NetworkPeers, PeerOutputs, Peers, eval_mode
 from codistill.utils import allocated_bytes, peak_megabytes, reset_peak_memory, synchronize
+
+if TYPE_CHECKING:
+    from torch.utils.flop_counter import FlopCounterMode
 
 
 def training_flops(
@@ -37,7 +40,7 @@ def training_flops(
         views_VBCHW: Images.
         targets_B: Their labels.
     """
-    counter = FlopCounterMode(display=False)
+    counter = _count_flops()
     with eval_mode(peers), eval_mode(method), counter:
         outputs = forward(views_VBCHW)
         method(outputs, targets_B, 1.0)["loss"].backward()
@@ -62,10 +65,11 @@ def inference_cost(
     """
     device = image_CHW.device
     one_BCHW, batch_BCHW = image_CHW.unsqueeze(0), image_CHW.expand(64, *image_CHW.shape).contiguous()
-    counter = FlopCounterMode(display=False)
-    with torch.inference_mode(), torch.autocast(device.type, autocast, enabled=autocast is not None):
-        with counter:
-            student(one_BCHW)
+    counter = _count_flops()
+    in_autocast = torch.autocast(device.type, autocast, enabled=autocast is not None)
+    with torch.no_grad(), in_autocast, counter:  # in inference mode the counter breaks parametrized modules
+        student(one_BCHW)
+    with torch.inference_mode(), in_autocast:
         other_bytes = allocated_bytes(device) - sum(x.nbytes for x in (*student.parameters(), *student.buffers()))
         reset_peak_memory(device)
         latency_batch1 = _measure_milliseconds(student, one_BCHW)
@@ -76,6 +80,13 @@ def inference_cost(
         "ms_an_image_of_64": round(latency_batch64, 4),
         "peak_mb": (peak_megabytes(device) or 0.0) - other_bytes / 2**20 if device.type == "cuda" else None,
     }
+
+
+def _count_flops() -> FlopCounterMode:
+    """Return a counter; its module is imported here because it imports triton, which evaluation alone does not need."""
+    from torch.utils.flop_counter import FlopCounterMode
+
+    return FlopCounterMode(display=False)
 
 
 def _measure_milliseconds(student: nn.Module, x_BCHW: Tensor) -> float:

@@ -7,14 +7,14 @@ used elsewhere, as in DenseNet), each pair is tried separately, and the pairs th
 
 from __future__ import annotations
 
-import copy
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.fusion import fuse_conv_bn_eval
 
-from codistill.peers import Peers
+from codistill.peers import Peers, copy_module
+from codistill.utils import out_of_memory
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
 _FOLDABLE_PAIRS: WeakKeyDictionary[Peers, list[int]] = WeakKeyDictionary()
@@ -25,6 +25,9 @@ _FOLDABLE_PAIRS: WeakKeyDictionary[Peers, list[int]] = WeakKeyDictionary()
 def folded_for_evaluation(peers: Peers, example: Tensor) -> Peers:
     """Return a copy of the peers with the same outputs in evaluation mode and fewer layers; `peers` if nothing folds.
 
+    Only convolutions that hold their weight as a parameter are folded, and not those that compute it (weight_norm,
+    spectral_norm, parametrizations, pruning).
+
     Args:
         peers: They are not changed.
         example: One image or more, `B x C x H x W`.
@@ -34,6 +37,10 @@ def folded_for_evaluation(peers: Peers, example: Tensor) -> Peers:
     precision, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"  # nor in TF32, a GPU's default
     try:
         folded = _fold_checked(peers.eval(), example)
+    except Exception as error:  # a user's network may refuse to be copied or hooked; it evaluates as it is
+        if out_of_memory(error) is not None:
+            raise
+        folded = peers
     finally:
         peers.autocast, convolutions.fp32_precision = autocast, precision
     folded.autocast = autocast
@@ -64,7 +71,7 @@ def _fold_pairs(peers: Peers, example: Tensor, chosen: list[int] | None) -> tupl
     """Return a copy with the chosen pairs folded (None: all), and how many pairs there are."""
     runner, peers.stacked_runner = peers.stacked_runner, None
     try:
-        folded = copy.deepcopy(peers).eval()
+        folded = copy_module(peers).eval()
     finally:
         peers.stacked_runner = runner
     pairs = _find_pairs(folded, example)
@@ -80,6 +87,15 @@ def _fold_pairs(peers: Peers, example: Tensor, chosen: list[int] | None) -> tupl
     return folded, len(pairs)
 
 
+def _holds_its_weight(module: nn.Module) -> bool:
+    """Return whether a module is a convolution whose weight is a parameter, not computed from others at every call."""
+    return (
+        isinstance(module, nn.Conv2d)
+        and "weight" in module._parameters
+        and not module._forward_pre_hooks  # weight_norm, spectral_norm and pruning of torch.nn.utils
+    )
+
+
 def _find_pairs(peers: Peers, example: Tensor) -> list[Pair]:
     """Return each convolution whose output one BatchNorm reads, with that BatchNorm."""
     outputs: dict[int, tuple[nn.Conv2d, Tensor]] = {}  # by id; the tensors are stored so that no id is used twice
@@ -89,10 +105,10 @@ def _find_pairs(peers: Peers, example: Tensor) -> list[Pair]:
         outputs[id(output)] = (conv, output)
 
     def before_norm(norm: nn.BatchNorm2d, inputs: tuple[Tensor, ...]) -> None:
-        if id(inputs[0]) in outputs:
+        if norm.running_mean is not None and inputs and id(inputs[0]) in outputs:
             pairs[norm] = outputs[id(inputs[0])][0]
 
-    hooks = [m.register_forward_hook(after_conv) for m in peers.modules() if isinstance(m, nn.Conv2d)]
+    hooks = [m.register_forward_hook(after_conv) for m in peers.modules() if _holds_its_weight(m)]
     hooks += [m.register_forward_pre_hook(before_norm) for m in peers.modules() if isinstance(m, nn.BatchNorm2d)]
     try:
         peers(example)

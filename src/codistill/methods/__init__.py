@@ -8,6 +8,8 @@ if TYPE_CHECKING:
     from codistill.methods.base import Method as Method
     from codistill.methods.base import PeerInfo as PeerInfo
     from codistill.methods.base import Terms as Terms
+    from codistill.methods.base import combine_terms as combine_terms
+    from codistill.methods.base import takes_options as takes_options
     from codistill.methods.cl_ilr import CLILR as CLILR
     from codistill.methods.contrib.codistillation import Codistillation as Codistillation
     from codistill.methods.contrib.switokd import SwitOKD as SwitOKD
@@ -25,7 +27,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "base": "Method PeerInfo Terms",
+        "base": "Method PeerInfo Terms combine_terms takes_options",
         "cl_ilr": "CLILR",
         "contrib.codistillation": "Codistillation",
         "contrib.switokd": "SwitOKD",

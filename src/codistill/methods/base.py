@@ -14,14 +14,16 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal, Self, get_type_hints
 
 import torch
 from torch import Tensor, nn
 
-from codistill.config import DivergenceConfig, MethodConfig
+from codistill.config import METHODS, DivergenceConfig, MethodConfig
 from codistill.losses import sigmoid_ramp
 from codistill.peers import PeerOutputs, Peers
 from codistill.utils import InputError
@@ -74,6 +76,8 @@ class Method(nn.Module):
     """Whether `active_P` is among the terms: the others keep their weights and the optimizer's state."""
     holdout_fraction: float = 0.0
     """Fraction of the training set that is held out, for a method that needs it."""
+    targets_checked: bool = False
+    """Whether targets need no check (any more): they are checked at the first call alone, as that waits for a GPU."""
 
     def __init__(self, num_peers: int) -> None:
         super().__init__()
@@ -90,6 +94,11 @@ class Method(nn.Module):
         if isinstance(mode := vars(cls).get("update"), str):  # a class that uses the old name
             del cls.update
             cls.update_mode = mode  # pyrefly: ignore
+        config = vars(cls).get("Config")
+        if isinstance(config, type) and issubclass(config, MethodConfig):
+            config.method_class, config.import_name = cls, _import_name(cls)
+            if isinstance(name := getattr(cls, "name", None), str):
+                config.name = name
 
     @property
     def update(self) -> Literal["joint", "alternating"]:
@@ -101,12 +110,41 @@ class Method(nn.Module):
         self.update_mode = mode
 
     @classmethod
+    def config_class(cls) -> type[MethodConfig]:
+        """Return the class of an own method's options, `Config`.
+
+        Raises:
+            InputError: the method lacks its name, `forward` or `Config`.
+        """
+        where, config = _import_name(cls), vars(cls).get("Config")
+        name = getattr(cls, "name", None)
+        if not isinstance(name, str) or not name.strip():
+            raise InputError(f'method {where} has no name; set `name = "..."` on the class')
+        if name in METHODS:
+            raise InputError(f"method {where}: codistill has a method called {name}; set another `name`")
+        if cls.forward is Method.forward:
+            raise InputError(f"method {where} has no `forward`; write one: (outputs, targets_B, weight) -> terms")
+        if not (isinstance(config, type) and issubclass(config, MethodConfig)) or not dataclasses.is_dataclass(config):
+            raise InputError(f"method {where} has no options; add a dataclass `class Config(MethodConfig)` to it")
+        if "__dataclass_fields__" not in vars(config):
+            raise InputError(f"method {where}: decorate its Config with @dataclass(kw_only=True)")
+        return config
+
+    @classmethod
     def build(cls, config: MethodConfig, info: PeerInfo) -> Self:
         """Build the method from its config; overridden where the number of peers is not all it needs to know."""
         return cls(num_peers=info.num_peers, **dataclasses.asdict(config))
 
     def weight_at(self, epoch: float) -> float:
-        """Return the ramp's value in an epoch; epochs are counted from 0."""
+        """Return the ramp's value in an epoch; epochs are counted from 0.
+
+        A method that is built by hand does not know the length of the run: its ramp lasts `ramp_epochs` (80 where it is
+        not given, as in the papers' runs of 300 epochs), so give `ramp_epochs` in a shorter run of your own.
+
+        >>> import codistill as cd
+        >>> f"{cd.methods.OKDDip(4, 64).weight_at(9):.3f}, {cd.methods.OKDDip(4, 64, ramp_epochs=3).weight_at(9):.3f}"
+        '0.020, 1.000'
+        """
         return sigmoid_ramp(epoch, self.ramp_epochs)
 
     def snapshot_interval(self, steps_per_epoch: int) -> int:
@@ -116,6 +154,19 @@ class Method(nn.Module):
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms of the loss; `weight` is the ramp's value, from `weight_at`."""
         raise NotImplementedError
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Terms:
+        """Return the terms of the loss; see `forward`.
+
+        Raises:
+            InputError: the targets of the first call are neither class numbers nor soft labels (see `check_targets`).
+        """
+        if not self.targets_checked:
+            arguments = {**dict(zip(("outputs", "targets_B"), args)), **kwargs}
+            if isinstance(arguments.get("outputs"), PeerOutputs) and "targets_B" in arguments:
+                check_targets(arguments["outputs"].logits_PBC, arguments["targets_B"])
+            self.targets_checked = True
+        return super().__call__(*args, **kwargs)
 
     def check(self, outputs: PeerOutputs) -> None:
         """Raise InputError if `outputs` lacks something that the method needs; the message says how to provide it."""
@@ -138,12 +189,56 @@ class Method(nn.Module):
         """Update the method's own state from the outputs on the holdout, once per epoch."""
 
     def deploy(self, peers: Peers) -> nn.Module:
-        """Return the one plain network that is deployed."""
-        return peers.export_member(self.deployed)
+        """Return the one plain network that is deployed, in evaluation mode."""
+        return peers.export_member(self.deployed).eval()
 
     def deploy_ensemble(self, peers: Peers) -> nn.Module:
-        """Return the ensemble as one network that returns log-probabilities, at the cost of all its members."""
+        """Return the ensemble as one network that returns log-probabilities, at the cost of all its members.
+
+        It holds the peers themselves. Evaluation mode is left to the caller, who may go on training them.
+        """
         return Ensemble(peers, self)
+
+
+def check_targets(logits_PBC: Tensor, targets: Any) -> None:
+    """Check the labels of a batch.
+
+    Args:
+        logits_PBC: The peers' logits.
+        targets: What must be class numbers `B`, int64 from 0 to C - 1, or soft labels `B x C`, whose rows sum to 1.
+
+    Raises:
+        InputError: they are neither.
+
+    >>> check_targets(torch.zeros(2, 3, 10), torch.tensor([0, 9, 4]))
+    """
+    if not isinstance(targets, Tensor):
+        raise InputError(f"the targets are a {type(targets).__name__}; give a tensor of class numbers, int64")
+    batch, classes = logits_PBC.shape[-2:]
+    shape = " x ".join(map(str, targets.shape))
+    if targets.is_floating_point():
+        if targets.shape != (batch, classes):
+            raise InputError(
+                f"the targets are {targets.dtype} of shape {shape or 'one number'}; give class numbers (int64, "
+                f"{batch}) or soft labels ({batch} x {classes})"
+            )
+        rows = targets.detach().double().cpu() if targets.device.type != "mps" else targets.detach().cpu().double()
+        if not bool((rows >= 0).all() and ((rows.sum(-1) - 1).abs() < 0.02).all()):
+            raise InputError(
+                "the targets are no soft labels: their rows must be 0 or more and sum to 1 (several labels an image "
+                "are not supported)"
+            )
+        return
+    if targets.dtype != torch.int64:
+        raise InputError(f"the targets are {targets.dtype}; give class numbers as int64 (targets.long())")
+    if targets.shape != (batch,):
+        raise InputError(f"the targets are of shape {shape or 'one number'}; give one class number a sample ({batch})")
+    low, high = (int(bound) for bound in targets.aminmax()) if batch else (0, 0)
+    if low < 0 or high >= classes:
+        wrong = low if low < 0 else high
+        raise InputError(
+            f"a target is {wrong}, which is none of the {classes} classes; they count from 0 to {classes - 1}"
+        )
 
 
 class Ensemble(nn.Module):
@@ -156,6 +251,51 @@ class Ensemble(nn.Module):
     def forward(self, x_BCHW: Tensor) -> Tensor:
         """Return `B x C` log-probabilities."""
         return self.method.ensemble(self.peers(x_BCHW))
+
+
+def _import_name(cls: type) -> str:
+    """Return the package.module:Class of a class; the module of a script is its file's name."""
+    module = cls.__module__
+    if module in ("__main__", "__mp_main__"):
+        main = sys.modules[module]
+        spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
+        module = spec.name if spec is not None else Path(file).stem if file else module
+    return f"{module}:{cls.__qualname__}"
+
+
+def check_first_terms(method: Method) -> None:
+    """Let a method check the terms that its `forward` returns, in its first call only."""
+
+    def check(_module: nn.Module, _inputs: Any, terms: Any) -> None:
+        handle.remove()
+        _check_terms(method, terms)
+
+    _check_needs(method)
+    handle = method.register_forward_hook(check)
+
+
+def _check_needs(method: Method) -> None:
+    """Raise InputError if the method asks the training loop for something that does not exist."""
+    known = {"views", "holdout", *_NEEDED_OUTPUTS}
+    if unknown := sorted(set(method.needs) - known):
+        raise InputError(f"method {method.name} needs {', '.join(unknown)}; it may need {', '.join(sorted(known))}")
+
+
+def _check_terms(method: Method, terms: Any) -> None:
+    """Raise InputError if the terms are not what the training loop expects of them."""
+    start, count = f"method {method.name}: forward must return a dict of tensors", method.num_peers
+    if not isinstance(terms, dict) or not all(isinstance(value, Tensor) for value in terms.values()):
+        kind = "other values in it" if isinstance(terms, dict) else type(terms).__name__
+        raise InputError(f"{start}, not {kind}; combine_terms makes it")
+    shapes = {"loss": (), "loss_P": (count,), "ce_P": (count,), "distill_P": (count,)}
+    if missing := [name for name in shapes if name not in terms]:
+        raise InputError(f"{start} with {', '.join(shapes)}; {', '.join(missing)} is missing; combine_terms makes it")
+    for name, shape in shapes.items():
+        if tuple(terms[name].shape) != shape:
+            wanted = f"one number a peer, {count}" if shape else "one number"
+            raise InputError(f"method {method.name}: {name} has the shape {tuple(terms[name].shape)}; give {wanted}")
+    if torch.is_grad_enabled() and not (terms["loss"].requires_grad and terms["loss_P"].requires_grad):
+        raise InputError(f"method {method.name}: its loss has no gradient; compute it from logits_PBC, not detached")
 
 
 def combine_terms(
@@ -185,7 +325,7 @@ def takes_options(config: type[MethodConfig], without: Sequence[str] = ()) -> Ca
         config: The class of `options`.
         without: Fields that do not become arguments.
 
-    >>> from codistill.config.methods import ONEConfig
+    >>> from codistill.config import ONEConfig
     >>> class Half(Method):
     ...     @takes_options(ONEConfig)
     ...     def __init__(self, num_peers, options):

@@ -34,6 +34,11 @@ class CLILR(Method):
         num_peers: Heads H, at least 2.
         options: The fields of `CLILRConfig`; the default temperature is 2 for the paper, 3 for okddip_code, whose
             default ramp is 80 epochs.
+
+    >>> from codistill.peers import PeerOutputs
+    >>> outputs = PeerOutputs(torch.zeros(3, 8, 10), [])
+    >>> CLILR(num_peers=3)(outputs, torch.arange(8))["ce_P"]
+    tensor([2.3026, 2.3026, 2.3026])
     """
 
     name = "cl_ilr"

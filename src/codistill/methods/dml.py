@@ -36,6 +36,11 @@ class DML(Method):
         num_peers: Networks K, at least 2.
         options: The fields of `DMLConfig`; the default temperature is 3 under okddip_code, else 1, the default update
             joint under okddip_code, else alternating.
+
+    >>> from codistill.peers import PeerOutputs
+    >>> outputs = PeerOutputs(torch.zeros(2, 8, 10), [])
+    >>> DML(num_peers=2)(outputs, torch.arange(8))["loss"].item()  # 2 log 10: equal peers teach each other nothing
+    4.605...
     """
 
     name = "dml"

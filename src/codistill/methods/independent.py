@@ -20,6 +20,11 @@ class Independent(Method):
     Args:
         num_peers: Number of members.
         options: The fields of `IndependentConfig`.
+
+    >>> from codistill.peers import PeerOutputs
+    >>> outputs = PeerOutputs(torch.zeros(2, 8, 10), [])
+    >>> Independent(num_peers=2)(outputs, torch.arange(8))["loss"].item()  # 2 log 10
+    4.605...
     """
 
     name = "independent"

@@ -28,6 +28,11 @@ class KD(Method):
     Args:
         num_peers: Members.
         options: The fields of `KDConfig` but the teacher; defaults of None are the variant's, above.
+
+    >>> from codistill.peers import PeerOutputs
+    >>> outputs = PeerOutputs(torch.zeros(1, 8, 10), [], teacher_logits_BC=torch.zeros(8, 10))
+    >>> KD()(outputs, torch.arange(8))["loss"].item()  # 0.1 log 10
+    0.2302...
     """
 
     name = "kd"

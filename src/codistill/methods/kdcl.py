@@ -34,6 +34,11 @@ class KDCL(Method):
     Args:
         num_peers: Networks, at least 2.
         options: The fields of `KDCLConfig`.
+
+    >>> from codistill.peers import PeerOutputs
+    >>> outputs = PeerOutputs(torch.zeros(2, 8, 10), [])
+    >>> KDCL(num_peers=2, target="naive")(outputs, torch.arange(8))["weights_BP"][0]
+    tensor([1., 0.])
     """
 
     name = "kdcl"

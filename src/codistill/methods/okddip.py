@@ -46,11 +46,18 @@ class OKDDip(Method):
     Args:
         num_peers: Members, the leader (the last one) included; at least 3.
         feature_dim: Width D of the auxiliary peers' features; the projections go from D to D // 8.
-        options: The fields of `OKDDipConfig`; the default ramp is 80 epochs.
+        options: The fields of `OKDDipConfig`; give `ramp_epochs` in a run of your own that is shorter than the papers'
+            300 epochs, since the default ramp of 80 epochs is only scaled to the length of a run by `codistill.train`.
         seed: Chooses the member that is deployed under `ablation="no_leader"`.
 
     Raises:
         InputError: the features are too narrow to project.
+
+    >>> from codistill.peers import PeerOutputs
+    >>> outputs = PeerOutputs(torch.zeros(4, 8, 10), [torch.zeros(8, 64)] * 4)
+    >>> terms = OKDDip(num_peers=4, feature_dim=64)(outputs, torch.arange(8))
+    >>> terms["attention_BAA"].shape, terms["loss"].item()  # 4 log 10
+    (torch.Size([8, 3, 3]), 9.210...)
     """
 
     name = "okddip"

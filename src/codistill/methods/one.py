@@ -33,6 +33,11 @@ class ONE(Method):
         num_peers: Branches.
         trunk_dim: Channels D of the trunk where it forks.
         options: The fields of `ONEConfig`; the default ramp is 80 epochs, none for the paper.
+
+    >>> from codistill.peers import PeerOutputs
+    >>> outputs = PeerOutputs(torch.zeros(3, 8, 10), [], trunk_BD=torch.zeros(8, 16))
+    >>> ONE(num_peers=3, trunk_dim=16)(outputs, torch.arange(8))["gate_BP"][0]
+    tensor([0.3333, 0.3333, 0.3333])
     """
 
     name = "one"

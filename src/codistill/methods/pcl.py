@@ -36,6 +36,12 @@ class PCL(Method):
         feature_dims: Width of each peer's features; they may differ.
         num_classes: Classes C.
         options: The fields of `PCLConfig`; the default ramp is 80 epochs.
+
+    >>> from codistill.peers import PeerOutputs
+    >>> logits_PBC = torch.zeros(3, 8, 10)
+    >>> outputs = PeerOutputs(logits_PBC, [torch.zeros(8, 64)] * 3, ema_logits_PBC=logits_PBC)
+    >>> PCL(num_peers=3, feature_dims=[64] * 3, num_classes=10)(outputs, torch.arange(8))["ce_P"]
+    tensor([2.3026, 2.3026, 2.3026])
     """
 
     name = "pcl"

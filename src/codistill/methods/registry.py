@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from codistill.config import MethodConfig
-from codistill.methods.base import Method, PeerInfo
+from codistill.config import METHODS, MethodConfig
+from codistill.methods.base import Method, PeerInfo, check_first_terms
 from codistill.methods.cl_ilr import CLILR
 from codistill.methods.contrib.codistillation import Codistillation
 from codistill.methods.contrib.switokd import SwitOKD
@@ -15,6 +15,7 @@ from codistill.methods.okddip import OKDDip
 from codistill.methods.one import ONE
 from codistill.methods.pcl import PCL
 from codistill.peers import Peers
+from codistill.utils import InputError
 
 CLASSES: dict[str, type[Method]] = {
     method.name: method for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL, Codistillation, SwitOKD)
@@ -25,6 +26,15 @@ def build_method(config: MethodConfig, peers: Peers, seed: int = 0) -> Method:
     """Build the method of `config` for these peers.
 
     Raises:
-        InputError: the peers lack something that the method needs.
+        InputError: the peers lack something that the method needs, or an own method is not complete.
     """
-    return CLASSES[config.name].build(config, PeerInfo.of(peers, seed))
+    info = PeerInfo.of(peers, seed)
+    if type(config) is METHODS.get(config.name):
+        return CLASSES[config.name].build(config, info)
+    if config.method_class is None:
+        raise InputError(f"{type(config).__name__} belongs to no method; set it as `Config` on the method's class")
+    own: type[Method] = config.method_class
+    own.config_class()
+    method = own.build(config, info)
+    check_first_terms(method)
+    return method

@@ -16,11 +16,14 @@ if TYPE_CHECKING:
     from codistill.models.registry import has_weights as has_weights
     from codistill.models.registry import resolve as resolve
     from codistill.models.registry import source_of as source_of
+    from codistill.models.weights import without_prefix as without_prefix
+    from codistill.models.weights import without_wrappers as without_wrappers
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "external": "EXTERNAL_MODELS LogitsOnly Source pretrained_statistics takes_only_rgb",
         "registry": "MODELS WithWeights build has_weights resolve source_of",
+        "weights": "without_prefix without_wrappers",
     },
 )

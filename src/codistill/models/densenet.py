@@ -39,10 +39,10 @@ def _norm_relu(channels: int) -> list[nn.Module]:
 
 
 def _initialize(model: nn.Module) -> None:
-    """Kaiming-normal convolutions (fan-out), no bias in the classifier; the rest keeps torch's defaults."""
+    """Kaiming-normal convolutions (fan-in), no bias in the classifier; the rest keeps torch's defaults."""
     for module in model.modules():
         if isinstance(module, nn.Conv2d):
-            nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")
+            nn.init.kaiming_normal_(module.weight, mode="fan_in", nonlinearity="relu")
         elif isinstance(module, nn.Linear):
             nn.init.zeros_(module.bias)
 

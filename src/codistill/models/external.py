@@ -12,18 +12,16 @@ import difflib
 import importlib
 import inspect
 import re
-import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 from torch import Tensor, nn
 
 from codistill.models.weights import load_weights
-from codistill.utils import InputError, current_network_name, first_line
+from codistill.utils import InputError, current_network_name, first_line, import_object
 
 KINDS = {
     "timm": "timm:NAME[,OPTION=VALUE ...]",
@@ -31,9 +29,9 @@ KINDS = {
     "hf": "hf:PATH (a transformers image classifier)",
 }
 EXTERNAL_MODELS = {
-    "timm:NAME": "any classifier of timm (pip install 'codistill[timm]')",
+    "timm:NAME": "any classifier of timm (pip install timm)",
     "torchvision:NAME": "any classifier of torchvision; takes 3 channels",
-    "hf:PATH": "an image classifier of transformers (pip install 'codistill[transformers]')",
+    "hf:PATH": "an image classifier of transformers (pip install transformers)",
     "package.module:callable": "your own code; called with num_classes, in_channels, image_size, if it takes them",
 }
 # Auxiliary classifiers would make these return tuples while they train.
@@ -157,7 +155,7 @@ def _import_library(source: Source, module: str) -> Any:
         return importlib.import_module(module)
     except ImportError:
         extra = {"hf": "transformers"}.get(source.kind, source.kind)
-        raise InputError(f"--model {source.name} needs: pip install 'codistill[{extra}]'") from None
+        raise InputError(f"--model {source.name} needs: pip install {extra}") from None
 
 
 def _build_timm(source: Source, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
@@ -212,20 +210,25 @@ class LogitsOnly(nn.Module):
 def _build_hf(source: Source, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     transformers = _import_library(source, "transformers")
     with errors_as_sentences(source):
-        model_cfg = transformers.AutoConfig.from_pretrained(source.path, **source.options)
+        # Without this option transformers asks whether to run the folder's code.
+        options = {"trust_remote_code": False} | source.options
+        model_cfg = transformers.AutoConfig.from_pretrained(source.path, **options)
+        trust = {"trust_remote_code": bool(options["trust_remote_code"])}
         model_cfg.num_labels = num_classes
         classifier = transformers.AutoModelForImageClassification
         if source.pretrained:
             if in_channels != 3:
                 raise InputError(f"--pretrained {source.name} takes 3 channels; leave --channels out or give 3")
             with _quiet(transformers):
-                loaded = classifier.from_pretrained(source.path, config=model_cfg, ignore_mismatched_sizes=True)
+                loaded = classifier.from_pretrained(
+                    source.path, config=model_cfg, ignore_mismatched_sizes=True, **trust
+                )
             return LogitsOnly(loaded)
         if hasattr(model_cfg, "num_channels"):
             model_cfg.num_channels = in_channels
         if hasattr(model_cfg, "image_size") and image_size is not None:
             model_cfg.image_size = image_size
-        return LogitsOnly(classifier.from_config(model_cfg))
+        return LogitsOnly(classifier.from_config(model_cfg, **trust))
 
 
 def _hf_preprocessing(source: Source) -> Any:
@@ -256,21 +259,33 @@ def _quiet(transformers: Any) -> Iterator[None]:
 
 def _build_imported(source: Source, num_classes: int, in_channels: int, image_size: int | None) -> nn.Module:
     factory = import_callable(source)
+    if inspect.isbuiltin(factory):  # os.abort, time.time: none of them builds a network, and some end the process
+        raise InputError(
+            f"--model {source.name} is a function of Python itself; name a class or function that returns an nn.Module"
+        )
     if source.pretrained:
         raise InputError(
             f"--pretrained: {source.name} is your own code; load its weights there, or give --weights FILE"
         )
     kwargs = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     with errors_as_sentences(source):
-        network = factory(**(accepted_kwargs(factory, kwargs) | source.options))
+        try:
+            network = factory(**(accepted_kwargs(factory, kwargs) | source.options))
+        except SystemExit as error:
+            raise RuntimeError(f"it ends the process with {error}") from None
     if not isinstance(network, nn.Module):
         raise InputError(f"--model {source.name} returned {type(network).__name__}; it must return an nn.Module")
+    if not any(True for _ in network.parameters()):
+        raise InputError(f"--model {source.name} returned {type(network).__name__}, which has no parameters to train")
     return network
 
 
 def accepted_kwargs(function: Callable[..., Any], kwargs: dict[str, Any]) -> dict[str, Any]:
     """Return those of `kwargs` that a callable takes; with `**kwargs` among its own, also `num_classes`."""
-    parameters = inspect.signature(function).parameters
+    try:
+        parameters = inspect.signature(function).parameters
+    except ValueError:  # some classes written in C have no signature
+        return {}
     names = {name for name, p in parameters.items() if p.kind is not p.VAR_KEYWORD}
     if len(names) < len(parameters):
         names.add("num_classes")
@@ -279,25 +294,7 @@ def accepted_kwargs(function: Callable[..., Any], kwargs: dict[str, Any]) -> dic
 
 def import_callable(source: Source) -> Callable[..., nn.Module]:
     """Import `package.module:callable`; modules of the working folder are found too, as with `python -m`."""
-    folder = str(Path.cwd())
-    sys.path.insert(0, folder)
-    try:
-        module = importlib.import_module(source.kind)
-    except ModuleNotFoundError as error:
-        if error.name is not None and not (source.kind + ".").startswith(error.name + "."):
-            raise InputError(
-                f"--model {source.name}: {source.kind} needs {error.name}, which is not installed"
-            ) from None
-        raise InputError(
-            f'--model {source.name}: there is no module "{source.kind}"{_suggest_name(source.kind, KINDS)}; give '
-            f"{', '.join(KINDS)} or an importable package.module before the colon"
-        ) from None
-    finally:
-        sys.path.remove(folder)
-    factory = getattr(module, source.path, None)
-    if not callable(factory):
-        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
-        raise InputError(
-            f'--model {source.name}: {source.kind} has no callable "{source.path}"{_suggest_name(source.path, names)}'
-        )
-    return factory
+    hint = lambda module: (  # noqa: E731
+        f"{_suggest_name(module, KINDS)}; give {', '.join(KINDS)} or an importable package.module before the colon"
+    )
+    return import_object(source.kind, source.path, f"--model {source.name}", hint)

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor, nn
 
 from codistill.utils import InputError, first_line, load_tensors
+
+WRAPPER = "_orig_mod."
+"""What torch.compile puts into the names of the weights of a compiled module."""
 
 
 def read_weights(path: str) -> dict[str, Tensor]:
@@ -26,7 +30,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         state = load_tensors(file)
     except Exception as error:  # a damaged file may raise anything
         raise InputError(f"--weights {path} cannot be read ({first_line(error)})") from None
-    for key in ("state_dict", "model"):
+    for key in ("state_dict", "model_state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"--weights {path} contains no state dict; save model.state_dict()")
@@ -44,7 +48,9 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], flag: str) -> n
     Raises:
         InputError: a weight other than the classifier's is missing, unknown or of another shape.
     """
+    outer, network = network, without_wrappers(network)
     own = network.state_dict()
+    weights = without_prefix(weights, own)
     resized = {key for key in (*own, *weights) if _is_resized_classifier(network, key, own, weights)}
     unmatched = [key for key in (*own, *weights) if key not in resized and (key not in own or key not in weights)]
     unmatched = [
@@ -55,10 +61,45 @@ def load_weights(network: nn.Module, weights: dict[str, Tensor], flag: str) -> n
         if key in own and key in weights:
             reason = f"shapes {tuple(weights[key].shape)} and {tuple(own[key].shape)}"
         else:
-            reason = "the file lacks it" if key in own else "the network has no such weight"
+            prefixed = next((name for name in weights if name.endswith(f".{key}")), None)
+            lacks = "the file lacks it" if prefixed is None else f"the file has {prefixed}"
+            reason = lacks if key in own else "the network has no such weight"
         raise InputError(f"{flag} does not fit the network at {key} ({reason}); name the network that was trained")
     network.load_state_dict({k: v for k, v in weights.items() if k in own and k not in resized}, strict=False)
-    return network
+    return outer
+
+
+def without_wrappers(network: nn.Module) -> nn.Module:
+    """Return the network inside torch.compile's and (Distributed)DataParallel's, whose prefixes names would carry."""
+    while True:
+        if isinstance(inner := getattr(network, "_orig_mod", None), nn.Module):
+            network = inner
+        elif isinstance(network, nn.DataParallel | nn.parallel.DistributedDataParallel):
+            network = network.module
+        else:
+            return network
+
+
+def without_prefix(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return weights under the names of the network, where another program put it into a module of its own.
+
+    `module.` is DataParallel's prefix, `_orig_mod.` torch.compile's; in a Lightning checkpoint it is the attribute that
+    holds the network. What has no such prefix (a loss with weights) is left out.
+
+    Args:
+        weights: As the file names them.
+        own: As the network names them; every name ends one in the file, after the same prefix.
+    """
+    weights = dict(weights)
+    if not any(WRAPPER in name for name in own):
+        weights = {name.replace(WRAPPER, ""): value for name, value in weights.items()}
+    names = [name for name in own if not name.endswith("num_batches_tracked")]
+    if not names or any(name in weights for name in names):
+        return weights
+    for prefix in (name.removesuffix(names[0]) for name in weights if name.endswith(f".{names[0]}")):
+        if all(prefix + name in weights for name in names):
+            return {name.removeprefix(prefix): value for name, value in weights.items() if name.startswith(prefix)}
+    return weights
 
 
 def _is_resized_classifier(network: nn.Module, key: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> bool:

@@ -12,8 +12,10 @@ if TYPE_CHECKING:
     from codistill.peers.ema import MeanTeacher as MeanTeacher
     from codistill.peers.ema import SnapshotTeacher as SnapshotTeacher
     from codistill.peers.from_config import build_peers as build_peers
+    from codistill.peers.modes import copy_module as copy_module
     from codistill.peers.modes import eval_mode as eval_mode
     from codistill.peers.modes import frozen_batchnorm_stats as frozen_batchnorm_stats
+    from codistill.peers.modes import train_mode as train_mode
     from codistill.peers.networks import NetworkPeers as NetworkPeers
     from codistill.peers.shared_trunk import SharedModule as SharedModule
     from codistill.peers.split_head import SplitMember as SplitMember
@@ -28,7 +30,7 @@ __getattr__, __dir__ = lazy_names(
         "branches": "BranchPeers",
         "ema": "MeanTeacher SnapshotTeacher",
         "from_config": "build_peers",
-        "modes": "eval_mode frozen_batchnorm_stats",
+        "modes": "copy_module eval_mode frozen_batchnorm_stats train_mode",
         "networks": "NetworkPeers",
         "shared_trunk": "SharedModule",
         "split_head": "SplitMember",

@@ -106,6 +106,8 @@ def default_fork(spec: Spec, member: SplitMember, in_channels: int, image_size: 
 def branch_point_rows(model: str, image_size: int | None = None) -> list[dict[str, str]]:
     """Return a table of the modules at which a network of 100 classes may fork, in the order in which they run.
 
+    Each is tried as training does, so that none is offered that is refused afterwards.
+
     Args:
         model: Name of the network (see `codistill.models.resolve`).
         image_size: Height and width of the images; default the network's own, 224 for a library's, else 32.
@@ -116,6 +118,8 @@ def branch_point_rows(model: str, image_size: int | None = None) -> list[dict[st
     >>> [row["module"] for row in branch_point_rows("resnet8")][:6]
     ['bn1', 'layer1', 'layer1.0', 'layer2', 'layer2.0', 'layer3 (default)']
     """
+    from codistill.peers.branches import can_fork  # which imports this module
+
     if image_size is not None and image_size < 8:
         raise InputError(f"--image-size is {image_size}; give 8 or more")
     factory = resolve(model)
@@ -124,7 +128,7 @@ def branch_point_rows(model: str, image_size: int | None = None) -> list[dict[st
     network = build(factory, num_classes=100, in_channels=3, image_size=image_size)
     example = dummy_input(network, 3, size)
     member = split_head(network, example)
-    points = branch_points(member.body, member.head_path, example)
+    points = [p for p in branch_points(member.body, member.head_path, example) if can_fork(member, p.path, example)]
     default = find_default_fork(model, member, 3, size)
     total = sum(p.numel() for p in member.parameters())
     head = sum(p.numel() for p in member.head.parameters())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branch_points import default_fork
 from codistill.peers.members import Spec, build_members
-from codistill.peers.modes import eval_mode
+from codistill.peers.modes import copy_module, eval_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule, share_until
 from codistill.peers.split_head import SplitMember, dummy_input
 from codistill.utils import InputError
@@ -183,3 +183,22 @@ class BranchPeers(Peers):
             trunk = None if own_views else self.trunk_output().to(pairs[0][0].dtype)
         self.clear_cache()
         return self._stack_outputs(pairs, trunk)
+
+
+def can_fork(member: SplitMember, fork: str, example: Tensor) -> bool:
+    """Return whether branches of a network can share what runs before a module, as `BranchPeers` checks it.
+
+    Args:
+        member: The network; it is copied.
+        fork: Path of the first module of every branch.
+        example: Images that it takes, `B x C x H x W`.
+    """
+    peers = BranchPeers.__new__(BranchPeers)
+    Peers.__init__(peers)
+    try:
+        peers._share([copy_module(member), copy_module(member)], [fork], [2], example)
+        with eval_mode(peers):
+            peers._verify(fork, example)
+    except InputError:
+        return False
+    return True

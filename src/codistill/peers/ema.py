@@ -5,13 +5,13 @@ Shapes: V views, P peers, B batch, C classes, H height, W width.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
 
 from codistill.peers.base import PeerOutputs, Peers
+from codistill.peers.modes import copy_module
 
 
 class MeanTeacher(nn.Module):
@@ -27,7 +27,7 @@ class MeanTeacher(nn.Module):
 
     def __init__(self, peers: Peers, decay: float) -> None:
         super().__init__()
-        self.peers = copy.deepcopy(peers).requires_grad_(False)
+        self.peers = copy_module(peers).requires_grad_(False)
         self.decay = decay
         _track_running_stats(self.peers, enabled=False)  # in training: batch statistics, nothing recorded
 

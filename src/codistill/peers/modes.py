@@ -1,12 +1,33 @@
-"""Context managers that change the mode of modules and restore it: train or eval, and BatchNorm's statistics."""
+"""Copies of modules, and context managers that change the mode of modules (train or eval, BatchNorm's statistics)."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
+from typing import Any, TypeVar
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+
+Module = TypeVar("Module", bound=nn.Module)
+
+
+def copy_module(module: Module, memo: dict[int, Any] | None = None) -> Module:
+    """Return an independent copy of a module that may keep computed tensors (deepcopy refuses those with a graph).
+
+    `weight_norm`, `spectral_norm` and pruning of `torch.nn.utils` keep the weight that they compute as an attribute.
+
+    Args:
+        module: What is copied.
+        memo: Objects that are not copied, by id, and what stands for them in the copy (see `copy.deepcopy`).
+    """
+    memo = {} if memo is None else memo
+    for submodule in module.modules():
+        for value in vars(submodule).values():
+            if isinstance(value, Tensor) and not value.is_leaf:
+                memo[id(value)] = value.detach().clone()
+    return copy.deepcopy(module, memo)
 
 
 @contextmanager

@@ -8,7 +8,6 @@ say) are shared too. The fork's module itself is wrapped in a `BranchEntry`, whe
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from codistill.losses import scale_gradient
-from codistill.peers.modes import eval_mode
+from codistill.peers.modes import copy_module, eval_mode
 from codistill.utils import InputError
 
 
@@ -86,7 +85,7 @@ class BranchEntry(_Wrapper):
 
 def plain_copy(module: nn.Module) -> nn.Module:
     """Return an independent copy in which every `SharedModule` and `BranchEntry` is replaced by the module inside."""
-    plain = copy.deepcopy(module)
+    plain = copy_module(module)
     while wrapped := [(n, m) for n, m in plain.named_modules() if isinstance(m, SharedModule | BranchEntry)]:
         name, wrapper = wrapped[0]
         plain.set_submodule(name, wrapper.inner)

@@ -5,14 +5,13 @@ Shapes: B batch, C classes, D features.
 
 from __future__ import annotations
 
-import copy
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from codistill.peers.modes import eval_mode, frozen_batchnorm_stats, no_batchnorm_update, train_mode
+from codistill.peers.modes import copy_module, eval_mode, frozen_batchnorm_stats, no_batchnorm_update, train_mode
 from codistill.peers.shared_trunk import plain_copy
 from codistill.utils import InputError, first_line
 
@@ -45,7 +44,7 @@ class SplitMember(nn.Module):
     def to_plain_module(self) -> nn.Module:
         """Return an independent copy of the classifier, in one piece as it was before the split."""
         plain = plain_copy(self.body)
-        plain.set_submodule(self.head_path, copy.deepcopy(self.head))
+        plain.set_submodule(self.head_path, copy_module(self.head))
         return plain
 
 
@@ -81,11 +80,12 @@ def split_head(model: nn.Module, example: Tensor | None = None) -> SplitMember:
 
 
 def _head_candidates(model: nn.Module) -> list[str]:
-    names = {module: name for name, module in model.named_modules()}
+    names_to_modules = dict(model.named_modules())
+    names = {module: name for name, module in names_to_modules.items()}
     declared = getattr(model, "head_path", None)
     if declared is not None:
-        head = model.get_submodule(declared)
-        if not any(isinstance(module, nn.Linear) for module in head.modules()):
+        head = names_to_modules.get(declared)
+        if head is None or not any(isinstance(module, nn.Linear) for module in head.modules()):
             raise InputError(f'--model {_model_name(model)}: its head_path "{declared}" leads to no nn.Linear')
         return [declared]
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
@@ -123,6 +123,11 @@ def _whole_outputs(model: nn.Module, example: Tensor) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2:
         kind = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(f"--model {_model_name(model)} returns {kind}; peers need logits, one row per image")
+    if len(outputs) != len(example):
+        raise InputError(
+            f"--model {_model_name(model)} returns {len(outputs)} rows for one image of {shape} "
+            "(its view or reshape is meant for another size); give another --image-size"
+        )
     return outputs
 
 

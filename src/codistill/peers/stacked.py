@@ -11,7 +11,6 @@ Shapes: V views, P peers, B batch, C channels or classes, D features.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 from codistill.losses import scale_gradient
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branches import BranchPeers
-from codistill.peers.modes import frozen_batchnorm_stats, train_mode
+from codistill.peers.modes import copy_module, frozen_batchnorm_stats, train_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule
 from codistill.utils import InputError
 
@@ -96,14 +95,14 @@ class StackedConv2d(nn.Conv2d):
 
     def dense_weight(self, dtype: torch.dtype) -> Tensor:
         """Return the merged groups' weight, made once: zeros, with blocks to be filled with the members' weights."""
-        held: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_dense", {})
-        if dtype not in held:
+        dense_weights: dict[torch.dtype, Tensor] = self.__dict__.setdefault("_dense", {})
+        if dtype not in dense_weights:
             rows, columns, *kernel = self.weight.shape
             dense = self.weight.new_zeros(
                 rows, columns * (self.num_peers // self.num_merged_groups), *kernel, dtype=dtype
             )
-            held[dtype] = dense.contiguous(memory_format=torch.channels_last)
-        return held[dtype]
+            dense_weights[dtype] = dense.contiguous(memory_format=torch.channels_last)
+        return dense_weights[dtype]
 
     def by_member(self, weight: Tensor) -> Tensor:
         """Return a view `G x M x O x I x h x w` of a stacked weight: M members in each of G merged groups."""
@@ -156,7 +155,7 @@ class StackedPeers:
         """Stacked BatchNorms and their members' common count of batches."""
         self._parts: list[list[Tensor]] = []
         """For every one of `parameters`, the members' parameters that it concatenates."""
-        body = copy.deepcopy(members[0].body, {id(shared): shared for shared in trunk})
+        body = copy_module(members[0].body, {id(shared): shared for shared in trunk})
         self.body = self._convert(body, [m.body for m in members])
         heads = [m.head for m in members if isinstance(m.head, nn.Linear)]
         if len(heads) < len(members):

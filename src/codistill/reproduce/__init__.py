@@ -6,6 +6,7 @@ from codistill.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
     from codistill.reproduce.command_line import format_command as format_command
+    from codistill.reproduce.comparison import add_earlier_rows as add_earlier_rows
     from codistill.reproduce.comparison import check_comparison_folder as check_comparison_folder
     from codistill.reproduce.comparison import check_options as check_options
     from codistill.reproduce.comparison import comparison_folder as comparison_folder
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from codistill.reproduce.recipes.demo import demo as demo
     from codistill.reproduce.report.page import write_report as write_report
     from codistill.reproduce.statistics import comparison_rows as comparison_rows
+    from codistill.reproduce.statistics import summarize_comparison as summarize_comparison
     from codistill.reproduce.table_figures import make_figures as make_figures
     from codistill.reproduce.table_folder import make_executor as make_executor
     from codistill.reproduce.table_folder import prepare_table_folder as prepare_table_folder
@@ -36,7 +38,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "command_line": "format_command",
         "comparison": (
-            "check_comparison_folder check_options comparison_folder comparison_title "
+            "add_earlier_rows check_comparison_folder check_options comparison_folder comparison_title "
             "describe_comparison plan_comparison write_comparison"
         ),
         "grid": "list_failures run_grid",
@@ -45,7 +47,7 @@ __getattr__, __dir__ = lazy_names(
         "recipes": "TABLES",
         "recipes.demo": "METHODS demo",
         "report.page": "write_report",
-        "statistics": "comparison_rows",
+        "statistics": "comparison_rows summarize_comparison",
         "table_figures": "make_figures",
         "table_folder": "make_executor prepare_table_folder raise_failures write_table",
         "table_rows": "make_table_rows table_notes",

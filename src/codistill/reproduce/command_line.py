@@ -6,28 +6,41 @@ import dataclasses
 import shlex
 from typing import Any
 
-from codistill.config import Config
+from codistill.config import Config, UnimportedConfig
 
 
 def format_command(config: Config) -> str:
-    """Return `codistill train ...` with every option that is not the default; it parses into the same config."""
-    words = ["codistill", "train", config.method.name]
-    words += _to_flags(config, Config(method=type(config.method)()), "--", skip="method")
-    words += _to_flags(config.method, type(config.method)(), "--method.")
-    return " ".join(word if word.startswith("--") else shlex.quote(word) for word in words)
+    """Return `codistill train ...` with every option that is not the default; it parses into the same config.
+
+    Every word is quoted, since configs travel and this line is pasted into shells.
+    """
+    words = ["codistill", "train", config.method.import_name or config.method.name]
+    words += _to_flags(_fields(config), _fields(Config()), "--", skip="method")
+    if isinstance(config.method, UnimportedConfig):
+        words += _to_flags(config.method.options, {}, "--method.")
+    else:
+        words += _to_flags(_fields(config.method), _fields(type(config.method)()), "--method.")
+    return shlex.join(words)
 
 
-def _to_flags(values: Any, defaults: Any, prefix: str, skip: str = "") -> list[str]:
-    """Return the flags of all fields of a dataclass that differ from `defaults`, but for the field `skip`."""
+def _fields(options: Any) -> dict[str, Any]:
+    """Return the fields of a dataclass with their values."""
+    return {field.name: getattr(options, field.name) for field in dataclasses.fields(options)}
+
+
+def _to_flags(values: dict[str, Any], defaults: dict[str, Any], prefix: str, skip: str = "") -> list[str]:
+    """Return the flags of all options that differ from `defaults`, but for the option `skip`."""
     words: list[str] = []
-    for field in dataclasses.fields(values):
-        value, flag = getattr(values, field.name), field.name.replace("_", "-")
-        if field.name == skip or value == getattr(defaults, field.name) or value is None:
+    for name, value in values.items():
+        flag = name.replace("_", "-")
+        if name == skip or value == defaults.get(name) or value is None:
             continue
         if isinstance(value, bool):
             words.append(f"{prefix}{'' if value else 'no-'}{flag}")
-        elif isinstance(value, tuple):
-            words += [f"{prefix}{flag}", *map(str, value)] if value else []
-        else:
-            words += [f"{prefix}{flag}", f"{value}"]
+            continue
+        texts = [str(part) for part in value] if isinstance(value, tuple) else [str(value)]
+        if any(text.startswith("-") for text in texts):  # would be read as an option
+            words += [f"{prefix}{flag}={text}" for text in texts]
+        elif texts:
+            words += [f"{prefix}{flag}", *texts]
     return words

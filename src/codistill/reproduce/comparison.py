@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from codistill.config import METHODS, CompareConfig, Config, TeacherConfig, method_config, slug
-from codistill.reproduce.grid import Cell, list_failures
-from codistill.utils import InputError, Rows, markdown, write_json, write_text
+from codistill.config import CompareConfig, Config, MethodConfig, TeacherConfig, method_config, slug
+from codistill.reproduce.grid import MAX_SEEDS, Cell, list_failures, read_results
+from codistill.runs import GridInfo, read_record, write_record
+from codistill.utils import InputError, Rows, markdown, write_text
 
 
 def check_options(config: CompareConfig) -> None:
@@ -19,6 +20,8 @@ def check_options(config: CompareConfig) -> None:
     """
     if config.seeds < 1 or config.workers < 1:
         raise InputError(f"--{'seeds' if config.seeds < 1 else 'workers'} must be at least 1")
+    if config.seeds > MAX_SEEDS:
+        raise InputError(f"--seeds is {config.seeds}; give {MAX_SEEDS} or fewer")
     if config.mesh is not None:
         raise InputError("--mesh: compare trains every run in one process, --workers of them at a time; drop --mesh")
     if config.seed or config.resume:
@@ -46,32 +49,33 @@ def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
         f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in ("method", "topology")
     }
     peers, asked = config.peers or 4, config.topology
-    names = [method_config(name).name for name in dict.fromkeys(methods) if name != "independent"]
-    _check_methods(names, asked)
-    cells = [Cell("one plain network", _row_config(shared, "independent", "networks", peers=1))]
+    chosen = [method_config(name) for name in dict.fromkeys(methods) if name != "independent"]
+    _check_methods(chosen, asked)
+    cells = [Cell("one plain network", _row_config(shared, method_config("independent"), "networks", peers=1))]
     for topology in ("networks", "branches"):
         if asked is None:  # every method on the topology of its paper
-            wanted = [name for name in names if METHODS[name].topologies[0] == topology]
+            wanted = [method for method in chosen if method.topologies[0] == topology]
         else:
-            wanted = [name for name in names if asked in (topology, "both") and topology in METHODS[name].topologies]
-        if wanted or asked in (topology, "both") or (not names and topology == "networks" and asked is None):
+            wanted = [m for m in chosen if asked in (topology, "both") and topology in m.topologies]
+        if wanted or asked in (topology, "both") or (not chosen and topology == "networks" and asked is None):
             baseline = f"independent {topology}"
-            cells.append(Cell(baseline, _row_config(shared, "independent", topology, peers)))
-            cells += [Cell(f"{n} {topology}", _row_config(shared, n, topology, peers), baseline) for n in wanted]
+            cells.append(Cell(baseline, _row_config(shared, method_config("independent"), topology, peers)))
+            cells += [Cell(f"{m.name} {topology}", _row_config(shared, m, topology, peers), baseline) for m in wanted]
     return cells
 
 
-def _check_methods(names: list[str], topology: str | None) -> None:
-    for name in names:
-        if issubclass(METHODS[name], TeacherConfig):
+def _check_methods(methods: list[MethodConfig], topology: str | None) -> None:
+    for method in methods:
+        name = method.name
+        if isinstance(method, TeacherConfig):
             raise InputError(
                 f"compare trains peers without a teacher; train {name} by itself: train {name} --method.teacher RUN"
             )
-        if topology in ("networks", "branches") and topology not in METHODS[name].topologies:
-            raise InputError(f"{name} works on {METHODS[name].topologies[0]} only; drop --topology {topology}")
+        if topology in ("networks", "branches") and topology not in method.topologies:
+            raise InputError(f"{name} works on {method.topologies[0]} only; drop --topology {topology}")
 
 
-def _row_config(shared: dict, method: str, topology: str, peers: int) -> Config:
+def _row_config(shared: dict, method: MethodConfig, topology: str, peers: int) -> Config:
     """Return one row's config; a single network is the first model, without branch points."""
     values = shared | {"peers": peers}
     if topology == "networks":
@@ -79,7 +83,7 @@ def _row_config(shared: dict, method: str, topology: str, peers: int) -> Config:
     if peers == 1:
         values["model"] = shared["model"][:1]
         values["execution"] = "auto" if shared["execution"] == "stacked" else shared["execution"]
-    return Config(method=method_config(method), topology=topology, **values)  # type: ignore[arg-type]
+    return Config(method=dataclasses.replace(method), topology=topology, **values)  # type: ignore[arg-type]
 
 
 def check_comparison_folder(cells: list[Cell], seeds: Sequence[int], folder: Path) -> None:
@@ -100,16 +104,47 @@ def check_comparison_folder(cells: list[Cell], seeds: Sequence[int], folder: Pat
                     raise InputError(f"--out {folder} is another comparison's ({why}); name another folder") from None
 
 
+def add_earlier_rows(cells: list[Cell], config: CompareConfig, folder: Path) -> list[Cell]:
+    """Return the rows with those of earlier comparisons in the same folder, and with their results.
+
+    The seeds of `config` become those from the first to the last of all comparisons.
+
+    Raises:
+        InputError: the folder holds a published table, or its grid.json is damaged.
+    """
+    grid_info = read_record(folder / "grid.json", GridInfo)
+    if grid_info is None:
+        return cells
+    if grid_info["kind"] != "compare":
+        raise InputError(f"--out {folder} holds {grid_info.get('table')}; name another folder")
+    labels = {cell.label for cell in cells}
+    earlier = [
+        Cell(row["label"], Config(), row["baseline"])
+        for row in grid_info.get("cells", [])
+        if row["label"] not in labels
+    ]
+    first = grid_info.get("first_seed", 0)
+    end = max(config.first_seed + config.seeds, first + grid_info.get("seeds", 1))
+    config.first_seed = min(config.first_seed, first)
+    config.seeds = end - config.first_seed
+    read_results([*cells, *earlier], config.seed_range(), folder)
+    return [*cells, *earlier]
+
+
 def describe_comparison(cells: list[Cell], config: CompareConfig, folder: Path) -> list[str]:
     """Return lines about the data and the options of the runs.
 
     Raises:
         InputError: a config cannot be used, or the data cannot be read.
     """
+    from codistill.models import build, resolve
     from codistill.training import load_images
 
     resolved = [cell.run_config(folder, 0) for cell in cells]
     data, splits = load_images(resolved[0], None, None)
+    for name in dict.fromkeys(config.model):  # once here, so that no run starts with a network that cannot be built
+        network = resolve(name, pretrained=config.pretrained)
+        build(network, num_classes=len(data.classes), in_channels=data.channels, image_size=data.image_size)
     line = (
         f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; "
         f"augmentation: {data.describe_augmentation(augment=config.augment, cutout=config.cutout)}; "
@@ -124,10 +159,10 @@ def write_comparison(
     """Write the table as Markdown and JSON, and grid.json, from which a report reads the rows of the comparison."""
     title = comparison_title(config)
     labels = [{"label": cell.label, "baseline": cell.baseline} for cell in cells]
-    write_json(
+    write_record(
         folder / "grid.json",
         {"kind": "compare", "title": title, "seeds": config.seeds, "cells": labels}
         | ({"first_seed": config.first_seed, "summary": [*summary]}),
     )
-    write_json(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
+    write_record(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
     write_text(folder / "table.md", "\n\n".join((title, *summary, markdown(rows))))

@@ -11,6 +11,7 @@ killed grid from the checkpoints of its runs.
 from __future__ import annotations
 
 import dataclasses
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -19,7 +20,11 @@ from typing import Any, Protocol
 
 from codistill.config import Config, TeacherConfig, slug
 from codistill.reproduce.run_result import RunOutcome, read_outcome
-from codistill.utils import InputError, Stopped, catch_signals, read_json, write_json
+from codistill.utils import InputError, Stopped, catch_signals, write_json
+
+PROGRESS_SECONDS = 0.5
+"""Seconds between two looks at how far the runs are."""
+MAX_SEEDS = 99_999
 
 
 class GridStopped(Stopped):
@@ -46,6 +51,11 @@ class Cell:
     def run_path(self, folder: Path, seed: int) -> Path:
         """Return the run folder of a seed."""
         return folder / slug(self.label, lower=True) / f"seed{seed}"
+
+    def list_seeds(self, folder: Path, seeds: Sequence[int]) -> list[int]:
+        """Return those of `seeds` (a range, which may be of any length) that have a run folder."""
+        names = [path.name.removeprefix("seed") for path in self.run_path(folder, 0).parent.glob("seed*")]
+        return sorted(int(name) for name in names if re.fullmatch("[0-9]{1,9}", name) and int(name) in seeds)
 
     def run_config(self, folder: Path, seed: int, cells: list[Cell] | None = None) -> Config:
         """Return the resolved config of one seed's run; `cells` includes its teacher, if it has one."""
@@ -118,7 +128,7 @@ def run_grid(
         seeds: The seeds of every row.
         folder: The folder of all runs.
         workers: Processes, each on one CPU thread, or each on its own GPU where there are several; None: one per GPU.
-        on_progress: Called several times per second with (epochs done, epochs in total).
+        on_progress: Called about twice a second with (epochs done, epochs in total).
         executor: Trains the runs instead of `workers` processes.
 
     Raises:
@@ -131,15 +141,19 @@ def run_grid(
         from codistill.reproduce.workers import Processes
 
         executor = Processes(workers, len(jobs))
+    counter, shown_at = _EpochCounter(), -PROGRESS_SECONDS
     with catch_signals() as caught:
         try:
             while not all(job.ended for job in jobs):
                 _advance_jobs(jobs, executor)
                 if caught:
                     raise GridStopped(caught[0])
-                if on_progress is not None:
-                    on_progress(sum(_count_epochs(job.config) for job in jobs), total)
+                if on_progress is not None and time.monotonic() - shown_at >= PROGRESS_SECONDS:
+                    on_progress(sum(counter.count(job.config) for job in jobs), total)
+                    shown_at = time.monotonic()
                 time.sleep(0.05)
+            if on_progress is not None:
+                on_progress(sum(counter.count(job.config) for job in jobs), total)
         finally:
             executor.close()
     _write_failures(cells, folder)
@@ -196,17 +210,39 @@ def _write_failures(cells: list[Cell], folder: Path) -> None:
 
 def read_results(cells: list[Cell], seeds: Sequence[int], folder: Path) -> None:
     """Fill in the results that the folder already contains, without training."""
+    from codistill.runs import RunResult, read_record
+
     for cell in cells:
-        for seed in seeds:
-            result = read_json(cell.run_path(folder, seed) / "result.json", "test", "student")
+        for seed in cell.list_seeds(folder, seeds):
+            try:
+                result = read_record(cell.run_path(folder, seed) / "result.json", RunResult)
+            except InputError as error:
+                cell.failures[seed] = str(error)
+                continue
             if result is not None:
-                cell.results[seed] = result
+                cell.results[seed] = {**result}
 
 
-def _count_epochs(config: Config) -> int:
-    """Return the number of epochs that a run has finished so far."""
-    path = Path(str(config.out)) / "metrics.jsonl"
-    try:
-        return path.read_bytes().count(b"\n")
-    except OSError:
-        return 0
+class _EpochCounter:
+    """Counts the epochs that runs have finished; of a metrics.jsonl only what is new is read."""
+
+    def __init__(self) -> None:
+        self.known: dict[Path, tuple[int, int]] = {}
+        """Size in bytes up to which a file was read, and its lines."""
+
+    def count(self, config: Config) -> int:
+        """Return the number of epochs that a run has finished so far."""
+        path = Path(str(config.out)) / "metrics.jsonl"
+        size, lines = self.known.get(path, (0, 0))
+        try:
+            new_size = path.stat().st_size
+            if new_size < size:  # a resumed run dropped lines
+                size, lines = 0, 0
+            if new_size > size:
+                with open(path, "rb") as stream:
+                    stream.seek(size)
+                    added = stream.read(new_size - size)
+                self.known[path] = size + len(added), lines + added.count(b"\n")
+        except OSError:
+            return 0
+        return self.known.get(path, (0, 0))[1]

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config import ReproduceConfig as Options
-from codistill.reproduce.grid import Cell
+from codistill.reproduce.grid import MAX_SEEDS, Cell
 from codistill.reproduce.published_tables import published_table
 from codistill.reproduce.recipes import TABLES
 from codistill.reproduce.recipes.table_recipe import IMAGENET, SCALES, CellRef, TableRecipe, scale_config
@@ -65,8 +65,8 @@ def make_plan(table: str, options: Options) -> Plan:
     """
     published = published_table(table)
     recipe = TABLES[table]
-    if options.seeds < 1:
-        raise InputError(f"--seeds is {options.seeds}; give 1 or more")
+    if not 1 <= options.seeds <= MAX_SEEDS:
+        raise InputError(f"--seeds is {options.seeds}; give 1 or more, and at most {MAX_SEEDS}")
     if options.workers is not None and options.workers < 1:
         raise InputError(f"--workers is {options.workers}; give 1 or more")
     networks = options.network

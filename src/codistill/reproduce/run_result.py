@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from codistill.config import Config
-from codistill.utils import InputError, read_json
+from codistill.utils import InputError
 
 RunOutcome = tuple[dict[str, Any] | None, str | None]
 """(the contents of result.json, None), or (None, the reason why there is no result)."""
@@ -20,7 +20,8 @@ def read_outcome(config: Config) -> RunOutcome | None:
     from codistill.runs import RunFolder
 
     try:
-        RunFolder(config)  # raises if the folder was written with other options
-        return read_json(path, "test", "student"), None
+        folder = RunFolder(config)  # raises if it was written with other options
+        result = folder.read_result()
+        return None if result is None else ({**result}, None)
     except InputError as error:
         return None, str(error)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from statistics import fmean, stdev
+from statistics import fmean, median, stdev
+from typing import Any
 
 from codistill.reproduce.grid import Cell
 from codistill.utils import Rows
@@ -15,6 +16,8 @@ def format_mean_std(values: Sequence[float], digits: int = 2) -> str:
     """Return `mean ± deviation` (of the sample, n - 1); one value is written without a deviation, marked `n=1`."""
     if not values:
         return "failed"
+    if not all(map(math.isfinite, values)):
+        return "not finite"
     if len(values) == 1:
         return f"{values[0]:.{digits}f} (n=1)"
     return f"{fmean(values):.{digits}f} ± {stdev(values):.{digits}f}"
@@ -43,22 +46,24 @@ class Difference:
 
 
 def paired_difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """Return the mean difference over the common seeds with its 95 % t-interval; None for fewer than 2 seeds.
+    """Return the mean difference over the common seeds with its 95 % t-interval.
+
+    None for fewer than 2 seeds, and where a value is not finite: the run of that seed diverged.
 
     >>> d = paired_difference({0: 2.0, 1: 3.0, 2: 4.0}, {0: 1.0, 1: 1.0, 2: 1.0})
     >>> round(d.mean, 3), round(d.half_width, 3), d.count, round(d.p_value, 4)
     (2.0, 2.484, 3, 0.0742)
     """
-    from scipy.stats import t as student_t
+    from scipy.special import stdtr, stdtrit  # scipy.stats has the same functions, and imports a second longer
 
     differences = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     count = len(differences)
-    if count < 2:
+    if count < 2 or not all(map(math.isfinite, differences)):
         return None
     mean, deviation = fmean(differences), stdev(differences)
     error = deviation / math.sqrt(count)
-    half_width = float(student_t.ppf(0.975, count - 1)) * error
-    p_value = 2 * float(student_t.sf(abs(mean) / error, count - 1)) if error else float(mean == 0)
+    half_width = float(stdtrit(count - 1, 0.975)) * error
+    p_value = 2 * float(stdtr(count - 1, -abs(mean) / error)) if error else float(mean == 0)
     return Difference(mean, half_width, count, deviation, p_value)
 
 
@@ -83,10 +88,10 @@ def seeds_needed(deviation: float, half_width: float) -> int:
     >>> seeds_needed(1.5, 1.0), seeds_needed(1.5, 0.5)
     (12, 38)
     """
-    from scipy.stats import t as student_t
+    from scipy.special import stdtrit
 
     count = 2
-    while float(student_t.ppf(0.975, count - 1)) * deviation / math.sqrt(count) > half_width:
+    while float(stdtrit(count - 1, 0.975)) * deviation / math.sqrt(count) > half_width:
         count += 1
     return count
 
@@ -151,12 +156,32 @@ def summarize_comparison(cells: list[Cell], peers: int) -> list[str]:
         sentences.append(f"{subject} {result}, at {peers} x the training and 1 x the deployment cost.")
     deviations = [d.deviation for d in differences.values() if d is not None]
     if deviations:
+        sentences.append(
+            "What else the same cost buys: a longer training of one network, an average of its weights, a larger "
+            "network, or an ensemble where several networks can be deployed."
+        )
         worst = max(deviations)
         sentences.append(
             f"With the largest deviation seen ({worst:.2f} points), an interval of ± 1 point needs "
             f"{seeds_needed(worst, 1.0)} seeds, one of ± 0.5 needs {seeds_needed(worst, 0.5)}."
         )
     return sentences
+
+
+def _median_ratio(cell: Cell, plain: Cell, cost: Callable[[dict[str, Any]], float | None]) -> float | None:
+    """Return the ratio of two rows' costs, None where one was not measured."""
+    ours, theirs = ([c for r in row.results.values() if (c := cost(r)) is not None] for row in (cell, plain))
+    return median(ours) / median(theirs) if ours and theirs else None
+
+
+def _training_flops(result: dict[str, Any]) -> float | None:
+    cost = result.get("cost", {})
+    flops = cost.get("training_flops_a_sample")
+    return flops * cost["samples_seen"] if flops else None
+
+
+def _deployment_flops(result: dict[str, Any]) -> float | None:
+    return result.get("cost", {}).get("flops_an_image")
 
 
 def comparison_rows(cells: list[Cell]) -> Rows:
@@ -171,7 +196,7 @@ def comparison_rows(cells: list[Cell]) -> Rows:
         accuracy = accuracy_by_seed(cell)
         row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": format_mean_std(list(accuracy.values()))}
         if top5:
-            row["top-5 %"] = format_mean_std([s["top5"] for s in students])
+            row["top-5 %"] = format_mean_std([s["top5"] for s in students if "top5" in s])
         row["vs equal cost"] = format_difference(differences.get(cell.label))
         row["ensemble %"] = format_mean_std([test["ensemble_top1"] for test in tests]) if several else "-"
         row["diversity"] = format_mean_std([test["diversity"] for test in tests], 3) if several else "-"

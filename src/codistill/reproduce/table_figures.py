@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from statistics import fmean
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from codistill.reproduce.plan import Plan, TableCell
 from codistill.reproduce.recipes.table_recipe import CellRef
 from codistill.reproduce.statistics import Difference, correct_holm, paired_difference
-from codistill.utils import read_lines
+from codistill.runs import read_epoch_lines
 
 BySeed = dict[int, float]
 
@@ -51,9 +52,13 @@ def make_figures(plan: Plan) -> list[Figure]:
             figure = Figure(cell.network, cell.method, ref, evaluated, _published_value(plan, ref), cell=cell)
             if source != "gain":
                 for seed, result in cell.results.items():
-                    figure.last[seed] = to_measure(plan, ref, _result_value(source, ref.metric, result))
-                    lines = [] if honest else read_lines(cell.run_path(folder, seed) / "metrics.jsonl")
-                    curve = [_epoch_value(source, ref.metric, line) for line in lines if "test" in line]
+                    value = _result_value(source, ref.metric, result)
+                    if value is None:
+                        continue
+                    figure.last[seed] = to_measure(plan, ref, value)
+                    lines = [] if honest else read_epoch_lines(cell.run_path(folder, seed) / "metrics.jsonl")
+                    values = [_epoch_value(source, ref.metric, line) for line in lines if "test" in line]
+                    curve = [value for value in values if value is not None and math.isfinite(value)]
                     if curve and ref.metric != "parameters":
                         figure.best[seed] = to_measure(plan, ref, max(curve))
             figures.append(figure)
@@ -61,25 +66,27 @@ def make_figures(plan: Plan) -> list[Figure]:
     return figures + _published_only(plan)
 
 
-def _result_value(source: str, metric: str, result: dict[str, Any]) -> float:
+def _result_value(source: str, metric: str, result: Mapping[str, Any]) -> float | None:
     if metric == "parameters":
         return result["parameters_trained"] / 1e6
     return _select_value(source, metric, result["test"], result["student"])
 
 
-def _epoch_value(source: str, metric: str, line: dict[str, Any]) -> float:
-    return _select_value(source, metric, line["test"], line["test_student"]) if metric != "parameters" else 0.0
+def _epoch_value(source: str, metric: str, line: Mapping[str, Any]) -> float | None:
+    return None if metric == "parameters" else _select_value(source, metric, line["test"], line["test_student"])
 
 
-def _select_value(source: str, metric: str, members: dict[str, Any], student: dict[str, float]) -> float:
-    """Return one metric of one source; top-5 is not measured with ten classes or fewer, and counts as 100."""
-    if metric == "top5" and "top5" not in members:
-        return 100.0
+def _select_value(source: str, metric: str, members: Mapping[str, Any], student: Mapping[str, float]) -> float | None:
+    """Return one metric of one source; None where it was not measured: top-5 with ten classes or fewer."""
+    if metric not in members:
+        return None
     if source == "student":
-        return student[metric]
+        return student.get(metric)
     if source == "members":
         return fmean(members[metric])
-    return members[f"ensemble_{metric}"] if source == "ensemble" else members[metric][int(source)]
+    if source == "ensemble":
+        return members.get(f"ensemble_{metric}")
+    return members[metric][int(source)] if int(source) < len(members[metric]) else None
 
 
 def to_measure(plan: Plan, ref: CellRef, value: float) -> float:

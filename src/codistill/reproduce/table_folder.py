@@ -11,6 +11,7 @@ from codistill.config import ReproduceConfig
 from codistill.reproduce.grid import Executor, list_failures, read_results
 from codistill.reproduce.plan import Plan, make_plan
 from codistill.reproduce.table_rows import table_notes
+from codistill.runs import GridInfo, read_record, write_record
 from codistill.utils import (
     InputError,
     MachineError,
@@ -18,8 +19,6 @@ from codistill.utils import (
     comma_separated,
     latex,
     markdown,
-    read_json,
-    write_json,
     write_text,
 )
 
@@ -36,25 +35,34 @@ def write_table(plan: Plan, rows: Rows) -> None:
     }
     for name, text in texts.items():
         write_text(folder / name, text)
-    write_json(folder / "table.json", {"title": plan.title(), "rows": rows, "notes": notes, "failures": failures})
+    write_record(folder / "table.json", {"title": plan.title(), "rows": rows, "notes": notes, "failures": failures})
 
 
-def read_plan(folder: Path, grid_info: dict[str, Any]) -> Plan:
+def read_plan(folder: Path, grid_info: GridInfo) -> Plan:
     """Return the plan of a table's folder, with the results in it.
 
     Args:
         folder: The folder.
         grid_info: The contents of its grid.json.
+
+    Raises:
+        InputError: grid.json names no published table, or options that do not exist.
     """
-    fields = {f.name for f in dataclasses.fields(ReproduceConfig)}
-    values = {k: tuple(v) if isinstance(v, list) else v for k, v in grid_info["options"].items() if k in fields}
-    options = ReproduceConfig()
-    for key, value in values.items():
-        setattr(options, key, value)
+    options = _read_options(folder, grid_info)
     options.out = str(folder)
-    plan = make_plan(grid_info["table"], options)
+    try:
+        plan = make_plan(grid_info.get("table", ""), options)
+    except InputError as error:
+        raise InputError(f"{folder / 'grid.json'} cannot be used ({error})") from None
     read_results([*plan.cells], range(plan.options.seeds), folder)
     return plan
+
+
+def _read_options(folder: Path, grid_info: GridInfo) -> ReproduceConfig:
+    try:
+        return ReproduceConfig.from_dict(grid_info.get("options", {}))
+    except InputError as error:
+        raise InputError(f"{folder / 'grid.json'} is damaged ({str(error).removeprefix('--config: ')})") from None
 
 
 def prepare_table_folder(plan: Plan) -> None:
@@ -66,23 +74,23 @@ def prepare_table_folder(plan: Plan) -> None:
     path, options = plan.folder / "grid.json", dataclasses.asdict(plan.options)
     if options["scale"] == "smoke":  # which trains one network if none is named, so that an empty list is not "all"
         options["network"] = options["network"] or tuple(dict.fromkeys(cell.network for cell in plan.cells))
-    grid_info = read_json(path, "kind")
+    grid_info = read_record(path, GridInfo)
     if grid_info is not None:
         _check_same_table(plan, options, grid_info)
-        _merge_options(options, grid_info["options"])
+        _merge_options(options, dataclasses.asdict(_read_options(plan.folder, grid_info)))
     elif plan.folder.exists() and any(plan.folder.iterdir()):
         raise InputError(f"--out {plan.folder} exists and is no grid of codistill; name a new or empty folder")
     for cell in plan.cells:
         cell.run_config(plan.folder, 0, [*plan.cells])  # raises if it cannot be used
-    write_json(path, {"kind": "reproduce", "table": plan.name, "options": options})
+    write_record(path, {"kind": "reproduce", "table": plan.name, "options": options})
 
 
-def _check_same_table(plan: Plan, options: dict[str, Any], grid_info: dict[str, Any]) -> None:
+def _check_same_table(plan: Plan, options: dict[str, Any], grid_info: GridInfo) -> None:
     if grid_info.get("table") != plan.name:
         raise InputError(f"--out {plan.folder} holds {grid_info.get('table', 'another grid')}; name another folder")
     as_json = json.loads(json.dumps(options))
     for key in sorted(as_json.keys() - ReproduceConfig.NOT_IDENTITY):
-        before = grid_info["options"].get(key)
+        before = grid_info.get("options", {}).get(key)
         if before != as_json[key]:
             flag = f"--{key.replace('_', '-')}"
             raise InputError(

@@ -90,17 +90,19 @@ def cost_columns(cell: Cell | None) -> dict[str, str]:
     """Return the costs of training and of deployment, mean over seeds; `-` where they were not measured."""
     results = list(cell.results.values()) if cell is not None else []
     costs = [result["cost"] for result in results if "cost" in result]
-    training = [c["training_flops_a_sample"] * c["samples_seen"] for c in costs if c.get("training_flops_a_sample")]
-    measured = [c for c in costs if "flops_an_image" in c]
+    figures = lambda name: [cost[name] for cost in costs if cost.get(name)]  # noqa: E731
+    training = [
+        c["training_flops_a_sample"] * c.get("samples_seen", 0) for c in costs if c.get("training_flops_a_sample")
+    ]
     return {
         "trained, M parameters": _format_mean([r["parameters_trained"] / 1e6 for r in results], 3),
         "training, TFLOPs": _format_mean([flops / 1e12 for flops in training], 2),
         "training, s": _format_mean([r["seconds"] for r in results], 0),
-        "training, peak MB": _format_mean([c["training_peak_mb"] for c in costs if c["training_peak_mb"]], 0),
+        "training, peak MB": _format_mean(figures("training_peak_mb"), 0),
         "deployed, M parameters": _format_mean([r["parameters_deployed"] / 1e6 for r in results], 3),
-        "deployed, MFLOPs per image": _format_mean([c["flops_an_image"] / 1e6 for c in measured], 2),
-        "deployed, ms per image": _format_mean([c["ms_an_image"] for c in measured], 2),
-        "deployed, peak MB": _format_mean([c["peak_mb"] for c in measured if c["peak_mb"]], 0),
+        "deployed, MFLOPs per image": _format_mean([flops / 1e6 for flops in figures("flops_an_image")], 2),
+        "deployed, ms per image": _format_mean(figures("ms_an_image"), 2),
+        "deployed, peak MB": _format_mean(figures("peak_mb"), 0),
     }
 
 
@@ -113,7 +115,7 @@ def table_notes(plan: Plan) -> list[str]:
     o, published = plan.options, plan.published
     source = f"{published['source']}; {published['note']}"
     notes = [f"Published numbers: {published['paper']}, {published['place']} ({source})."] if o.scale != "smoke" else []
-    notes += [f"Our choice, not stated in the sources: {guess}." for guess in plan.recipe.guesses]
+    notes += [f"Chosen by this recipe: {guess}." for guess in plan.recipe.guesses]
     if o.scale != "full":
         why = "the paper's numbers are left out" if o.scale == "smoke" else "the paper's column is not comparable"
         notes.append(f"These results do not use the paper's setting ({SCALES[o.scale]}); {why}.")

@@ -10,6 +10,7 @@ import os
 import signal
 import threading
 import time
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -22,11 +23,16 @@ from codistill.utils import (
     MachineError,
     Stopped,
     current_policy,
+    describe_unexpected,
     explain_failure,
     first_line,
+    ignore_interrupt,
     lock,
     use_policy,
 )
+
+SECONDS_TO_END = 300.0
+"""Time that the workers have to write their checkpoints where a grid is stopped; then they are killed."""
 
 
 def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
@@ -48,7 +54,7 @@ def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
     except (InputError, MachineError, Stopped) as error:
         return None, str(error)
     except Exception as error:  # a run that fails must not end the grid
-        return None, explain_failure(error)[0] or f"{type(error).__name__}: {error}"
+        return None, explain_failure(error)[0] or describe_unexpected(error)
 
 
 class Processes:
@@ -89,8 +95,12 @@ class Processes:
         workers = [worker for worker in self.slots if worker is not None]
         for worker in workers:
             worker.close()
+        deadline = time.monotonic() + SECONDS_TO_END
         for worker in workers:
-            worker.process.join()
+            worker.process.join(max(deadline - time.monotonic(), 0))
+            if worker.process.is_alive():  # its newest checkpoint stays
+                worker.process.kill()
+                worker.process.join()
 
 
 class _Worker:
@@ -100,7 +110,8 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=_worker_main, args=(child_pipe, gpu, os.getpid()))
-        self.process.start()
+        with ignore_interrupt():  # Ctrl-C reaches the workers too, and only the parent ends them
+            self.process.start()
         child_pipe.close()
         self.busy = self.gpu_lost = False
 
@@ -132,6 +143,9 @@ class _Worker:
         """Let the process end: a run in progress is stopped by SIGTERM, which writes a checkpoint."""
         if self.busy:
             self.process.terminate()
+            if self.process.pid is not None and hasattr(signal, "SIGCONT"):
+                with suppress(OSError):  # it has ended
+                    os.kill(self.process.pid, signal.SIGCONT)  # a stopped process (SIGSTOP) gets no other signal
         self.pipe.close()
 
 
@@ -147,7 +161,6 @@ def _worker_main(pipe: Connection, gpu: str | None, parent: int) -> None:
 
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # between runs only the parent ends this process
     while True:
         try:
             pipe.send(train_job(*pipe.recv()))
@@ -188,7 +201,7 @@ class Submitit:
         try:
             import submitit
         except ImportError:
-            raise InputError(f"--submit {cluster} needs: pip install 'codistill[slurm]'") from None
+            raise InputError(f"--submit {cluster} needs: pip install submitit") from None
         values: dict[str, Any] = {"timeout_min": 60 * 24}
         for option in options:
             name, equals, value = option.partition("=")

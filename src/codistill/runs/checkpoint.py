@@ -9,12 +9,15 @@ Schema 1 had no checksum.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import random
+import re
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any, cast
 
@@ -22,8 +25,18 @@ import numpy as np
 import torch
 
 from codistill.config import Checkpoint
+from codistill.runs.record_files import convert
 from codistill.runs.records import CheckpointState
-from codistill.utils import InputError, load_tensors
+from codistill.utils import (
+    DISK_FULL,
+    InputError,
+    MachineError,
+    check_regular,
+    first_line,
+    load_tensors,
+    on_one_line,
+    out_of_memory,
+)
 
 SCHEMA = 2
 _MARK = b"codistill sha256 "
@@ -34,11 +47,29 @@ class CorruptCheckpointError(InputError):
     """A checkpoint is truncated, has flipped bits or is no checkpoint; an older one may be good."""
 
 
+@contextmanager
+def errors_of_checkpoint(state: Mapping[str, Any]) -> Iterator[None]:
+    """Raise what the restoring of a checkpoint that does not fit raises as an InputError that names the file."""
+    try:
+        yield
+    except (KeyError, IndexError, ValueError, TypeError, AttributeError, RuntimeError, AssertionError) as error:
+        if isinstance(error, InputError | MachineError) or out_of_memory(error) is not None:
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        reason = on_one_line(lines[min(1, len(lines) - 1)]) if lines else type(error).__name__
+        raise InputError(
+            f"{state.get('file', 'the checkpoint')} does not fit the run's config.json or data.json ({reason}); put "
+            "the files of one run together"
+        ) from error
+
+
 class _HashingStream:
     """Hashes what is written through it; the last two bytes, the length of the zip comment, are replaced at the end."""
 
     def __init__(self, stream: IO[bytes]) -> None:
         self.stream, self.digest, self.last_two = stream, hashlib.sha256(), b""
+        self.error: OSError | None = None
+        """Why writing failed (a full disk); torch's writer raises an error of its own instead."""
 
     def write(self, data: bytes) -> int:
         view = memoryview(data).cast("B")
@@ -59,13 +90,22 @@ class _HashingStream:
 
     def _write_and_hash(self, data: bytes | memoryview) -> None:
         self.digest.update(data)
-        self.stream.write(data)
+        try:
+            self.stream.write(data)
+        except OSError as error:
+            self.error = error
+            raise
 
 
 def write_checkpoint(state: Mapping[str, Any], stream: IO[bytes]) -> None:
     """Write a state with this process's random states, the schema and the checksum."""
     hashing = _HashingStream(stream)
-    torch.save({"schema": SCHEMA, **state, "rng": rng_state()}, hashing)  # pyrefly: ignore
+    try:
+        torch.save({"schema": SCHEMA, **state, "rng": rng_state()}, hashing)  # pyrefly: ignore
+    except RuntimeError:
+        if hashing.error is not None:
+            raise hashing.error from None
+        raise
     hashing.write_checksum()
 
 
@@ -76,19 +116,28 @@ def load_checkpoint(path: Path) -> CheckpointState:
         CorruptCheckpointError: it is damaged or no checkpoint.
         InputError: it does not exist, or was written by a newer codistill.
     """
+    if not check_regular(path):
+        raise InputError(f"{path} does not exist; give a run folder whose training has written a checkpoint")
     try:
         has_checksum = _verify_checksum(path)
         state = load_tensors(path)
-        if not isinstance(state, dict) or not isinstance(state.get("schema"), int):
+        if not isinstance(state, dict) or type(state.get("schema")) is not int:
             raise ValueError("it is no checkpoint of codistill")
+        schema = state["schema"]
+        if schema <= SCHEMA:
+            convert(state, CheckpointState)
         if not has_checksum:
-            _verify_without_checksum(path, state["schema"])
-    except FileNotFoundError:
-        raise InputError(f"{path} does not exist; give a run folder whose training has written a checkpoint") from None
-    except (OSError, ValueError, zipfile.BadZipFile) as error:
+            _verify_without_checksum(path, schema)
+    except OSError as error:
+        if error.errno in (None, errno.EINVAL):  # a truncated archive makes torch seek before its start
+            raise CorruptCheckpointError(f"{path} is damaged or no checkpoint ({error})") from None
+        kind = MachineError if error.errno in DISK_FULL else InputError
+        raise kind(f"{path} cannot be read now ({error.strerror or error}); it was left as it is") from None
+    except ValueError as error:
         raise CorruptCheckpointError(f"{path} is damaged or no checkpoint ({error})") from None
-    if state["schema"] > SCHEMA:
-        raise InputError(f"{path} was written by a newer codistill (schema {state['schema']}); upgrade codistill")
+    if schema > SCHEMA:
+        raise InputError(f"{path} was written by a newer codistill (schema {schema}); upgrade codistill")
+    state["file"] = str(path)
     return cast(CheckpointState, state)
 
 
@@ -116,14 +165,20 @@ def _verify_without_checksum(path: Path, schema: int) -> None:
         if schema <= SCHEMA:
             raise ValueError("its checksum is missing")
         return
-    with zipfile.ZipFile(path) as archive:
-        if (damaged := archive.testzip()) is not None:
-            raise ValueError(f"{damaged} in it does not match its checksum")
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except MemoryError:
+        raise
+    except Exception as error:  # a damaged archive fails in many ways
+        raise ValueError(first_line(error).rstrip(".")) from None
+    if damaged is not None:
+        raise ValueError(f"{damaged} in it does not match its checksum")
 
 
 def list_checkpoints(folder: Path) -> list[Path]:
     """Return the last*.pt files of a run folder, newest first."""
-    numbered = {int(p.stem[5:]): p for p in folder.glob("last-*.pt") if p.stem[5:].isdecimal()}
+    numbered = {int(p.stem[5:]): p for p in folder.glob("last-*.pt") if re.fullmatch("[0-9]{1,9}", p.stem[5:])}
     newest = [folder / "last.pt"] if (folder / "last.pt").exists() else []
     return [*newest, *(numbered[n] for n in sorted(numbered))]
 
@@ -160,7 +215,6 @@ def load_newest(folder: Path, *, rename_damaged: bool = False) -> CheckpointStat
             warnings.warn(f"{error}; the one before it is used", stacklevel=2)
             if rename_damaged:
                 os.replace(bad, folder / f"damaged-{bad.name}")
-        state["file"] = str(path)
         return state
     if damaged:
         raise InputError(f"{damaged[0][1]}, and the run has no other; train it again in another --out")

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,18 +18,17 @@ import torch
 
 def describe_environment() -> dict[str, Any]:
     """Return what environment.json holds."""
-    import torchvision
-
     from codistill import __version__
 
     return {
         "codistill": __version__,
-        "git_commit": _find_git_commit(),
-        "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "git_commit": _find_own_commit(),
+        "user_git_commit": _find_user_commit(),
+        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
         "started": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "python": platform.python_version(),
         "torch": str(torch.__version__),
-        "torchvision": str(torchvision.__version__),
+        "torchvision": version("torchvision"),  # importing it takes a second
         "numpy": np.__version__,
         "machine": platform.machine(),
         "cpus": os.cpu_count(),
@@ -36,17 +37,30 @@ def describe_environment() -> dict[str, Any]:
     }
 
 
-def _find_git_commit() -> str | None:
+def _find_own_commit() -> str | None:
     """Return the commit of the checkout that codistill runs from, with `+` if it has changes; None outside one."""
+    own = Path(__file__)
+    tracked = _run_git(own.parent, "ls-files", "--error-unmatch", own.name)  # not so in a .venv inside another project
+    return _find_commit(own.parent) if tracked is not None else None
+
+
+def _find_user_commit() -> str | None:
+    """Return the commit of the checkout around the working folder; None outside one, and in codistill's own."""
+    top = _run_git(Path.cwd(), "rev-parse", "--show-toplevel")
+    return None if top is None or Path(top) in Path(__file__).resolve().parents[1:4] else _find_commit(Path.cwd())
+
+
+def _find_commit(folder: Path) -> str | None:
+    commit = _run_git(folder, "rev-parse", "HEAD")
+    return None if commit is None else commit + ("+" if _run_git(folder, "status", "--porcelain", "-uno") else "")
+
+
+def _run_git(folder: Path, *words: str) -> str | None:
+    """Return what git prints in a folder, None where it fails or is not installed."""
     try:
-        commit = _run_git("rev-parse", "HEAD")
-        if commit.returncode:
-            return None
-        return commit.stdout.strip() + ("+" if _run_git("status", "--porcelain", "-uno").stdout.strip() else "")
-    except (OSError, subprocess.SubprocessError):
+        done = subprocess.run(
+            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5, check=False
+        )
+    except (OSError, subprocess.SubprocessError, UnicodeError):
         return None
-
-
-def _run_git(*words: str) -> subprocess.CompletedProcess[str]:
-    command = ["git", "-C", str(Path(__file__).parent), *words]
-    return subprocess.run(command, capture_output=True, text=True, timeout=5, check=False)
+    return None if done.returncode else done.stdout.strip()

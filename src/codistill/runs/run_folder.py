@@ -7,6 +7,7 @@ metrics.jsonl      one line per epoch
 last.pt            the newest checkpoint: weights, optimizers, position, every random state (checkpoint.py)
 last-1.pt ...      those before it (--keep-checkpoints);  best.pt: the best epoch on validation, where there is one
 run.lock           locked by the process that trains; the system releases the lock when that process dies
+trained_images.bin hashes of the image files that were trained on, where they were decoded into memory
 details.json       what a report draws: reliability by bins, confusion matrix of the deployed member
 result.json        the final figures; it exists if and only if the run is complete
 """
@@ -18,29 +19,32 @@ import json
 import os
 import re
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Any, cast
+from typing import IO, Any
 
 from codistill.config import Config
 from codistill.runs.checkpoint import load_newest, rotate, write_checkpoint
 from codistill.runs.environment import describe_environment
-from codistill.runs.records import CheckpointState, EpochLine
+from codistill.runs.record_files import read_epoch_lines, read_epoch_texts, read_record, write_record
+from codistill.runs.records import CheckpointState, DataInfo, EpochLine, RunResult
 from codistill.utils import (
     DISK_FULL,
     InputError,
     LockedError,
     MachineError,
+    check_regular,
+    finite_or_null,
+    is_same_file,
     lock,
-    read_json,
-    read_lines,
     write_atomically,
-    write_json,
     write_text,
 )
 
 
-def open_run(path: str | Path, flag: str = "", *, without_initial_weights: bool = False) -> Config:
+def open_run(
+    path: str | Path, flag: str = "", *, without_initial_weights: bool = False, allow_import: bool = False
+) -> Config:
     """Read the config of a run folder.
 
     Args:
@@ -48,14 +52,20 @@ def open_run(path: str | Path, flag: str = "", *, without_initial_weights: bool 
         flag: The option that names the folder, for the message.
         without_initial_weights: Resolve the config with `pretrained` and `weights` off, for a network whose weights
             come from a checkpoint.
+        allow_import: Import the own method that the folder names.
 
     Raises:
-        InputError: it is no run folder, or its config is damaged.
+        InputError: it is no run folder, its config is damaged, or its method is code that nobody asked for.
     """
-    if not (Path(path) / "config.json").exists():
-        raise InputError(f"{flag + ' ' if flag else ''}{path} is no run folder (it has no config.json)")
-    config = Config.from_file(path)
-    return dataclasses.replace(config, pretrained=False, weights=None).resolved() if without_initial_weights else config
+    prefix, file = flag + " " if flag else "", Path(path) / "config.json"
+    if not check_regular(file):
+        raise InputError(f"{prefix}{path} is no run folder (it has no config.json)")
+    config = Config.from_file(file, allow_import=allow_import)
+    try:
+        resolved = dataclasses.replace(config, pretrained=False, weights=None, mesh=None).resolved()
+    except InputError as error:
+        raise InputError(f"{prefix}{file} cannot be used ({error})") from None
+    return resolved if without_initial_weights else config
 
 
 class RunFolder:
@@ -72,6 +82,7 @@ class RunFolder:
         self.path = Path(str(config.out if config.resume in (None, "auto") else config.resume))
         self.config = config
         self.checkpoint_path = self.path / "last.pt"
+        self._lock_stream: IO[str] | None = None
         self._check_folder()
 
     def _check_folder(self) -> None:
@@ -80,7 +91,8 @@ class RunFolder:
         if resume not in (None, "auto") and not config_path.exists():
             raise InputError(f"--resume {resume}: there is no run there (no config.json)")
         if config_path.exists():
-            self._compare_config(Config.from_file(config_path))
+            own = self.config.method.import_name
+            self._compare_config(Config.from_file(config_path, known=[own] if own else []))
         elif self.path.exists() and (not self.path.is_dir() or not all(map(_is_leftover, self.path.iterdir()))):
             raise InputError(f"--out {self.path} exists and is no run of codistill; name a new or empty folder")
 
@@ -89,6 +101,8 @@ class RunFolder:
         old, new = saved.to_dict(), self.config.to_dict()
         keys = sorted(new, key=lambda k: k == "method")  # last: its ramp follows from the epochs
         differing = [k for k in keys if k not in Config.NOT_IDENTITY and json.dumps(new[k]) != json.dumps(old.get(k))]
+        if {new["data"].partition(":")[0], str(old.get("data")).partition(":")[0]} in ({"folder"}, {"npz"}):
+            differing = [k for k in differing if k != "data"]  # it may have moved: its checksum in data.json decides
         if differing:
             key, was, now = _find_difference(differing[0], old, new)
             raise InputError(
@@ -110,8 +124,9 @@ class RunFolder:
             MachineError: the disk is full.
         """
         with ExitStack() as stack:
+            stack.callback(self._remove_if_unused, _missing_folders(self.path))
             try:
-                stack.enter_context(lock(self.path / "run.lock"))
+                self._lock_stream = stack.enter_context(lock(self.path / "run.lock"))
             except LockedError as error:
                 by = f" by {error}" if str(error) else ""
                 raise InputError(
@@ -125,7 +140,31 @@ class RunFolder:
             self._check_folder()  # again: the process that had the lock may have written a run
             for leftover in self.path.glob(".*.tmp"):  # of a killed process
                 leftover.unlink(missing_ok=True)
-            yield
+            try:
+                yield
+            finally:
+                self._lock_stream = None
+
+    def check_in_place(self) -> None:
+        """Raise MachineError if the folder was deleted, renamed or replaced, or its lock deleted, since it was locked.
+
+        Otherwise the folder would be made anew with half of a run in it, or two processes would train in it.
+        """
+        if self._lock_stream is not None and not is_same_file(self._lock_stream, self.path / "run.lock"):
+            raise MachineError(
+                f"the run folder {self.path} or its run.lock was deleted, renamed or replaced while the run trained; "
+                "nothing more was written: move it back, or name it with --resume, to continue from its last checkpoint"
+            )
+
+    def _remove_if_unused(self, created: list[Path]) -> None:
+        """Remove the folder, and those above it that were created with it, where no run began in it."""
+        with suppress(OSError):
+            files = list(self.path.iterdir())
+            if all(map(_is_leftover, files)):
+                for file in files:
+                    file.unlink(missing_ok=True)
+                for folder in created:
+                    folder.rmdir()
 
     @property
     def complete(self) -> bool:
@@ -135,24 +174,35 @@ class RunFolder:
     def write_metadata(self) -> None:
         """Write config.json and environment.json, if they are not there."""
         if not (self.path / "config.json").exists():  # first: it marks the folder as this run's
-            write_json(self.path / "config.json", self.config.to_dict() | {"resume": None})
+            write_record(self.path / "config.json", self.config.to_dict() | {"resume": None})
         if not (self.path / "environment.json").exists():
-            write_json(self.path / "environment.json", describe_environment())
+            write_record(self.path / "environment.json", describe_environment())
 
     def write_data_info(self, info: Mapping[str, Any]) -> None:
         """Write data.json, if it is not there."""
         if not (self.path / "data.json").exists():
-            write_json(self.path / "data.json", info)
+            write_record(self.path / "data.json", info)
 
-    def read(self, name: str) -> Any:
-        """Return the content of one of the folder's JSON files, None if it does not exist."""
-        return read_json(self.path / name)
+    def read_data_info(self) -> DataInfo | None:
+        """Read data.json, None if it does not exist."""
+        return read_record(self.path / "data.json", DataInfo)
+
+    def read_result(self) -> RunResult | None:
+        """Read result.json, None if it does not exist."""
+        return read_record(self.path / "result.json", RunResult)
+
+    def write_result(self, figures: Mapping[str, Any], details: Mapping[str, Any]) -> None:
+        """Write details.json, and then result.json, which marks the run as complete."""
+        self.check_in_place()
+        write_record(self.path / "details.json", details)
+        write_record(self.path / "result.json", figures)
 
     def append_metrics(self, line: EpochLine) -> None:
         """Append one epoch to metrics.jsonl."""
+        self.check_in_place()
         try:
             with open(self.path / "metrics.jsonl", "a") as stream:
-                stream.write(json.dumps(line) + "\n")
+                stream.write(json.dumps(finite_or_null(line), allow_nan=False) + "\n")
                 stream.flush()
                 os.fsync(stream.fileno())  # before the checkpoint that counts this epoch as done
         except OSError as error:
@@ -160,25 +210,32 @@ class RunFolder:
 
     def read_metrics(self) -> list[EpochLine]:
         """Read metrics.jsonl."""
-        return cast(list[EpochLine], read_lines(self.path / "metrics.jsonl"))
+        return read_epoch_lines(self.path / "metrics.jsonl")
 
     def truncate_metrics(self, epochs: int) -> None:
         """Keep the first `epochs` epochs of metrics.jsonl; a resumed run writes the others again."""
-        kept = [line for line in self.read_metrics() if line["epoch"] < epochs]
-        write_text(self.path / "metrics.jsonl", "".join(json.dumps(line) + "\n" for line in kept))
+        path = self.path / "metrics.jsonl"
+        write_text(path, "".join(f"{text}\n" for text, line in read_epoch_texts(path) if line["epoch"] < epochs))
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write last.pt, with every random state; `keep_checkpoints` - 1 older ones are kept."""
+        self.check_in_place()
         rotate_older = lambda: rotate(self.path, self.config.keep_checkpoints)  # noqa: E731
         write_atomically(self.checkpoint_path, lambda stream: write_checkpoint(state, stream), rotate_older)
 
     def save_best(self, state: Mapping[str, Any]) -> None:
         """Write best.pt, the checkpoint of the best epoch on validation."""
+        self.check_in_place()
         write_atomically(self.path / "best.pt", lambda stream: write_checkpoint(state, stream))
 
     def load(self) -> CheckpointState | None:
         """Return the newest good checkpoint, None if there is none yet; damaged ones are renamed."""
         return load_newest(self.path, rename_damaged=True)
+
+
+def _missing_folders(path: Path) -> list[Path]:
+    """Return `path` and the folders above it that do not exist, the innermost first."""
+    return [folder for folder in (path, *path.parents) if not folder.exists()]
 
 
 def _is_leftover(path: Path) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import random
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from codistill.data import Augmentation, ImageSet, Loader, Provenance, Splits
 from codistill.distributed import Mesh, MeshPeers, ProcessMesh, SingleProcess, convert_batchnorm
 from codistill.methods import Method, build_method
 from codistill.peers import BranchPeers, MeanTeacher, Peers, SnapshotTeacher, build_peers
-from codistill.runs import load_run_checkpoint, open_run
+from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
 from codistill.training.execution import choose_execution, stack_peers
 from codistill.training.loaders import load_images, make_loader
 from codistill.training.nonfinite_guard import FiniteGuard
@@ -27,7 +28,8 @@ from codistill.training.state import restore_state
 from codistill.training.step import parameters_of
 from codistill.training.step_graph import StepGraph
 from codistill.training.teacher import load_teacher
-from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device, read_json
+from codistill.training.trial import try_networks
+from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device
 
 
 def build_run(
@@ -37,8 +39,9 @@ def build_run(
     execution: str | None = None,
     mesh: Mesh | None = None,
     load_weights: bool = True,
+    for_training: bool = True,
     data: ImageSet | None = None,
-    data_info: dict[str, Any] | None = None,
+    data_info: Mapping[str, Any] | None = None,
 ) -> Run:
     """Build data, peers, method and optimizers of a resolved config.
 
@@ -48,6 +51,8 @@ def build_run(
         execution: How the peers ran in an earlier part of this run, used where the config leaves the choice open.
         mesh: The ranks that train; default this process alone.
         load_weights: Read `pretrained` and `weights`; False where a checkpoint will be loaded anyway.
+        for_training: Make optimizers, and stack the peers where they run so; False for evaluation, which needs neither
+            (the first optimizer of a process takes a second, because torch then imports its compiler).
         data: Images given from Python, instead of those that the config names.
         data_info: The content of the run folder's data.json, where it exists.
 
@@ -62,6 +67,10 @@ def build_run(
     peers, method = build_networks(config, data, mesh, load_weights=load_weights)
     if "teacher" in method.needs:
         teacher = build_teacher(config, data, mesh.device, teacher)
+    notes: list[str] = []
+    if not (mesh.sync_bn and mesh.num_data > 1):  # whose norms exchange statistics with the other ranks
+        shape = (data.channels, data.image_size, data.image_size)
+        config, notes = try_networks(config, peers.local, teacher, shape)
     loader = build_loader(config, data, splits, method, mesh)
     ema = build_ema(peers, method, len(loader))
     frozen = freeze_modules(peers.local, config.freeze)
@@ -72,9 +81,9 @@ def build_run(
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
     execution = choose_execution(config, peers, method, loader, execution) if mesh.world == 1 else "loop"
-    if execution == "stacked":
+    if execution == "stacked" and for_training:
         stack_peers(peers, ema, loader.sample_batch())
-    optimizers = make_optimizers(config, peers.local, method)
+    optimizers = make_optimizers(config, peers.local, method) if for_training else []
     guarded = [peers, method] if ema is None else [peers, method, ema]
     run = Run(
         config=config,
@@ -91,6 +100,7 @@ def build_run(
         execution=execution,
         frozen=frozen,
         graph=StepGraph(parameters_of(optimizers[0])) if can_capture_step(config, method, mesh) else None,
+        notes=notes,
     )
     run.progress.sums = zero_sums(run)
     return run
@@ -119,7 +129,8 @@ def adapt_to_device(config: Config, device: torch.device) -> Config:
 
 def seed_everything(config: Config, device: torch.device) -> None:
     """Seed torch, NumPy and Python, and switch deterministic algorithms on or off."""
-    torch.use_deterministic_algorithms(config.deterministic)
+    if config.deterministic or torch.are_deterministic_algorithms_enabled():  # the call imports torch's compiler
+        torch.use_deterministic_algorithms(config.deterministic)
     if config.deterministic and device.type == "cuda":  # else its matrix products refuse; read at their first use
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     torch.manual_seed(config.seed)
@@ -143,6 +154,7 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
         convert_batchnorm(local, mesh)
     peers = MeshPeers(local, mesh) if isinstance(mesh, ProcessMesh) else local
     method = build_method(config.method, peers, config.seed)
+    method.targets_checked = True  # the data set's labels are checked when it is loaded
     if isinstance(peers, MeshPeers):
         peers.require(features="features" in method.needs, needs_full_batch=method.needs_full_batch)
     if isinstance(local, BranchPeers):
@@ -165,7 +177,8 @@ def build_ema(peers: Peers, method: Method, steps_per_epoch: int) -> MeanTeacher
 
 def build_teacher(config: Config, data: ImageSet, device: torch.device, teacher: nn.Module | None) -> nn.Module:
     """Return the trained teacher, given or read from the file that the config names, in evaluation mode."""
-    assert isinstance(config.method, TeacherConfig)
+    if not isinstance(config.method, TeacherConfig):
+        raise InputError(f"{config.method.name} needs a teacher; derive its Config from codistill.config.TeacherConfig")
     teacher = load_teacher(config.method, data, config.model) if teacher is None else teacher
     _to_device(teacher, config, device)
     return teacher.eval().requires_grad_(False)
@@ -207,7 +220,8 @@ def load_run(
         data_dir: Where the data is now; default where it was when the run was trained.
         device: Where to run.
         checkpoint: The newest good one, or the best on validation.
-        allow_import: Run the code that the folder names, where its network is one's own (package.module:callable).
+        allow_import: Run the code that the folder names, where its network or method is one's own
+            (package.module:callable).
         data: The images, where they were given from Python.
 
     Raises:
@@ -215,12 +229,19 @@ def load_run(
             code.
     """
     path = Path(path)
-    config = open_run(path)
+    config = open_run(path, allow_import=allow_import)
     check_imports(config.network_names(), path, allow_import)
     config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
     state = load_run_checkpoint(path, checkpoint)
-    data_info = read_json(path / "data.json", "mean", "std")
-    run = build_run(config, execution=state.get("execution"), load_weights=False, data=data, data_info=data_info)
+    data_info = read_record(path / "data.json", DataInfo)
+    run = build_run(
+        config,
+        execution=state.get("execution"),
+        load_weights=False,
+        for_training=False,
+        data=data,
+        data_info=data_info,
+    )
     restore_state(run, state)
     return run
 
@@ -239,12 +260,13 @@ def load_without_images(
     Raises:
         InputError: there is no such run, or its data.json does not state the images' shape.
     """
-    data_info = read_json(Path(path) / "data.json", "name", "image_size", "channels", "classes")
+    data_info = read_record(Path(path) / "data.json", DataInfo)
     if data_info is None:
         return load_run(path, device=device, checkpoint=checkpoint)
     size, classes = data_info["image_size"], tuple(data_info["classes"])
-    noise = np.random.default_rng(0).integers(0, 256, (64, size, size, data_info["channels"]), dtype=np.uint8)
-    labels = np.arange(64) % len(classes)
+    count = max(min(64, 2**27 // (size**2 * data_info["channels"])), 2)
+    noise = np.random.default_rng(0).integers(0, 256, (count, size, size, data_info["channels"]), dtype=np.uint8)
+    labels = np.arange(count) % len(classes)
     placeholder = ImageSet(
         data_info["name"],
         noise,

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -24,10 +26,10 @@ from codistill.data import (
 )
 from codistill.models import pretrained_statistics, takes_only_rgb
 from codistill.training.run import Run
-from codistill.utils import DTYPES, InputError
+from codistill.utils import DTYPES, InputError, environment_number
 
 
-def load_images(config: Config, data: ImageSet | None, data_info: dict[str, Any] | None) -> tuple[ImageSet, Splits]:
+def load_images(config: Config, data: ImageSet | None, data_info: Mapping[str, Any] | None) -> tuple[ImageSet, Splits]:
     """Load the data set as the networks take it, and split it.
 
     Args:
@@ -39,11 +41,11 @@ def load_images(config: Config, data: ImageSet | None, data_info: dict[str, Any]
         InputError: the data set cannot be used, or is not what data.json describes.
     """
     if data is None:
-        data = load_set(
-            config.data, config.data_dir, config.image_size, config.data_pipeline, skip_corrupt=config.skip_corrupt
-        )
+        how = {"skip_corrupt": config.skip_corrupt, "bits": config.bits}
+        data = load_set(config.data, config.data_dir, config.image_size, config.data_pipeline, **how)
     elif not data.provenance.placeholder_reason:
         data.check()
+    data = dataclasses.replace(data, flip=data.flip and config.flip)
     if not data.provenance.placeholder_reason:
         data = data.with_channels(num_input_channels(config, data.channels))
         if data_info is not None and data_info.get("checksum", data.checksum()) != data.checksum():
@@ -120,7 +122,7 @@ def num_decoding_processes(config: Config) -> int:
     if config.data_workers is not None:
         return config.data_workers
     cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    return max(1, min(8, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))))
+    return max(1, min(8, cpus // environment_number("LOCAL_WORLD_SIZE", 1, 1)))
 
 
 def curve_loader(run: Run) -> Loader | None:

@@ -17,6 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 from torch import nn
 
 from codistill.config import Config
@@ -24,7 +25,7 @@ from codistill.data import ImageSet, Loader
 from codistill.distributed import init_mesh, resume_after_restart
 from codistill.evaluation import evaluate_peers
 from codistill.peers import Peers
-from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker
+from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker, find_tracker, write_trained_hashes
 from codistill.training.build import build_run, load_run
 from codistill.training.loaders import curve_loader, test_loader
 from codistill.training.optim import learning_rate_at, set_learning_rate
@@ -46,20 +47,22 @@ from codistill.utils import (
     InputError,
     MachineError,
     OtherRankFailedError,
+    SignalReceived,
     Stopped,
+    StoppedEarly,
     UnreadableError,
     catch_signals,
     keep_freed_memory,
     out_of_memory,
     peak_megabytes,
     pick_device,
+    raise_on_signals,
     release_kept_memory,
     reset_peak_memory,
-    write_json,
 )
 
 
-@dataclass
+@dataclass(repr=False)
 class Result:
     """A finished run."""
 
@@ -67,6 +70,11 @@ class Result:
     figures: dict[str, Any]
     """The content of result.json."""
     training: Run
+
+    def __repr__(self) -> str:
+        """Return the folder, what is deployed and its accuracy, on one line."""
+        figures = self.figures
+        return f"Result({str(self.folder)!r}, {figures['deployed']}: {figures['student']['top1']:.2f} % test top-1)"
 
     @property
     def peers(self) -> Peers:
@@ -98,12 +106,27 @@ def train(
     Raises:
         InputError: the config or the data cannot be used, or another process uses the run folder.
         MachineError: the loss became non-finite, the disk is full, or memory ran out.
-        Stopped: a signal ended the run after a checkpoint.
+        Stopped: a signal ended the run; its newest checkpoint, if there is one yet, is complete.
 
-    >>> result = train(Config("okddip", "resnet8", "digits", epochs=60))   # doctest: +SKIP
+    >>> config = Config("dml", "resnet8", "digits", peers=2, train_per_class=5, epochs=1, batch_size=25)
+    >>> result = train(config)
+    >>> result.figures["deployed"], type(result.student).__name__
+    ('member 0', 'ResNet')
     """
     config = config if data is None else dataclasses.replace(config, data=data.name)
     config = resume_after_restart(config.resolved())
+    find_tracker(config.tracker)
+    try:
+        with raise_on_signals():  # in set-up and evaluation; in the epochs `fit` records them
+            return _train(config, reporter, teacher, data)
+    except SignalReceived as received:
+        folder = config.out if config.resume in (None, "auto") else config.resume
+        kept = (Path(str(folder)) / "last.pt").exists()
+        raise (Stopped if kept else StoppedEarly)(str(received)) from None
+
+
+def _train(config: Config, reporter: Reporter | None, teacher: nn.Module | None, data: ImageSet | None) -> Result:
+    """Train a resolved config; see `train`."""
     mesh = init_mesh(config, pick_device(config.device))
     with ExitStack() as stack:
         if mesh.device.type == "cpu" and keep_freed_memory():
@@ -112,7 +135,7 @@ def train(
         folder = mesh.run_on_main_rank(lambda: RunFolder(config))
         mesh.run_on_main_rank(lambda: stack.enter_context(folder.lock()))
         state = mesh.run_on_main_rank(lambda: load_checkpoint_or_none(folder))
-        data_info = mesh.run_on_main_rank(lambda: folder.read("data.json"))
+        data_info = mesh.run_on_main_rank(lambda: folder.read_data_info())
         build = partial(
             build_run,
             config,
@@ -124,8 +147,28 @@ def train(
             data_info=data_info,
         )
         run = mesh.run_on_all_ranks(build)
+        _check_data_agree(run)
         reporter = Reporter() if reporter is None or mesh.rank else reporter
         return run_training(run, state, folder, reporter)
+
+
+def _check_data_agree(run: Run) -> None:
+    """Compare the images of all ranks.
+
+    Raises:
+        InputError: a rank has other images than the first one.
+    """
+    if run.mesh.world == 1:
+        return
+    checksums = run.mesh.all_gather_object(run.data.checksum())
+    others = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
+    if others and run.mesh.rank:
+        raise OtherRankFailedError(2)
+    if others:
+        raise InputError(
+            f"--data {run.config.data}: rank {', '.join(map(str, others))} has other images than rank 0; give all "
+            "ranks the same files"
+        )
 
 
 def load_checkpoint_or_none(folder: RunFolder) -> CheckpointState | None:
@@ -151,7 +194,7 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
         mesh.run_on_all_ranks(lambda: restore_state(run, state))
     if not complete:
         mesh.run_on_main_rank(lambda: write_metadata(run, folder))
-    tracker = Tracker(run.config.tracker if mesh.rank == 0 else "none", run.config)
+    tracker = Tracker(run.config.tracker if mesh.rank == 0 else "none", run.config, run.progress.epoch)
     notes = describe_run(run, None if state is None else state["file"])
     reporter.begin(notes, run.config.epochs, len(run.loader), run.progress.epoch)
     if not complete:
@@ -163,18 +206,22 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
             if out_of_memory(error) is None:
                 raise
             raise describe_out_of_memory(run, folder, error) from error
-        mesh.run_on_main_rank(lambda: write_json(folder.path / "details.json", details))
-        mesh.run_on_main_rank(lambda: write_json(folder.path / "result.json", figures))  # last: it marks completion
+        mesh.run_on_main_rank(lambda: folder.write_result(figures, details))
     tracker.close()
-    figures = mesh.run_on_main_rank(lambda: folder.read("result.json"))
+    figures = mesh.run_on_main_rank(folder.read_result)
+    if figures is None:
+        raise MachineError(f"{folder.path / 'result.json'} was deleted while the run ended; run the command again")
     reporter.end(figures)
-    return Result(folder.path, figures, run)
+    return Result(folder.path, {**figures}, run)
 
 
 def write_metadata(run: Run, folder: RunFolder) -> None:
-    """Write config.json, environment.json and data.json where they are missing; drop metrics that will be redone."""
+    """Write the files on config, machine and data where they are missing; drop metrics that will be redone."""
     folder.write_metadata()
     folder.write_data_info(run.data.metadata())
+    hashes = run.data.provenance.content_hashes
+    if hashes is not None:
+        write_trained_hashes(folder.path, hashes[np.concatenate([run.splits.train, run.splits.holdout])])
     folder.truncate_metrics(run.progress.epoch)
 
 

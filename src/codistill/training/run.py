@@ -50,7 +50,7 @@ class Run:
     peers: Peers
     method: Method
     optimizers: list[torch.optim.Optimizer]
-    """One over everything, or where the method alternates one per local member."""
+    """One over everything, or where the method alternates one per local member; none in a run loaded to evaluate."""
     guard: FiniteGuard
     teacher: nn.Module | None = None
     ema: MeanTeacher | None = None
@@ -60,6 +60,8 @@ class Run:
     """Modules that do not change, running statistics included."""
     graph: StepGraph | None = None
     """Runs forward and backward as a captured CUDA graph; None: eagerly."""
+    notes: list[str] = field(default_factory=list)
+    """What set-up changed in the config, in sentences."""
     progress: Progress = field(default_factory=Progress)
 
     @property

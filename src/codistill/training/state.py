@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from codistill.distributed import Mesh
-from codistill.runs import restore_rng
+from codistill.runs import errors_of_checkpoint, restore_rng
 from codistill.training.run import Progress, Run
 from codistill.utils import InputError, accumulation_dtype
 
@@ -56,15 +56,22 @@ def restore_state(run: Run, state: Mapping[str, Any]) -> None:
     """Continue from what `checkpoint_state` returned, on this mesh or another.
 
     Raises:
-        InputError: the state was written with `--execution stacked` by an early version, and this run loops.
+        InputError: the state does not fit the run, or was written with `--execution stacked` by an early version, and
+            this run loops.
     """
+    with errors_of_checkpoint(state):
+        _restore(run, state)
+
+
+def _restore(run: Run, state: Mapping[str, Any]) -> None:
     mesh = run.mesh
     run.peers.load_state_dict(_pick_local_members(state["peers"], mesh))
     run.method.load_state_dict(state["method"])
     if run.ema is not None:
         run.ema.load_state_dict(_pick_local_members(state["ema"], mesh))
-    for optimizer, saved in zip(run.optimizers, _pick_local_optimizers(run, state["optimizers"]), strict=True):
-        optimizer.load_state_dict(_join_members(run, saved, optimizer))
+    if run.optimizers:
+        for optimizer, saved in zip(run.optimizers, _pick_local_optimizers(run, state["optimizers"]), strict=True):
+            optimizer.load_state_dict(_join_members(run, saved, optimizer))
     run.progress = Progress(
         epoch=state["epoch"],
         step=state["step"],

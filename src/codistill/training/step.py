@@ -111,7 +111,7 @@ def compute_gradients(
     """
     (optimizer,) = run.optimizers
     parameters = parameters_of(optimizer)
-    count = min(run.config.accumulate, len(labels_B))
+    count = max(min(run.config.accumulate, len(labels_B) // 2), 1)  # BatchNorm needs two samples in each
     microbatches = zip(views_VBCHW.tensor_split(count, 1), targets_B.tensor_split(count), labels_B.tensor_split(count))
     microbatch_terms, fractions, hits = [], [], []
     for views, targets, labels in microbatches:

@@ -13,6 +13,7 @@ from codistill.data import Loader
 from codistill.distributed import MeshPeers
 from codistill.methods import Method, build_method
 from codistill.peers import MeanTeacher, Peers, build_peers
+from codistill.runs import errors_of_checkpoint
 from codistill.training.run import Run
 from codistill.utils import count_parameters
 
@@ -26,16 +27,19 @@ def load_student(config: Config, state: Mapping[str, Any], classes: int, channel
         classes: Number of classes.
         channels: Channels of the images.
         image_size: Their side.
+
+    Raises:
+        InputError: the checkpoint does not fit the config.
     """
     peers = build_peers(config, classes, channels, image_size)
     method = build_method(config.method, peers, config.seed)
-    ema = None
-    if config.deploy == "ema":
-        ema = MeanTeacher(peers, method.ema_decay)
-        ema.load_state_dict(state["ema"])
-    peers.load_state_dict(state["peers"])
-    method.load_state_dict(state["method"])
-    return build_student(config.deploy, peers, method, ema)
+    ema = MeanTeacher(peers, method.ema_decay) if config.deploy == "ema" else None
+    with errors_of_checkpoint(state):
+        if ema is not None:
+            ema.load_state_dict(state["ema"])
+        peers.load_state_dict(state["peers"])
+        method.load_state_dict(state["method"])
+        return build_student(config.deploy, peers, method, ema)
 
 
 def deployed_network(run: Run) -> nn.Module:

@@ -9,10 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from codistill.config import Config
 from codistill.data import Loader
 from codistill.distributed import MeshPeers, describe_imbalance
 from codistill.evaluation import PeerMetrics, evaluate_peers, inference_cost, training_flops
-from codistill.peers import PeerOutputs, eval_mode
+from codistill.peers import PeerOutputs, Peers, eval_mode
 from codistill.training.loaders import part_loader
 from codistill.training.run import Run
 from codistill.training.student import (
@@ -22,9 +23,12 @@ from codistill.training.student import (
     deployed_name,
     deployed_network,
 )
-from codistill.utils import DTYPES
+from codistill.utils import DTYPES, out_of_memory
 
 MAX_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes is unreadable
+
+LARGEST_SMALL_SIZE = 96
+"""Side of images up to which the built-in networks, which are made for 32 x 32, raise no warning."""
 
 
 def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
@@ -48,7 +52,8 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
         f"{config.dtype} on {where}, execution {run.execution}{', CUDA graph' if run.graph else ''}, "
         f"seed {config.seed}",
     ]
-    notes += run.data.provenance.messages
+    notes.append(_describe_classes(run.data.classes))
+    notes += [*run.data.provenance.messages, *run.notes]
     class_imbalance = run.data.imbalance(run.splits.train)
     if config.balanced_sampling:
         notes.append(f"every class is drawn equally often{f', though {class_imbalance}' if class_imbalance else ''}")
@@ -62,8 +67,50 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
     return notes
 
 
+def _describe_classes(classes: tuple[str, ...]) -> str:
+    """Return the number of classes and the first names.
+
+    >>> _describe_classes(("ant", "bee"))
+    '2 classes: ant, bee'
+    """
+    more = f", ... {classes[-1]}" if len(classes) > 11 else ""
+    return f"{len(classes):,} classes: {', '.join(classes[: 10 if more else 11])}{more}"
+
+
+def _warn_of_size(run: Run) -> None:
+    """Warn of networks for small images that are trained on large ones, with an estimate of the memory."""
+    config, size = run.config, run.data.image_size
+    small = [name for name in config.model if ":" not in name]
+    if size <= LARGEST_SMALL_SIZE or not small or run.mesh.world > 1:
+        return
+    image = torch.zeros(1, 1, run.data.channels, size, size, device=run.device, dtype=DTYPES[config.dtype])
+    megabytes = activation_bytes(run.peers, image) / 1e6
+    warnings.warn(
+        f"{small[0]} is made for images of about 32 x 32: at {size} x {size} the activations of all peers take about "
+        f"{megabytes:,.0f} MB an image, {megabytes * config.batch_size / 1e3:,.1f} GB for a batch of "
+        f"{config.batch_size}; take a network for large images, such as torchvision:resnet18, or a smaller "
+        "--image-size",
+        stacklevel=4,
+    )
+
+
+def activation_bytes(peers: Peers, views_VBCHW: Tensor) -> int:
+    """Return the bytes that a forward of all peers keeps for its backward, without the parameters."""
+    parameters = {parameter.untyped_storage().data_ptr() for parameter in peers.parameters()}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        kept[x.untyped_storage().data_ptr()] = x.untyped_storage().nbytes()
+        return x
+
+    with eval_mode(peers), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        outputs = peers(views_VBCHW)  # kept until here, so that no memory is used twice
+    del outputs
+    return sum(count for place, count in kept.items() if place not in parameters)
+
+
 def _warn_of_settings(run: Run) -> None:
-    """Warn (on the main rank) of a ramp longer than the run, and of ranks with unequal work."""
+    """Warn (on the main rank) of a ramp or a warm-up longer than the run, of large images, and of unequal ranks."""
     epochs, is_main = run.config.epochs, run.mesh.rank == 0
     reached = run.method.weight_at(epochs - 1)
     if run.method.ramp_epochs and reached < 0.99 and is_main:
@@ -72,10 +119,33 @@ def _warn_of_settings(run: Run) -> None:
             "shorten --method.ramp-epochs",
             stacklevel=3,
         )
+    _warn_of_size(run)
+    warning = _describe_warmup(run.config)
+    if warning is not None and is_main:
+        warnings.warn(warning, stacklevel=3)
     if isinstance(run.peers, MeshPeers):
         warning = describe_imbalance(run.peers, run.loader.sample_batch()[0][:1])
         if warning is not None and is_main:
             warnings.warn(warning, stacklevel=3)
+
+
+def _describe_warmup(config: Config) -> str | None:
+    """Return a sentence about a warm-up that ends after the run or after a milestone, None for any other."""
+    warmup = config.warmup_epochs
+    if not warmup:
+        return None
+    if warmup >= config.epochs:
+        return (
+            f"the warm-up of {warmup:g} epochs does not end within the {config.epochs} epochs; shorten --warmup-epochs"
+        )
+    missed = [m for m in config.milestones or () if m < warmup] if config.schedule == "step" else []
+    if missed:
+        numbers = ", ".join(map(str, missed))
+        return (
+            f"the warm-up of {warmup:g} epochs ends after the milestone {numbers}, so the peak learning rate is never "
+            "reached; shorten --warmup-epochs, or give later --milestones"
+        )
+    return None
 
 
 def evaluate_run(run: Run, loader: Loader) -> dict[str, Any]:
@@ -126,7 +196,8 @@ def run_result(run: Run, members: dict[str, Any], ema: dict[str, Any] | None) ->
 def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str, Any]:
     """Measure what training and inference cost (keys as in result.json).
 
-    On several ranks no process holds everything that is trained, so most figures are left out.
+    On several ranks no process holds everything that is trained, so most figures are left out, as are those that a
+    network cannot be measured for; the run is complete all the same.
 
     Args:
         run: What was trained.
@@ -138,15 +209,18 @@ def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str
     views = run.peers.num_peers if "views" in run.method.needs else 1
     zeros_VBCHW = torch.zeros(views, 2, *size, dtype=DTYPES[run.config.dtype], device=run.device)
     labels_B = torch.zeros(2, dtype=torch.int64, device=run.device)
+    flops, inference = None, {}
     try:
+        inference = inference_cost(deployed_network(run), zeros_VBCHW[0, 0], run.peers.autocast)
         flops = training_flops(run.peers, run.method, forward, zeros_VBCHW, labels_B)
-    except RuntimeError:  # some users' networks have no backward in evaluation mode; the run is complete all the same
-        flops = None
+    except Exception as error:  # users' networks may raise anything: some have no backward in evaluation mode
+        if out_of_memory(error) is not None:
+            raise
     return {
         "training_flops_a_sample": flops,
         "samples_seen": run.loader.num_samples * run.config.epochs,
         "measured_on": str(run.device.type),
-        **inference_cost(deployed_network(run), zeros_VBCHW[0, 0], run.peers.autocast),
+        **inference,
     }
 
 

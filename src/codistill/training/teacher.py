@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,10 @@ from torch import Tensor, nn
 
 from codistill.config import TeacherConfig
 from codistill.data import ImageSet
-from codistill.models import build, resolve
-from codistill.runs import load_run_checkpoint, open_run
+from codistill.models import build, resolve, without_prefix, without_wrappers
+from codistill.runs import DataInfo, StudentMetadata, check_record, load_run_checkpoint, open_run, read_record
 from codistill.training.student import load_student
-from codistill.utils import InputError, check_imports, load_tensors, read_json, suggest
+from codistill.utils import InputError, check_imports, check_regular, load_tensors, suggest
 
 TEACHER_KINDS = (
     "a run folder",
@@ -38,7 +38,7 @@ def load_teacher(config: TeacherConfig, data: ImageSet, known: Iterable[str] = (
     if config.teacher is None:
         raise InputError(f"{config.name} needs a teacher; give --method.teacher: {', '.join(TEACHER_KINDS)}")
     path = Path(config.teacher)
-    if not path.exists():
+    if not path.is_dir() and not check_regular(path):
         raise InputError(f"--method.teacher {path} does not exist; give {', '.join(TEACHER_KINDS)}")
     try:
         if path.is_dir():
@@ -46,7 +46,7 @@ def load_teacher(config: TeacherConfig, data: ImageSet, known: Iterable[str] = (
         if path.suffix == ".safetensors":
             return _load_from_export(path, data, known)
         return _load_from_state_dict(path, config.teacher_model, data)
-    except RuntimeError as error:
+    except (RuntimeError, TypeError, AttributeError) as error:  # load_state_dict raises all of them
         reason = next((line for line in str(error).splitlines()[1:] if line.strip()), str(error)).strip()
         raise InputError(
             f"--method.teacher {path} does not fit this data ({len(data.classes)} classes, {data.channels} channels) "
@@ -57,7 +57,14 @@ def load_teacher(config: TeacherConfig, data: ImageSet, known: Iterable[str] = (
 def _load_from_run(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Module:
     config = open_run(path, "--method.teacher", without_initial_weights=True)
     check_imports(config.model, f"--method.teacher {path}", known=known)
-    metadata = read_json(path / "data.json") or {}
+    metadata: dict[str, Any] = {**(read_record(path / "data.json", DataInfo) or {})}
+    # Where the run's own shapes are known, a checkpoint that does not fit them is damaged, not for other data.
+    own = (len(metadata["classes"]), metadata["channels"]) if metadata else (len(data.classes), data.channels)
+    if own != (len(data.classes), data.channels):
+        raise InputError(
+            f"--method.teacher {path} does not fit this data ({len(data.classes)} classes, {data.channels} channels); "
+            f"it was trained for {own[0]} classes and {own[1]} channels"
+        )
     student = load_student(config, load_run_checkpoint(path), len(data.classes), data.channels, data.image_size)
     return _with_input_statistics(student, metadata, data, path)
 
@@ -67,16 +74,37 @@ def _load_from_export(path: Path, data: ImageSet, known: Iterable[str]) -> nn.Mo
 
     try:
         with safe_open(path, "pt") as archive:
-            metadata = {key: json.loads(value) for key, value in (archive.metadata() or {}).items()}
+            values = read_export_metadata(archive.metadata() or {})
+            metadata: dict[str, Any] = {**check_record(values, StudentMetadata)}
             tensors = {key: archive.get_tensor(key) for key in archive.keys()}  # noqa: SIM118
-    except (SafetensorError, ValueError) as error:
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise InputError(f"--method.teacher {path} is damaged or was not exported by codistill ({error})") from None
     if "model" not in metadata:
         raise InputError(f"--method.teacher {path} does not name its network; it was not exported by codistill")
     check_imports([str(metadata["model"])], f"--method.teacher {path}", known=known)
     teacher = _build_network(str(metadata["model"]), data)
-    teacher.load_state_dict(tensors)
+    without_wrappers(teacher).load_state_dict(tensors)
     return _with_input_statistics(teacher, metadata, data, path)
+
+
+def read_export_metadata(texts: Mapping[str, str]) -> dict[str, Any]:
+    """Return the metadata of an exported student; {} where another program wrote the file.
+
+    Args:
+        texts: The file's metadata: `format` and `codistill`, or one text for each value in an early export.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    if "codistill" in texts:
+        metadata = json.loads(texts["codistill"])
+    elif "model" in texts:
+        metadata = {key: json.loads(value) for key, value in texts.items()}
+    else:
+        metadata = {}
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata is no object")
+    return metadata
 
 
 def _with_input_statistics(teacher: nn.Module, metadata: dict[str, Any], data: ImageSet, path: Path) -> nn.Module:
@@ -132,9 +160,11 @@ def _load_from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.M
         state = load_tensors(path)
     except ValueError as error:
         raise InputError(f"--method.teacher {path} cannot be read ({error})") from None
-    state = state.get("state_dict", state) if isinstance(state, dict) else {}
+    for key in ("state_dict", "model_state_dict"):
+        state = state.get(key, state) if isinstance(state, dict) else {}
     teacher = _build_network(model, data)
-    teacher.load_state_dict(state)
+    plain = without_wrappers(teacher)
+    plain.load_state_dict(without_prefix(state, plain.state_dict()))
     return teacher
 
 

@@ -1,18 +1,25 @@
 """Names that stand for code: `package.module:callable` is imported and run, and configs and run folders travel.
 
 A name that a person types or passes is imported. A name that only a file contains is imported if the command line
-repeats it, or has `--allow-import`. Imports no torch.
+repeats it as the value of an option that names networks, or has `--allow-import`. Imports no torch.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import difflib
+import importlib
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
-from codistill.utils.errors import InputError
+from codistill.utils.errors import InputError, first_line
 
 FLAG = "--allow-import"
+_NETWORK_FLAGS = {"--model": None, "--method.teacher-model": 1}
+"""Options whose values are names of networks, and how many values follow each: None is any number."""
 _LIBRARIES = ("timm", "torchvision", "hf")
 # Options with which a library runs code, or unpickles a file; the last names files for timm to load.
 _RUN_CODE = ("trust_remote_code", "checkpoint_path", "pretrained_cfg")
@@ -38,7 +45,7 @@ class ImportPolicy:
     """The names that this process may import."""
 
     allowed_names: frozenset[str] = frozenset()
-    """The words of the command line."""
+    """The networks that the command line names."""
     allow_all: bool = False
 
 
@@ -47,10 +54,30 @@ _policy = ImportPolicy()
 
 @contextmanager
 def command_line(argv: Sequence[str]) -> Iterator[list[str]]:
-    """Allow the names on a command line while the context lasts; yield the command line without `--allow-import`."""
-    words = frozenset(part for word in argv for part in (word, word.partition("=")[2]))
-    with use_policy(ImportPolicy(words, allow_all=FLAG in argv)):
+    """Allow the networks that a command line names while the context lasts; yield it without `--allow-import`."""
+    with use_policy(ImportPolicy(_named_networks(argv), allow_all=FLAG in argv)):
         yield [word for word in argv if word != FLAG]
+
+
+def _named_networks(argv: Sequence[str]) -> frozenset[str]:
+    """Return the values of the options that name networks; no other word counts, since a shell may have filled it in.
+
+    >>> sorted(_named_networks(["predict", "run", "a:b", "--model", "c:d", "e:f", "--out", "g:h", "--model=i:j"]))
+    ['c:d', 'e:f', 'i:j']
+    """
+    names: set[str] = set()
+    left: float = 0  # values that may still follow the last option
+    for word in argv:
+        flag, equals, value = word.partition("=")
+        if word.startswith("-"):
+            flag = flag.replace("_", "-")
+            limit = _NETWORK_FLAGS[flag] or float("inf") if flag in _NETWORK_FLAGS else 0
+            names |= {value} if limit and equals else set()
+            left = limit - bool(equals)
+        elif left > 0:
+            names.add(word)
+            left -= 1
+    return frozenset(names)
 
 
 def current_policy() -> ImportPolicy:
@@ -70,7 +97,7 @@ def use_policy(policy: ImportPolicy) -> Iterator[None]:
 
 
 def is_user_code(name: str) -> bool:
-    """Tell whether building the network of this name runs code that comes neither with codistill nor with a library.
+    """Return whether building the network of this name runs code that comes neither with codistill nor with a library.
 
     >>> [is_user_code(name) for name in ("resnet32", "timm:resnet18", "mine:net", "hf:x,trust_remote_code=True")]
     [False, False, True, True]
@@ -98,3 +125,49 @@ def check_imports(names: Iterable[str], source: object, allow: bool = False, kno
                 f"{source} names code to import and run, {name}; if you trust it, add {FLAG} (in training, "
                 f"--model {name} repeats it)"
             )
+
+
+def check_method_import(name: str, source: object, allow: bool = False, known: Iterable[str] = ()) -> None:
+    """Refuse the code of an own method (package.module:Class) that only a file names; the arguments of check_imports.
+
+    Raises:
+        InputError: nobody asked for that code.
+    """
+    if not (allow or _policy.allow_all or name in _policy.allowed_names or name in {*known}):
+        raise InputError(
+            f"{source} names code to import and run, {name}; if you trust it, add {FLAG} (in training, naming the "
+            f"method repeats it: train {name})"
+        )
+
+
+def import_object(module_name: str, attribute: str, given: str, hint: Callable[[str], str] = lambda _: "") -> Any:
+    """Import an attribute of a module; modules of the working folder are found too, as with `python -m`.
+
+    Args:
+        module_name: The name before the colon.
+        attribute: The name after it.
+        given: What the user wrote, for messages: `--model a:b`.
+        hint: Completes the message about a module that does not exist; gets the module's name.
+
+    Raises:
+        InputError: there is no such module, it needs another one, or it has no such attribute.
+    """
+    folder = str(Path.cwd())
+    sys.path.insert(0, folder)
+    try:
+        module = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name is not None and not (module_name + ".").startswith(error.name + "."):
+            raise InputError(f"{given}: {module_name} needs {error.name}, which is not installed") from None
+        raise InputError(f'{given}: there is no module "{module_name}"{hint(module_name)}') from None
+    except (Exception, SystemExit) as error:  # the module's own code may raise anything
+        raise InputError(f"{given}: importing {module_name} fails ({first_line(error)}); fix it") from error
+    finally:
+        sys.path.remove(folder)
+    if not callable(found := getattr(module, attribute, None)):
+        names = [n for n, v in vars(module).items() if callable(v) and not n.startswith("_")]
+        near = difflib.get_close_matches(attribute, names, n=1, cutoff=0.6)
+        raise InputError(
+            f'{given}: {module_name} has no callable "{attribute}"' + (f' (did you mean "{near[0]}"?)' if near else "")
+        )
+    return found

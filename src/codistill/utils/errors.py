@@ -1,13 +1,17 @@
 """Errors that a command prints as one sentence, their exit codes, and helpers to word them. Imports no torch at start.
 
-Exit codes: 2 for `InputError`, 1 for `MachineError`, 75 for `Stopped`; any other exception is a bug and keeps its
-traceback.
+Exit codes: 2 for `InputError`, 1 for `MachineError`, 75 for `Stopped`, 1 for any other exception, which is a bug; its
+traceback is written to a file.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+import shlex
+import sys
+import tempfile
+import traceback
+from collections.abc import Iterable, Sequence
 
 _DEVICE_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
 _HOST_MEMORY = ("not enough memory", "can't allocate memory")
@@ -39,9 +43,21 @@ class Stopped(Exception):  # noqa: N818
     hint = "--resume auto"
     """How to continue."""
 
+    def sentence(self) -> str:
+        """Return what is printed."""
+        return f"stopped by {self}; the checkpoint is written, continue with {self.hint}"
+
+
+class StoppedEarly(Stopped):
+    """A signal ended a command that had nothing to keep (exit code 75)."""
+
+    def sentence(self) -> str:
+        """Return what is printed."""
+        return f"stopped by {self} before there was anything to keep; give the same command again"
+
 
 def on_one_line(text: object) -> str:
-    """Return text with every line break and control character replaced by a space."""
+    """Return text with every line break and control character replaced by a space, harmless in any terminal."""
     return "".join(c if c.isprintable() else " " for c in str(text))
 
 
@@ -73,7 +89,7 @@ def out_of_memory(error: Exception) -> str | None:
 def explain_failure(error: Exception) -> tuple[str | None, int]:
     """Return (sentence, exit code) for a known kind of failure, and (None, 1) for an unknown one, which is a bug."""
     if isinstance(error, Stopped):
-        return f"stopped by {error}; the checkpoint is written, continue with {error.hint}", 75
+        return error.sentence(), 75
     if (memory := out_of_memory(error)) is not None:
         other = ", or use --dtype bfloat16" if memory == "the device" else ""
         return f"{memory} is out of memory; lower --batch-size or --peers{other}", 1
@@ -83,3 +99,21 @@ def explain_failure(error: Exception) -> tuple[str | None, int]:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", 1
     return None, 1
+
+
+def describe_unexpected(error: BaseException, command: Sequence[str] = ()) -> str:
+    """Write the traceback of a bug to a new file, and return one sentence that names it.
+
+    Args:
+        error: The exception.
+        command: The words of the command line, for the file.
+    """
+    text = "".join(traceback.format_exception(error))
+    try:
+        number, name = tempfile.mkstemp(prefix="codistill-error-", suffix=".txt")
+        with open(number, "w", encoding="utf-8", errors="backslashreplace") as stream:
+            stream.write(f"codistill {shlex.join(command)}\nPython {sys.version}\n\n{text}")
+        where = f"its traceback is in {name}, please report it"
+    except OSError as failure:
+        where = f"its traceback cannot be written ({failure.strerror}), --traceback shows it"
+    return f"unexpected error, a bug in codistill ({type(error).__name__}: {first_line(error)}); {where}"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import errno
 import json
+import math
 import os
 import platform
 import secrets
+import stat
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -61,46 +63,83 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, values: Any) -> None:
-    """Write JSON atomically."""
-    write_text(path, json.dumps(values, indent=2) + "\n")
+    """Write JSON atomically; figures that are not finite are written as null."""
+    write_text(path, json.dumps(finite_or_null(values), indent=2, allow_nan=False) + "\n")
 
 
-def read_json(path: Path, *keys: str) -> dict[str, Any] | None:
-    """Return the object in a JSON file, None if there is no file.
+def finite_or_null(values: Any) -> Any:
+    """Return plain values with None in place of NaN and infinities, for which JSON has no spelling.
 
-    Args:
-        path: The file.
-        keys: Keys that the object must have.
+    >>> finite_or_null({"top1": [10.0, float("nan")]})
+    {'top1': [10.0, None]}
+    """
+    if isinstance(values, float):
+        return values if math.isfinite(values) else None
+    if isinstance(values, dict):
+        return {key: finite_or_null(value) for key, value in values.items()}
+    return [finite_or_null(value) for value in values] if isinstance(values, list | tuple) else values
+
+
+MAX_BYTES = 256 * 2**20
+"""Size of the largest text file that is read: far above that of any file of a run."""
+
+
+def check_regular(path: Path) -> bool:
+    """Return whether a file exists; anything that is no regular file is refused, since opening it may wait forever.
 
     Raises:
-        InputError: the file is damaged, or a key is missing.
+        InputError: it is a folder, FIFO, socket or device, or cannot be looked at.
     """
     try:
-        values = json.loads(path.read_text())
+        mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise InputError(f"{path} cannot be read ({getattr(error, 'strerror', None) or error})") from None
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "no regular file"
+        raise InputError(f"{path} is {kind}; name a file")
+    return True
+
+
+def read_file(path: Path) -> bytes | None:
+    """Return the content of a text file, None if there is no file.
+
+    Raises:
+        InputError: it is no regular file, is larger than any file of a run, or may not be read.
+        MachineError: the disk fails.
+    """
+    if not check_regular(path):
         return None
-    except (OSError, ValueError) as error:
+    try:
+        with open(path, "rb") as stream:
+            data = stream.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        return None
+    except OSError as error:
+        kind = MachineError if error.errno in DISK_FULL else InputError
+        raise kind(f"{path} cannot be read now ({error.strerror or error}); it was left as it is") from None
+    if len(data) > MAX_BYTES:
+        raise InputError(f"{path} is larger than {MAX_BYTES:,} bytes, which no file of a run is")
+    return data
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """Return the object in a JSON file, None if there is no file.
+
+    Raises:
+        InputError: the file is damaged or cannot be read.
+    """
+    data = read_file(path)
+    if data is None:
+        return None
+    try:
+        values = json.loads(data.decode("utf-8-sig"))
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path} is damaged ({error}); restore it, or train in another --out") from None
     if not isinstance(values, dict):
         raise InputError(f"{path} is damaged (it holds no JSON object); restore it, or train in another --out")
-    missing = [key for key in keys if key not in values]
-    if missing:
-        raise InputError(f'{path} is damaged ("{missing[0]}" is missing); restore it, or train in another --out')
     return values
-
-
-def read_lines(path: Path) -> list[dict[str, Any]]:
-    """Read a file of JSON lines; a last line that a killed process left unfinished is dropped."""
-    lines = []
-    for text in path.read_text().splitlines() if path.exists() else []:
-        try:
-            line = json.loads(text)
-        except ValueError:
-            break
-        if not isinstance(line, dict):
-            break
-        lines.append(line)
-    return lines
 
 
 class LockedError(RuntimeError):
@@ -126,8 +165,8 @@ if hasattr(os, "register_at_fork"):  # POSIX
 
 
 @contextmanager
-def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
-    """Hold an exclusive lock on a file; the system releases it when the process dies, however that happens.
+def lock(path: Path, *, wait: bool = False) -> Iterator[IO[str]]:
+    """Hold an exclusive lock on a file and yield it; the system releases it when the process dies in any way.
 
     Where files cannot be locked (no POSIX, some network file systems) nothing is locked.
 
@@ -152,9 +191,17 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[None]:
             stream.flush()
         _locks.add(stream)
         try:
-            yield
+            yield stream
         finally:
             _locks.discard(stream)
+
+
+def is_same_file(stream: IO[Any], path: Path) -> bool:
+    """Return whether a path still names an open file: it may have been deleted, renamed or replaced."""
+    try:
+        return os.path.samestat(os.fstat(stream.fileno()), os.stat(path))
+    except OSError:
+        return False
 
 
 def _try_lock(stream: IO[str]) -> bool:

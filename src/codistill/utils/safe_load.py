@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import pickle
 import zipfile
@@ -9,7 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from codistill.utils.errors import first_line
+from codistill.utils.errors import first_line, out_of_memory
+from codistill.utils.files import check_regular
 
 MAX_DEFLATE_RATIO = 1032  # uncompressed bytes per deflated byte, at most
 
@@ -18,18 +20,23 @@ def load_tensors(path: str | Path) -> Any:
     """Read a file of `torch.save` that holds tensors and plain values only, onto the CPU.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        OSError: there is no such file, or it cannot be read.
+        MemoryError: there is too little memory for it (with some allocators a RuntimeError).
         ValueError: it is damaged or its pickle asks for anything else; the message is a clause without a full stop.
     """
     import torch
 
+    if not check_regular(Path(path)):
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), str(path))
     try:
         return torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError:
+    except (OSError, MemoryError):  # it cannot be read now, which says nothing about its content
         raise
     except pickle.UnpicklingError:  # torch's own message suggests to load it without the check
         raise ValueError("it is damaged, or asks for more than tensors and plain values") from None
     except Exception as error:  # a damaged file fails in many ways
+        if out_of_memory(error) is not None:
+            raise
         raise ValueError(first_line(error).rstrip(".")) from None
 
 
@@ -70,18 +77,4 @@ def find_outside_links(folder: Path) -> Iterator[Path]:
         for name in (*folders, *files):
             path = os.path.join(place, name)
             if os.path.islink(path) and os.path.commonpath([root, os.path.realpath(path)]) != root:
-                yield Path(path)
-
-
-def find_looping_links(folder: Path) -> Iterator[Path]:
-    """Yield directory symlinks that could make a recursive walk loop or visit folders an exponential number of times.
-
-    These are links to the top folder and all links below the top level. A link at the top level to a folder inside is
-    followed at most once, so it is allowed.
-    """
-    root = os.path.realpath(folder)
-    for place, folders, _ in os.walk(folder):
-        for name in folders:
-            path = os.path.join(place, name)
-            if os.path.islink(path) and (Path(place) != folder or os.path.realpath(path) == root):
                 yield Path(path)

@@ -1,29 +1,64 @@
-"""Catches SIGTERM, SIGINT and SIGUSR1, so that a run ends in order with a checkpoint."""
+"""What SIGTERM, SIGINT, SIGUSR1 and SIGHUP do: recorded within the epochs, elsewhere they end the command in order.
+
+Signals that were ignored when the process began (nohup ignores SIGHUP) stay ignored.
+"""
 
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+
+
+class SignalReceived(BaseException):
+    """A signal arrived where nothing has to be written before the process ends; the message is its name."""
 
 
 @contextmanager
 def catch_signals() -> Iterator[list[str]]:
     """Yield a list that gets the names of the signals received meanwhile; a second SIGINT raises KeyboardInterrupt."""
     caught: list[str] = []
-    numbers = [getattr(signal, n) for n in ("SIGTERM", "SIGINT", "SIGUSR1") if hasattr(signal, n)]
 
     def record_signal(number: int, _frame: object) -> None:
         if caught and number == signal.SIGINT:
             raise KeyboardInterrupt
         caught.append(signal.Signals(number).name)
 
-    try:
-        handlers = {number: signal.signal(number, record_signal) for number in numbers}
-    except ValueError:  # only the main thread may set handlers; here another one handles signals
-        handlers = {}
-    try:
+    with _handlers(record_signal, "SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
         yield caught
+
+
+@contextmanager
+def raise_on_signals() -> Iterator[None]:
+    """Raise SignalReceived where SIGTERM, SIGUSR1 or SIGHUP arrives; SIGINT raises KeyboardInterrupt as usual."""
+
+    def raise_signal(number: int, _frame: object) -> None:
+        raise SignalReceived(signal.Signals(number).name)
+
+    with _handlers(raise_signal, "SIGTERM", "SIGUSR1", "SIGHUP"):
+        yield
+
+
+@contextmanager
+def ignore_interrupt() -> Iterator[None]:
+    """Ignore SIGINT; a process that is started meanwhile ignores it from its first instruction on."""
+    with _handlers(signal.SIG_IGN, "SIGINT"):
+        yield
+
+
+@contextmanager
+def _handlers(handler: Callable[[int, object], None] | signal.Handlers, *names: str) -> Iterator[None]:
+    """Set a handler for the named signals of this system that are not ignored."""
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {}
+    try:
+        for number in numbers:
+            if signal.getsignal(number) not in (signal.SIG_IGN, None):
+                before[number] = signal.signal(number, handler)
+    except ValueError:  # only the main thread may set handlers; here another one handles signals
+        pass
+    try:
+        yield
     finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
+        for number, old in before.items():
+            signal.signal(number, old)

@@ -1,19 +1,27 @@
-"""Tables as Markdown, CSV and LaTeX; all cells are escaped, since users choose some of the names in them."""
+"""Tables as Markdown, CSV and LaTeX, and the escaping of text for each kind of output.
+
+Users choose the names of classes, files and runs. Each kind of output has one function that makes any text harmless in
+it: `on_one_line` (terminal; in errors.py), `escape_csv`, `escape_json`, `escape_markdown`, `escape_latex`, and
+`html.escape`.
+"""
 
 from __future__ import annotations
 
 import csv
 import io
+import json
 import re
+from typing import Any
 
 from codistill.utils.errors import on_one_line
+from codistill.utils.files import finite_or_null
 
 Rows = list[dict[str, str]]
 
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
     "^": r"\textasciicircum{}", "~": r"\textasciitilde{}", "±": r"$\pm$", "<": r"\textless{}", ">": r"\textgreater{}",
-    "|": r"\textbar{}", '"': r"\textquotedbl{}", "\n": " ",
+    "|": r"\textbar{}", '"': r"\textquotedbl{}",
 }  # fmt: skip
 
 
@@ -40,15 +48,26 @@ def comma_separated(rows: Rows) -> str:
     """Write rows as CSV; cells that a spreadsheet would take for formulas are disarmed."""
     stream = io.StringIO()
     writer = csv.writer(stream, lineterminator="\n")
-    writer.writerow([_disarm_formula(name) for name in rows[0]])
-    writer.writerows([_disarm_formula(cell) for cell in row.values()] for row in rows)
+    writer.writerow([escape_csv(name) for name in rows[0]])
+    writer.writerows([escape_csv(cell) for cell in row.values()] for row in rows)
     return stream.getvalue()
 
 
-def _disarm_formula(cell: str) -> str:
-    """Put an apostrophe before a cell that a spreadsheet would take for a formula."""
-    number = re.fullmatch(r"[+-]?\d+(\.\d+)?( ± \d+(\.\d+)?)?( \([^()]*\))?", cell)
-    return f"'{cell}" if cell[:1] in "=+-@\t" and cell != "-" and not number else cell
+def escape_csv(cell: object) -> str:
+    """Return a cell's text on one line, with an apostrophe before what a spreadsheet would take for a formula.
+
+    >>> escape_csv("=HYPERLINK(1)"), escape_csv("+1.25 ± 0.10 (n.s.)"), escape_csv("-"), escape_csv(7)
+    ("'=HYPERLINK(1)", '+1.25 ± 0.10 (n.s.)', '-', '7')
+    """
+    text = on_one_line(cell)
+    number = re.fullmatch(r"[+-]?\d+(\.\d+)?( ± \d+(\.\d+)?)?( \([\w. =%-]*\))?", text, re.ASCII)
+    return f"'{text}" if text.lstrip()[:1] in {*"=+-@\uff1d\uff0b\uff0d\uff20"} and text != "-" and not number else text
+
+
+def escape_json(values: Any, indent: int | None = None) -> str:
+    """Return JSON in which every character that a terminal might obey is escaped by its number."""
+    text = json.dumps(finite_or_null(values), indent=indent, ensure_ascii=False, allow_nan=False)
+    return "".join(c if c.isprintable() or c == "\n" else json.dumps(c)[1:-1] for c in text)
 
 
 def latex(rows: Rows, caption: str) -> str:
@@ -65,4 +84,4 @@ def latex(rows: Rows, caption: str) -> str:
 
 def escape_latex(text: str) -> str:
     """Escape every special character of LaTeX."""
-    return "".join(_LATEX.get(character, character) for character in text)
+    return "".join(_LATEX.get(character, character) for character in on_one_line(text))

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import json
+import dataclasses
+import warnings
 from pathlib import Path
 from typing import Any
 
-from codistill.cli.console import err, members_table, out, print_rows
+from codistill.cli.console import err, members_table, out, print_rows, show_progress
 from codistill.cli.options import EvaluateOptions, Parsed
-from codistill.data import Loader, load_external_test_set
+from codistill.data import Loader, count_trained_images, load_external_test_set
 from codistill.deploy import calibrate_student
 from codistill.evaluation import calibration_figures, class_rows, confusion_matrix, write_confusion
+from codistill.runs import read_trained_hashes
 from codistill.training import (
     Run,
     curve_loader,
@@ -22,24 +24,25 @@ from codistill.training import (
     make_loader,
     test_loader,
 )
-from codistill.utils import InputError, keep_freed_memory
+from codistill.utils import InputError, escape_json, keep_freed_memory, set_progress_display
 
 
 def run(parsed: Parsed) -> int:
     """Evaluate, and print a table or JSON."""
     options: EvaluateOptions = parsed.options
     folder = Path(parsed.positionals[0])
+    set_progress_display(show_progress)
     if options.data is not None and not options.calibrate:  # the run's own images are not needed
         trained = load_without_images(folder, options.device, checkpoint=options.checkpoint)
     else:
         trained = load_run(folder, options.data_dir, options.device, options.checkpoint)
     if trained.device.type == "cpu":
         keep_freed_memory()
-    loader = _load_images(trained, options)
+    loader = _load_images(trained, options, folder)
     figures, name = evaluate_run(trained, loader), deployed_name(trained)
     extra = _extra_metrics(trained, loader, options, folder)
     if options.json:
-        print(json.dumps(figures | {"deployed": name} | extra))
+        print(escape_json(figures | {"deployed": name} | extra))
         return 0
     title = f"{options.data or f'{trained.config.data} {options.split}'}, {loader.num_samples:,} images"
     out.print(members_table(figures["members"], name, title, figures["ema"]))
@@ -47,13 +50,21 @@ def run(parsed: Parsed) -> int:
     return 0
 
 
-def _load_images(trained: Run, options: EvaluateOptions) -> Loader:
+def _load_images(trained: Run, options: EvaluateOptions, folder: Path) -> Loader:
     """Return the loader over the images that --data or --split names."""
     if options.data is not None:
-        images, labels, note = load_external_test_set(options.data, options.data_dir, trained.data.metadata())
-        if note:
-            err.print(f"{options.data}: {note}", style="dim", markup=False)
-        return make_loader(trained.config, trained.data, (images, labels), trained.device)
+        images, labels, notes = load_external_test_set(options.data, options.data_dir, trained.data.metadata())
+        for note in notes:
+            err.print(f"{options.data}: {note}", style="dim")
+        known = count_trained_images(images, read_trained_hashes(folder))
+        if known:
+            warnings.warn(
+                f"{known:,} of the {len(labels):,} images of {options.data} were trained on (their files are the "
+                "same), so the figures are too good; judge on other images",
+                stacklevel=1,
+            )
+        config = dataclasses.replace(trained.config, skip_corrupt=True)  # unreadable files are left out and named
+        return make_loader(config, trained.data, (images, labels), trained.device)
     loader = test_loader(trained)
     if options.split == "val":
         loader = curve_loader(trained) if len(trained.splits.val) else None

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
-
 from codistill.cli.options import Parsed, PredictOptions
 from codistill.deploy import find_images, format_csv, load_predictor, predict_images
-from codistill.utils import InputError
+from codistill.utils import InputError, escape_json
 
 
 def run(parsed: Parsed) -> int:
@@ -20,7 +18,7 @@ def run(parsed: Parsed) -> int:
     top = min(options.top, len(predictor.data_info["classes"]))
     rows = [*predict_images(predictor, files, top, options.batch_size)]
     if options.json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(escape_json(rows, indent=2))
     else:
         print(format_csv(rows, top), end="")
     errors = [row["error"] for row in rows if "error" in row]

@@ -4,17 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 
-from codistill.cli.console import RichReporter, members_table, out
+from codistill.cli.console import RichReporter, members_table, out, show_progress
 from codistill.cli.options import Parsed
 from codistill.config import Config
 from codistill.distributed import shutdown
-from codistill.training import Result, train
+from codistill.training import Result, describe_dry_run, train
+from codistill.utils import set_progress_display
 
 
 def run(parsed: Parsed) -> int:
     """Train the runs one after the other; the first rank of a mesh prints each run's test figures."""
+    set_progress_display(show_progress)
+    if parsed.dry_run:
+        for line in describe_dry_run(parsed.options):
+            out.print(line, highlight=False, markup=False)
+        return 0
     for config in _configs_of_seeds(parsed.options, parsed.seeds):
-        result = train(config, RichReporter())
+        reporter = RichReporter()
+        try:
+            result = train(config, reporter)
+        finally:
+            reporter.stop()
         if result.training.mesh.rank == 0:
             _print_result(result)
     shutdown()

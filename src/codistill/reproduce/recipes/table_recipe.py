@@ -17,7 +17,7 @@ Scale = Literal["smoke", "short", "full"]
 # Training images per class at scale `short`: about a fifth of the set; 200 for ImageNet, whose classes differ in size.
 SHORT_IMAGES = {"cifar10": 1000, "cifar100": 100, IMAGENET: 200}
 SCALES = {
-    "smoke": "smoke: digits instead of the paper's images, resnet8 instead of its networks, 4 epochs of batch 64",
+    "smoke": "smoke: digits instead of the paper's images, resnet8 instead of its networks, 4 epochs of batch 48",
     "short": "short: a tenth of the paper's epochs and about a fifth of its training images",
     "full": "full: the paper's schedule and images",
 }
@@ -52,7 +52,7 @@ class TableRecipe:
     teachers: Mapping[str, str] = field(default_factory=dict)
     """Method -> the cell of the same network whose run is its teacher."""
     guesses: tuple[str, ...] = ()
-    """Choices of the recipe that the sources do not state."""
+    """Choices of the recipe: what the sources do not state, and where it deviates from them."""
 
     def select_cells(self, networks: tuple[str, ...], methods: tuple[str, ...], table: str) -> list[tuple[str, str]]:
         """Return the selected (network, method) pairs; an empty selection means all.
@@ -82,6 +82,7 @@ def scale_config(config: Config, scale: Scale) -> Config:
     if scale == "full":
         return config
     if scale == "smoke":
+        # Of batches of 48, the last one of an epoch has 35 images or more, whatever part of the digits is held back.
         # resnet8 has three stages, so forks in front of stages 3 and 4 move one stage down.
         forks = tuple(f"layer{int(f[-1]) - 1}" if "layer4" in config.branch_at else f for f in config.branch_at)
         small = {
@@ -91,7 +92,7 @@ def scale_config(config: Config, scale: Scale) -> Config:
             "branch_at": forks,
             "lr": 0.05,
         }
-        return dataclasses.replace(config, **small, epochs=4, batch_size=64, milestones=None, warmup_epochs=0.0)
+        return dataclasses.replace(config, **small, epochs=4, batch_size=48, milestones=None, warmup_epochs=0.0)
     tenth = max(config.epochs // 10, 2)
     milestones = config.milestones and tuple(max(m * tenth // config.epochs, 1) for m in config.milestones)
     return dataclasses.replace(

@@ -6,9 +6,10 @@ A chart has views; the page shows the one that the reader selects. page.js draws
 from __future__ import annotations
 
 import html
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Mapping
 from statistics import fmean, stdev
-from typing import Any
+from typing import Any, cast
 
 from codistill.reproduce.report.collect import Group, RunData, Section
 
@@ -52,10 +53,10 @@ def _make_view(name: str, traces: list[Trace], x: str, y: str, **layout: Any) ->
 # ----------------------------------------------------------------------------------------------------------------------
 # Curves over epochs
 
-Pick = Callable[[dict[str, Any]], float | None]
+Pick = Callable[[Mapping[str, Any]], float | None]
 
 
-def _evaluated_split(line: dict[str, Any]) -> str | None:
+def _evaluated_split(line: Mapping[str, Any]) -> str | None:
     """Return the split that an epoch's line has figures of, validation before test."""
     return next((split for split in ("val", "test") if split in line), None)
 
@@ -66,7 +67,7 @@ def _average_curve(group: Group, pick: Pick) -> tuple[list[int], list[float], li
     for run in group.runs:
         for line in run.lines:
             value = pick(line)
-            if value is not None:
+            if value is not None and math.isfinite(value):  # a run that diverged ends its curve
                 values.setdefault(line["epoch"] + 1, []).append(value)
     epochs = sorted(values)
     means = [fmean(values[e]) for e in epochs]
@@ -97,7 +98,7 @@ def _round(values: list[float]) -> list[float]:
 def _student_figure(name: str) -> Pick:
     """Return a function that reads a figure of the deployed student from an epoch's line."""
 
-    def pick(line: dict[str, Any]) -> float | None:
+    def pick(line: Mapping[str, Any]) -> float | None:
         split = _evaluated_split(line)
         return None if split is None else line[f"{split}_student"][name]
 
@@ -107,14 +108,14 @@ def _student_figure(name: str) -> Pick:
 def _group_figure(name: str) -> Pick:
     """Return a function that reads a figure of the group from an epoch's line; a single member has none."""
 
-    def pick(line: dict[str, Any]) -> float | None:
+    def pick(line: Mapping[str, Any]) -> float | None:
         split = _evaluated_split(line)
         return None if split is None or len(line[split]["top1"]) < 2 else line[split].get(name)
 
     return pick
 
 
-def _ensemble_gain(line: dict[str, Any]) -> float | None:
+def _ensemble_gain(line: Mapping[str, Any]) -> float | None:
     split = _evaluated_split(line)
     if split is None or len(line[split]["top1"]) < 2:
         return None
@@ -165,9 +166,10 @@ def _member_views(groups: list[Group]) -> list[View]:
 
 
 def _member_top1(index: int, kind: str = "") -> Pick:
-    def pick(line: dict[str, Any]) -> float | None:
+    def pick(line: Mapping[str, Any]) -> float | None:
         split = _evaluated_split(line)
-        return None if split is None or split + kind not in line else line[split + kind]["top1"][index]
+        top1 = line.get(f"{split}{kind}", {}).get("top1", [])
+        return top1[index] if index < len(top1) else None
 
     return pick
 
@@ -185,8 +187,9 @@ def _weight_views(groups: list[Group]) -> list[View]:
             labels: list[str] = []
             for run in group.runs:
                 for line in run.lines:
-                    if name in line.get("method", {}):
-                        labels, values = _flatten_weights(line["method"][name])
+                    names, values = _flatten_weights(line.get("method", {}).get(name, []))
+                    labels = labels or names
+                    if values and names == labels and all(map(math.isfinite, values)):
                         sums.setdefault(line["epoch"] + 1, []).append(values)
             epochs = sorted(sums)
             z = [[round(fmean(v[i] for v in sums[e]), 4) for e in epochs] for i in range(len(labels))]
@@ -212,7 +215,7 @@ def _flatten_weights(weights: list[Any]) -> tuple[list[str], list[float]]:
 
 
 def _cost_views(groups: list[Group]) -> list[View]:
-    axes: dict[str, Callable[[dict[str, Any]], float | None]] = {
+    axes: dict[str, Callable[[Mapping[str, Any]], float | None]] = {
         "training, TFLOPs": _training_tflops,
         "training, seconds": lambda r: r["seconds"],
         "trained, M parameters": lambda r: r["parameters_trained"] / 1e6,
@@ -223,7 +226,8 @@ def _cost_views(groups: list[Group]) -> list[View]:
         traces = []
         for group in groups:
             done = [(run.result, pick(run.result)) for run in group.runs if run.result is not None]
-            pairs = [(x, r["student"]["top1"]) for r, x in done if x is not None]
+            pairs = [(x, r["student"]["top1"]) for r, x in done if x is not None and math.isfinite(x)]
+            pairs = [(x, y) for x, y in pairs if math.isfinite(y)]
             if not pairs:
                 continue
             tops = [y for _, y in pairs]
@@ -236,10 +240,10 @@ def _cost_views(groups: list[Group]) -> list[View]:
     return views
 
 
-def _training_tflops(result: dict[str, Any]) -> float | None:
+def _training_tflops(result: Mapping[str, Any]) -> float | None:
     cost = result.get("cost", {})
     flops = cost.get("training_flops_a_sample")
-    return flops * cost["samples_seen"] / 1e12 if flops else None
+    return flops * cost.get("samples_seen", 0) / 1e12 or None if flops else None
 
 
 def _reliability_views(groups: list[Group]) -> list[View]:
@@ -265,8 +269,10 @@ def _pool_bins(runs: list[RunData], key: str) -> list[tuple[float, float, int]]:
     """Return (confidence, accuracy, images) of each bin over all seeds; a bin's index follows from its confidence."""
     sums: dict[int, list[float]] = {}
     for run in runs:
-        for b in run.details.get(key, []):
-            index = min(int(b["confidence"] * 15 + 1e-9), 14)
+        for b in cast(Mapping[str, Any], run.details).get(key, []):
+            if not (b["samples"] and math.isfinite(b["confidence"]) and math.isfinite(b["accuracy"])):
+                continue
+            index = min(max(int(b["confidence"] * 15 + 1e-9), 0), 14)
             total = sums.setdefault(index, [0.0, 0.0, 0.0])
             for i, value in enumerate((b["samples"] * b["confidence"], b["samples"] * b["accuracy"], b["samples"])):
                 total[i] += value
@@ -276,10 +282,11 @@ def _pool_bins(runs: list[RunData], key: str) -> list[tuple[float, float, int]]:
 def _confusion_views(groups: list[Group]) -> list[View]:
     views = []
     for group in groups:
-        tables = [run.details["confusion"] for run in group.runs if "confusion" in run.details]
-        if not tables:
+        known = [run.details for run in group.runs if run.details.get("confusion")]
+        if not known:
             continue
-        names = next(run.details["classes"] for run in group.runs if "confusion" in run.details)
+        names = known[0]["classes"]
+        tables = [details["confusion"] for details in known if details["classes"] == names]
         classes = [escape_name(str(name)) for name in names]
         total = [[sum(table[i][j] for table in tables) for j in range(len(classes))] for i in range(len(classes))]
         z = [[round(100 * value / max(sum(row), 1), 1) for value in row] for row in total]

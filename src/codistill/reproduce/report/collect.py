@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 from codistill.config import Config
 from codistill.reproduce.command_line import format_command
@@ -15,7 +15,8 @@ from codistill.reproduce.statistics import comparison_rows, format_mean_std
 from codistill.reproduce.table_figures import make_figures
 from codistill.reproduce.table_folder import read_plan
 from codistill.reproduce.table_rows import cost_columns, make_table_rows, network_label, table_notes
-from codistill.utils import InputError, Rows, read_json, read_lines
+from codistill.runs import Details, Environment, EpochLine, GridInfo, RunResult, read_epoch_lines, read_record
+from codistill.utils import InputError, Rows
 
 
 @dataclass
@@ -24,10 +25,10 @@ class RunData:
 
     path: Path
     config: Config
-    result: dict[str, Any] | None
-    lines: list[dict[str, Any]]
-    details: dict[str, Any]
-    environment: dict[str, Any]
+    result: RunResult | None
+    lines: list[EpochLine]
+    details: Details
+    environment: Environment
 
     @property
     def command(self) -> str:
@@ -57,44 +58,73 @@ class Section:
 
 
 def read_run(path: Path) -> RunData:
-    """Read one run folder; files that an unfinished run has not written yet are empty."""
+    """Read one run folder; files that an unfinished run has not written yet are empty.
+
+    Raises:
+        InputError: it is no run folder, or a file in it is damaged or another program's.
+    """
     return RunData(
         path,
-        Config.from_file(path),
-        read_json(path / "result.json"),
-        read_lines(path / "metrics.jsonl"),
-        read_json(path / "details.json") or {},
-        read_json(path / "environment.json") or {},
+        Config.from_file(path, without_code=True),
+        read_record(path / "result.json", RunResult),
+        read_epoch_lines(path / "metrics.jsonl"),
+        read_record(path / "details.json", Details) or {},
+        read_record(path / "environment.json", Environment) or {},
     )
 
 
 def collect_sections(paths: list[Path]) -> list[Section]:
-    """Return one section per grid, and one for all single runs together.
+    """Return one section per grid, and one for all single runs together; every run is in one section.
 
     Raises:
         InputError: a folder does not exist or contains no runs.
     """
-    sections, single = [], []
+    sections: list[Section] = []
+    single: dict[Path, RunData] = {}
     for path in {path.resolve(): path for path in paths}.values():  # a path given twice counts once
         if not path.is_dir():
             raise InputError(f"report: {path} is no folder; name run folders, or the folder of a grid or of a table")
         if (path / "config.json").exists():
-            single.append(read_run(path))
+            single[path.resolve()] = read_run(path)
             continue
-        found = [read_run(p.parent) for p in sorted(path.rglob("config.json"))]
+        section = _read_section(path)
+        if section is not None and section.groups:
+            sections.append(section)
+            continue
+        folders = [config.parent for config in sorted(path.rglob("config.json"))]
+        found = read_runs(folders) if section is None else []
         if not found:
             raise InputError(f"report: {path} holds no runs of codistill")
-        grid_info = read_json(path / "grid.json", "kind")
-        if grid_info is not None and grid_info.get("kind") == "reproduce":
-            sections.append(_table_section(path, grid_info))
-        elif grid_info is not None:
-            sections.append(_comparison_section(path, grid_info))
-        else:
-            single += found
-    return sections + ([_runs_section(single)] if single else [])
+        single |= {run.path.resolve(): run for run in found}
+    in_grids = {run.path.resolve() for section in sections for group in section.groups for run in group.runs}
+    alone = [run for path, run in single.items() if path not in in_grids]
+    return sections + ([_runs_section(alone)] if alone else [])
 
 
-def _table_section(path: Path, grid_info: dict[str, Any]) -> Section:
+def read_runs(folders: Sequence[Path]) -> list[RunData]:
+    """Read the run folders found below a folder; those that cannot be read are left out, with a warning."""
+    runs = []
+    for folder in folders:
+        try:
+            runs.append(read_run(folder))
+        except InputError as error:
+            warnings.warn(f"{folder} is left out: {error}", stacklevel=2)
+    return runs
+
+
+def _read_section(path: Path) -> Section | None:
+    """Return the section of a grid's folder; None where there is no grid, or where its grid.json cannot be used."""
+    try:
+        grid_info = read_record(path / "grid.json", GridInfo)
+        if grid_info is None:
+            return None
+        return (_table_section if grid_info["kind"] == "reproduce" else _comparison_section)(path, grid_info)
+    except InputError as error:
+        warnings.warn(f"the runs in {path} are shown as single runs: {error}", stacklevel=2)
+        return None
+
+
+def _table_section(path: Path, grid_info: GridInfo) -> Section:
     plan = read_plan(path, grid_info)
     groups = []
     several = len({cell.network for cell in plan.cells}) > 1
@@ -108,14 +138,14 @@ def _table_section(path: Path, grid_info: dict[str, Any]) -> Section:
     return Section(name, plan.title(), rows, lower, notes, groups, _read_failures(path))
 
 
-def _comparison_section(path: Path, grid_info: dict[str, Any]) -> Section:
+def _comparison_section(path: Path, grid_info: GridInfo) -> Section:
     cells, groups = [], []
     first_seed = grid_info.get("first_seed", 0)
-    seeds = range(first_seed, first_seed + grid_info["seeds"])
-    for row in grid_info["cells"]:
+    seeds = range(first_seed, first_seed + grid_info.get("seeds", 0))
+    for row in grid_info.get("cells", []):
         cell = Cell(row["label"], Config(), row["baseline"])
         runs = _read_runs(cell, path, seeds)
-        cell.results = {run.config.seed: run.result for run in runs if run.result is not None}
+        cell.results = {run.config.seed: {**run.result} for run in runs if run.result is not None}
         cells.append(cell)
         groups += [Group(cell.label, runs)] if runs else []
     notes = [
@@ -123,7 +153,9 @@ def _comparison_section(path: Path, grid_info: dict[str, Any]) -> Section:
         "Test set, last epoch, deployed member; differences are paired over seeds with the independent member that "
         "began with the same weights, ± 95 % t-interval, n.s. = not significant (Holm's correction over the table).",
     ]
-    return Section("Comparison", grid_info["title"], comparison_rows(cells), False, notes, groups, _read_failures(path))
+    return Section(
+        "Comparison", grid_info.get("title", ""), comparison_rows(cells), False, notes, groups, _read_failures(path)
+    )
 
 
 def _runs_section(runs: list[RunData]) -> Section:
@@ -138,6 +170,7 @@ def _runs_section(runs: list[RunData]) -> Section:
             else folder.name.removesuffix(f"-seed{run.config.seed}")
         )
         groups.setdefault(key, Group(label, [])).runs.append(run)
+    repeated = [line for group in groups.values() for line in _keep_one_run_per_seed(group)]
     rows = []
     for group in groups.values():
         done = [run.result for run in group.runs if run.result is not None]
@@ -148,18 +181,34 @@ def _runs_section(runs: list[RunData]) -> Section:
         best = [r["best_test"]["top1"] for r in done if "best_test" in r]
         if any("best_test" in (run.result or {}) for run in runs):
             row["best test epoch (chosen on the test set), top-1 %"] = format_mean_std(best) if best else "-"
-        cell = Cell(group.label, group.runs[0].config, results=dict(enumerate(done)))
+        cell = Cell(group.label, group.runs[0].config, results={n: {**result} for n, result in enumerate(done)})
         rows.append(row | {"n": str(len(done))} | cost_columns(cell))
-    unfinished = [f"{run.path} is not complete" for run in runs if run.result is None]
-    return Section(
-        "Runs", "Single runs", rows, False, ["Mean ± deviation over the seeds given."], [*groups.values()], unfinished
-    )
+    kept = [run for group in groups.values() for run in group.runs]
+    unfinished = [f"{run.path} is not complete" for run in kept if run.result is None]
+    notes = ["Mean ± deviation over the seeds given.", *repeated]
+    return Section("Runs", "Single runs", rows, False, notes, [*groups.values()], unfinished)
+
+
+def _keep_one_run_per_seed(group: Group) -> list[str]:
+    """Leave out runs that repeat the seed of another of the group, complete ones last; return a note about each."""
+    kept: dict[int, RunData] = {}
+    notes = []
+    for run in sorted(group.runs, key=lambda run: run.result is None):
+        first = kept.setdefault(run.config.seed, run)
+        if first is not run:
+            notes.append(f"{run.path} is left out: it repeats seed {run.config.seed} of {first.path}.")
+    group.runs = [run for run in group.runs if kept[run.config.seed] is run]
+    return notes
 
 
 def _read_runs(cell: Cell, folder: Path, seeds: Sequence[int]) -> list[RunData]:
-    paths = [cell.run_path(folder, seed) for seed in seeds]
-    return [read_run(path) for path in paths if (path / "config.json").exists()]
+    paths = [cell.run_path(folder, seed) for seed in cell.list_seeds(folder, seeds)]
+    return read_runs([path for path in paths if (path / "config.json").exists()])
 
 
 def _read_failures(path: Path) -> list[str]:
-    return [f"{run}: {reason}" for run, reason in (read_json(path / "failures.json") or {}).items()]
+    try:
+        failures = read_record(path / "failures.json", dict[str, str]) or {}
+    except InputError as error:
+        return [str(error)]
+    return [f"{run}: {reason}" for run, reason in failures.items()]

@@ -7,11 +7,11 @@ import json
 import re
 from importlib import resources
 from pathlib import Path
-from typing import Any
 
 from codistill.reproduce.report.charts import make_charts
 from codistill.reproduce.report.collect import Section, collect_sections
-from codistill.utils import InputError, Rows, write_text
+from codistill.runs import Environment
+from codistill.utils import InputError, Rows, finite_or_null, write_text
 
 _NAME_COLUMNS = ("network", "method", "peers", "run")
 _COST_PREFIXES = ("trained", "training", "deployed", "parameters", "s per run")
@@ -55,7 +55,7 @@ def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
     try:
         from plotly.offline import get_plotlyjs
     except ImportError:
-        raise InputError("report needs: pip install 'codistill[report]'") from None
+        raise InputError("report needs: pip install plotly") from None
     from codistill import __version__
 
     if out.is_dir():
@@ -69,7 +69,7 @@ def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
         css=_read_asset("page.css"),
         js=_read_asset("page.js"),
         plotly=get_plotlyjs(),
-        data=json.dumps(data).replace("<", "\\u003c"),  # no name can end the script
+        data=json.dumps(finite_or_null(data), allow_nan=False).replace("<", "\\u003c"),  # no name can end the script
         body="\n".join(_section_html(section, number) for number, section in enumerate(sections)),
     )
     write_text(out, page)
@@ -166,7 +166,7 @@ def _commands_html(section: Section) -> str:
     return f'<h2>Commands</h2>{"".join(parts)}<ul class="soft">{items}</ul>'
 
 
-def _describe_environment(environment: dict[str, Any]) -> str:
+def _describe_environment(environment: Environment) -> str:
     e = environment
     where = e.get("gpu") or f"{e.get('machine')} with {e.get('cpus')} CPUs, {e.get('threads')} threads"
     commit = str(e.get("git_commit") or "an installed package")[:12]

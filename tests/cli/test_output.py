@@ -1,0 +1,71 @@
+"""Output that cannot be written, and the terminal after a run."""
+
+import io
+import subprocess
+import sys
+
+import pytest
+from rich.console import Console
+
+from codistill.cli.console import RichReporter, progress_bar
+from codistill.cli.output import SafeStream
+
+HELP = [sys.executable, "-m", "codistill", "list", "data"]
+
+
+def test_characters_that_the_encoding_lacks_are_escaped():
+    raw = io.BytesIO()
+    stream = SafeStream(io.TextIOWrapper(raw, encoding="cp1252"))
+    stream.write("café 猫 \udcff\n")
+    stream.flush()
+    assert raw.getvalue().decode("cp1252") == "café \\u732b \\udcff\n"
+
+
+def test_a_stream_that_cannot_be_written_ends_nothing():
+    stream = SafeStream(open("/dev/full", "w"))  # noqa: SIM115
+    stream.write("x" * 100_000)
+    stream.flush()
+    stream.write("more")
+    assert "No space left" in str(stream.failure)
+    missing = SafeStream(None)
+    assert missing.write("x") == 1
+    assert not missing.isatty()
+    assert missing.failure is None
+
+
+def test_a_reader_that_goes_away_and_a_full_disk():
+    process = subprocess.Popen(HELP, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    assert process.stderr is not None
+    assert process.stderr.read() == b""
+    assert process.wait() == 0
+    with open("/dev/full", "w") as full:
+        ended = subprocess.run(HELP, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert (ended.returncode, ended.stderr.count("\n")) == (1, 1)
+    assert "the output cannot be written" in ended.stderr
+
+
+@pytest.fixture
+def terminal():
+    return Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False, emoji=False)
+
+
+def test_bar_count_and_time_are_seen_at_80_columns(terminal):
+    with progress_bar(terminal) as bar:
+        bar.add_task("epochs", total=300, completed=7, note="loss 1.234  val 91.2  ensemble 92.3 :x: " + "y" * 80)
+    last = next(line for line in reversed(terminal.file.getvalue().splitlines()) if "epochs" in line)
+    assert "7/300" in last
+    assert "-:--:--" in last
+    assert "loss 1.234" in last
+    assert "❌" not in last
+
+
+def test_the_cursor_is_shown_again_however_a_run_ends(terminal, monkeypatch):
+    monkeypatch.setattr("codistill.cli.console.err", terminal)
+    reporter = RichReporter()
+    reporter.stop()  # a run that never began
+    reporter.begin([], 3, 1, 0)
+    reporter.step(0, 1, 1.0)
+    reporter.stop()
+    assert terminal.file.getvalue().rstrip("\n").endswith("\x1b[?25h")

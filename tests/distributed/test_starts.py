@@ -1,0 +1,76 @@
+"""Starts of a job that go wrong: every rank ends in time, and one says why."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from codistill.cli.main import main
+from helpers.processes import free_port
+
+WORDS = ["train", "independent", "--peers", "2", "--model", "tiny_network:Tiny", "--data", "digits", "--device", "cpu"]
+WORDS += ["--train-per-class", "6", "--batch-size", "16", "--epochs", "1", "--collective-timeout", "20"]
+TESTS = str(Path(__file__).parents[1] / "helpers")
+
+
+def start(ranks: list[dict[str, str]], more: list[list[str]], out: Path) -> list[subprocess.Popen]:
+    port = str(free_port())
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
+    return [
+        subprocess.Popen(
+            [sys.executable, "-m", "codistill", *WORDS, "--out", str(out), *words],
+            env=os.environ | common | {"PYTHONPATH": path} | rank,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank, words in zip(ranks, more)
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("first", "second", "said"),
+    [
+        (["--mesh", "data=2"], ["--mesh", "data=2", "--lr", "0.2"], "--lr is 0.1 on rank 0 and 0.2 on rank 1"),
+        (["--mesh", "data=2"], ["--mesh", "peer=2"], "--mesh is data=2 on rank 0 and peer=2 on rank 1"),
+    ],
+)
+def test_ranks_with_other_options_are_refused_before_the_first_step(first, second, said, tmp_path):
+    jobs = start([{"RANK": "0"}, {"RANK": "1"}], [first, second], tmp_path / "run")
+    errors = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2]
+    assert errors == [f"codistill: {said}; give all the same\n", ""]
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_that_never_comes(tmp_path):
+    (job,) = start([{"RANK": "1"}], [["--mesh", "data=2", "--collective-timeout", "3"]], tmp_path / "run")
+    error = job.communicate(timeout=120)[1]
+    assert job.returncode == 1
+    assert "codistill: rank 1: the ranks did not meet within 3 seconds" in error
+    assert "Traceback" not in error
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"), ("RANK", "2")]
+)
+def test_numbers_of_the_environment_are_checked(name, value, monkeypatch, tmp_path):
+    for key, text in ({"RANK": "0", "WORLD_SIZE": "2"} | {name: value}).items():
+        monkeypatch.setenv(key, text)
+    assert main([*WORDS, "--out", str(tmp_path / "run"), "--mesh", "data=2"]) == 2
+    monkeypatch.setenv("RANK", "0")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_local_world_of_none_is_refused(monkeypatch):
+    from codistill.utils.environ import environment_number
+    from codistill.utils.errors import InputError
+
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "0")
+    with pytest.raises(InputError, match="LOCAL_WORLD_SIZE is '0' and must be a whole number from 1 on"):
+        environment_number("LOCAL_WORLD_SIZE", 1, 1)
