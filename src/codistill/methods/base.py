@@ -143,7 +143,7 @@ class Method(nn.Module):
 
         >>> import codistill as cd
         >>> f"{cd.methods.OKDDip(4, 64).weight_at(9):.3f}, {cd.methods.OKDDip(4, 64, ramp_epochs=3).weight_at(9):.3f}"
-        '0.020, 1.000'
+        '0.019, 1.000'
         """
         return sigmoid_ramp(epoch, self.ramp_epochs)
 

@@ -36,6 +36,11 @@ class Codistillation(Method):
     Args:
         num_peers: Networks P, at least 2.
         options: The fields of `CodistillationConfig`; the default burn-in is 120 epochs, 0.4 of 300.
+
+    >>> snapshots = torch.zeros(2, 1, 10)
+    >>> outputs = PeerOutputs(torch.zeros(2, 1, 10), [], ema_logits_PBC=snapshots)
+    >>> Codistillation(num_peers=2)(outputs, torch.tensor([3]))["loss_P"]
+    tensor([4.6052, 4.6052])
     """
 
     name = "codistillation"

@@ -47,6 +47,10 @@ class SwitOKD(Method):
 
     Raises:
         InputError: there are more peers, or 2 students of 2 peers.
+
+    >>> outputs = PeerOutputs(torch.zeros(2, 1, 10), [])
+    >>> SwitOKD(num_peers=2)(outputs, torch.tensor([3]))["active_P"]
+    tensor([True, True])
     """
 
     name = "switokd"
