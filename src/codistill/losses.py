@@ -79,12 +79,21 @@ def kl_of_log_probs(student_log_probs: Tensor, target_log_probs: Tensor, eps: fl
 
 
 def kl_of_probs(student_log_probs: Tensor, target: Tensor, target_log_probs: Tensor) -> Tensor:
-    """Return KL(target || student), mean over the batch, of a target given both ways: `... x B x C` thrice -> `...`."""
+    """Return KL(target || student), mean over the batch, of a target given both ways: `... x B x C` thrice -> `...`.
+
+    >>> target = torch.tensor([[0.25, 0.75]])
+    >>> kl_of_probs(torch.tensor([[0.5, 0.5]]).log(), target, target.log())
+    tensor(0.1308)
+    """
     return (target * (target_log_probs - student_log_probs)).sum(-1).mean(-1)
 
 
 def probs_with_eps(log_probs: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Return the probabilities with `eps` added, and their logarithm."""
+    """Return the probabilities with `eps` added, and their logarithm.
+
+    >>> probs_with_eps(torch.tensor([0.5, 0.5]).log(), 0.25)[0]
+    tensor([0.7500, 0.7500])
+    """
     probs = log_probs.exp()
     if not eps:
         return probs, log_probs
@@ -145,6 +154,10 @@ def weighted_kl(
         target_log_probs_QBC: Log-probabilities of the targets.
         weights_PQ: Constants w.
         eps: Added to the targets' probabilities, as in `kl_from_log_probs`.
+
+    >>> log_probs_PBC = torch.tensor([[[0.5, 0.5]], [[0.25, 0.75]]]).log()
+    >>> weighted_kl(log_probs_PBC, log_probs_PBC, 1 - torch.eye(2))
+    tensor([0.1308, 0.1438])
     """
     target_QBC, target_log_probs_QBC = probs_with_eps(target_log_probs_QBC, eps)
     # A constant: the derivative with respect to r is zero. Where it is clamped every target is 0.
