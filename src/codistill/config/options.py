@@ -179,8 +179,9 @@ class RunOptions:
     channels_last: bool = True
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
     execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
-    """How peers run in training: loop, one after the other; stacked, as one network (equal peers only; faster if kernel
-    launches cost more than the arithmetic); auto uses loop; measure is an old name of auto."""
+    """How peers run in training: loop, one after the other; stacked, as one network (equal peers only; faster if calls
+    of operators cost more than the arithmetic); auto stacks equal networks of this package where that is faster: on a
+    CPU, in float32, if batch size x height x width is at most 8192; measure is an old name of auto."""
     checkpoint_activations: bool = False
     """Recompute the activations of a network in the backward pass instead of keeping them: less memory, a third more
     arithmetic (networks only)."""

@@ -72,7 +72,11 @@ def build_run(
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
     loader = build_loader(config, data, splits, method, mesh)
-    execution = choose_execution(config, peers, method, execution) if mesh.world == 1 else "loop"
+    if mesh.world > 1:
+        execution = "loop"
+    else:
+        image_CHW = (data.channels, data.image_size, data.image_size)
+        execution = choose_execution(config, peers, method, mesh.device, image_CHW, execution)
     if execution == "stacked" and for_training:
         stack_peers(peers, ema, loader.sample_batch())
     optimizers = make_optimizers(config, peers.local, method) if for_training else []
@@ -207,7 +211,7 @@ def load_run(
     data_info = read_json(path / "data.json", "mean", "std")
     run = build_run(
         config,
-        execution=state.get("execution"),
+        execution=state.get("execution", "loop"),
         load_weights=False,
         for_training=False,
         data=data,

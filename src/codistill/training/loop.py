@@ -117,7 +117,7 @@ def train(
             build_run,
             config,
             teacher,
-            execution=None if state is None else state.get("execution"),
+            execution=None if state is None else state.get("execution", "loop"),
             mesh=mesh,
             load_weights=state is None,
             data=data,
