@@ -138,7 +138,8 @@ def run_grid(
                 if caught:
                     raise GridStopped(caught[0])
                 if on_progress is not None:
-                    on_progress(sum(_count_epochs(job.config) for job in jobs), total)
+                    done = sum(job.config.epochs if job.ended else _count_epochs(job.config) for job in jobs)
+                    on_progress(done, total)
                 time.sleep(0.05)
         finally:
             executor.close()

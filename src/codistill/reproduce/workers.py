@@ -10,9 +10,10 @@ import os
 import signal
 import threading
 import time
+from functools import lru_cache
 from multiprocessing.connection import Connection
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from codistill.config import Config
 from codistill.reproduce.run_result import RunOutcome, read_outcome
@@ -27,6 +28,9 @@ from codistill.utils import (
     lock,
     use_policy,
 )
+
+if TYPE_CHECKING:
+    from codistill.data import ImageSet
 
 
 def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
@@ -44,11 +48,22 @@ def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
                 return outcome
             from codistill.training import train
 
-            return train(config).figures, None
+            data = _load_data(
+                config.data, config.data_dir, config.image_size, config.data_pipeline, skip_corrupt=config.skip_corrupt
+            )
+            return train(config, data=data).figures, None
     except (InputError, MachineError, Stopped) as error:
         return None, str(error)
     except Exception as error:  # a run that fails must not end the grid
         return None, explain_failure(error)[0] or f"{type(error).__name__}: {error}"
+
+
+@lru_cache(maxsize=1)
+def _load_data(*arguments: Any, skip_corrupt: bool) -> ImageSet:
+    """Load a data set, which this process keeps for its next run (see `data.load_set`)."""
+    from codistill.data import load_set
+
+    return load_set(*arguments, skip_corrupt=skip_corrupt)
 
 
 class Processes:

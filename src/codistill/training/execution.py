@@ -18,8 +18,8 @@ Execution = Literal["loop", "stacked"]
 MAX_STACKED_PIXELS = 8192
 """Batch x height x width up to which stacking wins on a CPU: then an operator takes less time than its call.
 
-Measured for 2 to 8 peers (docs/log.md): stacking takes 0.4 to 0.9 of the loop's time up to this size, is equal at twice
-the size, and takes 1.1 to 1.2 of it above. The number of peers and the depth do not move the limit.
+Measured for 2 to 8 peers (docs/log.md): stacking takes 0.44 to 0.98 of the loop's time up to this size, is equal at
+twice the size, and takes 1.04 to 1.20 of it above.
 """
 
 
