@@ -108,6 +108,7 @@ def test_the_old_name_measure_means_auto(tmp_path):
     ({"checkpoint_activations": True, "name": "independent", "topology": "networks"}, 8, "loop"),
     ({"model": "tiny_network:Tiny", "name": "independent"}, 8, "loop"),
     ({"model": "densenet40_12"}, 8, "loop"),
+    ({"model": "wrn20_8", "peers": 2, "name": "independent"}, 8, "loop"),
     ({"freeze": ("trunk",)}, 8, "loop"),
     ({"execution": "loop"}, 8, "loop"),
 ])  # fmt: skip
