@@ -22,7 +22,7 @@ Measured for 2 to 8 peers (docs/log.md): stacking takes 0.44 to 0.98 of the loop
 twice the size, and takes 1.04 to 1.20 of it above.
 """
 MAX_STACKED_CHANNELS = 128
-"""Channels of a convolution up to which that holds; WRN-20-8 with 512 took 1.27 of the loop's time at batch 8 of 8 x 8."""
+"""Channels of a convolution up to which that holds; WRN-20-8 (512) took 1.27 of the loop's time, batch 8, 8 x 8."""
 
 
 def choose_execution(
