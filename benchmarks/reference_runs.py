@@ -46,7 +46,7 @@ Step = str | Callable[[Path], None]
 """A command of codistill, or a function that changes the run's folder between two of them."""
 
 DIGITS = "--data digits --train-per-class 12"
-SMALL = f"--model resnet8 {DIGITS} --batch-size 24 --epochs 2 --lr 0.05 --device cpu --out run"
+SMALL = f"--model resnet8 {DIGITS} --batch-size 24 --epochs 2 --lr 0.05 --device cpu --execution loop --out run"
 COMPARED = ("metrics.jsonl", "result.json", "details.json", "last.pt")
 MEASURED = ("training_peak_mb", "peak_mb", "ms_an_image", "ms_an_image_of_64")
 NOT_COMPARED: dict[str, set[tuple[str, ...]]] = {

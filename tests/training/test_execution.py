@@ -1,13 +1,14 @@
 """Stacked peers train as the loop does, are members all the while, and are refused where they cannot be had."""
 
 import dataclasses
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 from codistill.config.config import Config
+from codistill.methods import build_method
+from codistill.peers import build_peers
 from codistill.peers.stacked import StackedConv2d
 from codistill.training.build import build_run, load_run
 from codistill.training.execution import choose_execution
@@ -144,7 +145,41 @@ def test_the_old_name_measure_means_auto(tmp_path):
     again = train(dataclasses.replace(stacked, execution="measure", resume="auto"))
     assert again.figures["execution"] == "stacked"
     assert load_run(tmp_path / "run").execution == "stacked"
-    assert build(execution="measure").execution == build(execution="auto").execution == "loop"
+    assert build(execution="measure").execution == build(execution="auto").execution == "stacked"
+
+
+@pytest.mark.parametrize(("options", "size", "execution"), [
+    ({"batch_size": 128}, 8, "stacked"),
+    ({"batch_size": 129}, 8, "loop"),
+    ({"batch_size": 8}, 32, "stacked"),
+    ({"batch_size": 9}, 32, "loop"),
+    ({"batch_size": 256, "accumulate": 2}, 8, "stacked"),
+    ({"dtype": "bfloat16"}, 8, "loop"),
+    ({"checkpoint_activations": True, "name": "independent", "topology": "networks"}, 8, "loop"),
+    ({"model": "tiny_network:Tiny", "name": "independent"}, 8, "loop"),
+    ({"model": "densenet40_12"}, 8, "loop"),
+    ({"model": "wrn20_8", "peers": 2, "name": "independent"}, 8, "loop"),
+    ({"freeze": ("trunk",)}, 8, "loop"),
+    ({"execution": "loop"}, 8, "loop"),
+])  # fmt: skip
+def test_auto_stacks_small_batches_of_small_images(options, size, execution):
+    c = config(**options).resolved()
+    peers = build_peers(c, 10, 1, size)
+    method = build_method(c.method, peers, 0)
+    before = {name: value.clone() for name, value in peers.state_dict().items()}
+    chosen = choose_execution(c, peers, method, torch.device("cpu"), (1, size, size))
+    assert chosen == execution
+    assert choose_execution(c, peers, method, torch.device("meta"), (1, size, size)) == "loop"
+    assert all(torch.equal(value, before[name]) for name, value in peers.state_dict().items())
+    assert not any(value._is_view() for value in peers.parameters())  # the trial was made on a copy
+    if c.execution == "auto":
+        assert choose_execution(c, peers, method, torch.device("cpu"), (1, size, size), "loop") == "loop"
+
+
+def test_a_run_continues_as_it_began(tmp_path):
+    with pytest.raises(KeyboardInterrupt):
+        train(config(execution="loop", out=str(tmp_path / "run"), log_every_steps=1), StopAt(1, 2))
+    assert train(config(out=str(tmp_path / "run"), resume="auto", log_every_steps=1)).figures["execution"] == "loop"
 
 
 @pytest.mark.parametrize(
@@ -152,11 +187,10 @@ def test_the_old_name_measure_means_auto(tmp_path):
 )
 def test_auto_stacks_networks_of_few_channels_on_a_gpu(model, execution):
     """wrn16_2 has 128 channels; densenet40_12 cannot be stacked."""
-    t = build("independent", model=model, peers=2)
-    on_gpu = SimpleNamespace(device=torch.device("cuda"), sample_batch=t.loader.sample_batch)
-    assert choose_execution(t.config, t.peers, t.method, on_gpu) == execution
-    assert choose_execution(t.config, t.peers, t.method, on_gpu, saved="loop") == "loop"
-    assert t.execution == "loop"
+    t = build("independent", model=model, peers=2, execution="loop")
+    c, device, image_CHW = dataclasses.replace(t.config, execution="auto"), torch.device("cuda"), (1, 8, 8)
+    assert choose_execution(c, t.peers, t.method, device, image_CHW) == execution
+    assert choose_execution(c, t.peers, t.method, device, image_CHW, saved="loop") == "loop"
 
 
 def test_a_gpu_evaluates_more_small_images_at_once():

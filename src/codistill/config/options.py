@@ -186,8 +186,9 @@ class RunOptions:
     """Keep images and convolutions in NHWC order (1.2x faster on a CPU)."""
     execution: Literal["auto", "loop", "stacked", "measure"] = "auto"
     """How peers run in training: loop, one after the other; stacked, as one network (equal peers only; faster if kernel
-    launches cost more than the arithmetic); auto uses loop, and on an NVIDIA GPU stacked if no convolution of the
-    networks has more than 64 input channels; measure is an old name of auto."""
+    launches cost more than the arithmetic); auto stacks equal networks of this package where that is faster: on an
+    NVIDIA GPU if no convolution has more than 64 input channels, on a CPU in float32 if batch size x height x width is
+    at most 8192; measure is an old name of auto."""
     cuda_graph: bool = True
     """On an NVIDIA GPU, record a step's forward and backward once and replay them as a CUDA graph: the same numbers,
     without the cost of launching thousands of kernels. Not used with --mesh, --checkpoint-activations or alternating

@@ -149,7 +149,9 @@ def run_grid(
                 if caught:
                     raise GridStopped(caught[0])
                 if on_progress is not None and time.monotonic() - shown_at >= PROGRESS_SECONDS:
-                    on_progress(sum(counter.count(job.config) for job in jobs), total)
+                    on_progress(
+                        sum(job.config.epochs if job.ended else counter.count(job.config) for job in jobs), total
+                    )
                     shown_at = time.monotonic()
                 time.sleep(0.05)
             if on_progress is not None:

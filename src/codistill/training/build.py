@@ -80,7 +80,11 @@ def build_run(
         peers.count_trained()
     if ema is not None and isinstance(ema.peers, MeshPeers):
         ema.peers.only_logits = True
-    execution = choose_execution(config, peers, method, loader, execution) if mesh.world == 1 else "loop"
+    if mesh.world > 1:
+        execution = "loop"
+    else:
+        image_CHW = (data.channels, data.image_size, data.image_size)
+        execution = choose_execution(config, peers, method, mesh.device, image_CHW, execution)
     if execution == "stacked" and for_training:
         stack_peers(peers, ema, loader.sample_batch())
     optimizers = make_optimizers(config, peers.local, method) if for_training else []
@@ -236,7 +240,7 @@ def load_run(
     data_info = read_record(path / "data.json", DataInfo)
     run = build_run(
         config,
-        execution=state.get("execution"),
+        execution=state.get("execution", "loop"),
         load_weights=False,
         for_training=False,
         data=data,

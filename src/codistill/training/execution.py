@@ -9,54 +9,88 @@ from __future__ import annotations
 import copy
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 
 from codistill.config import Config
-from codistill.data import Loader
 from codistill.methods import Method
+from codistill.models import MODELS
 from codistill.peers import MERGED_CHANNELS, BranchPeers, MeanTeacher, Peers, StackedPeers
 from codistill.utils import InputError
 
 Execution = Literal["loop", "stacked"]
+MAX_STACKED_PIXELS = 8192
+"""Batch x height x width up to which stacking wins on a CPU: then an operator takes less time than its call.
+
+Measured for 2 to 8 peers (docs/log.md): stacking takes 0.44 to 0.98 of the loop's time up to this size, is equal at
+twice the size, and takes 1.04 to 1.20 of it above.
+"""
+MAX_STACKED_CHANNELS = 128
+"""Channels of a convolution up to which that holds; WRN-20-8 (512) took 1.27 of the loop's time, batch 8, 8 x 8."""
 
 
 def choose_execution(
-    config: Config, peers: Peers, method: Method, loader: Loader, saved: str | None = None
+    config: Config,
+    peers: Peers,
+    method: Method,
+    device: torch.device,
+    image_CHW: tuple[int, int, int],
+    saved: str | None = None,
 ) -> Execution:
-    """Return how the peers run: as the config asks, else as the checkpoint did, else whichever is usually faster.
+    """Return how the peers run: as the config asks, else as the checkpoint did, else as is faster by the shapes.
 
     Args:
         config: A resolved config; `auto`, and its old name `measure`, leave the choice open.
         peers: What is to run.
         method: What trains them.
-        loader: The training images.
+        device: Where they run.
+        image_CHW: Shape of an image.
         saved: The execution of the checkpoint that is continued or loaded, if there is one.
 
     Raises:
         InputError: `stacked` is asked for and impossible.
     """
     if config.execution not in ("loop", "stacked"):
-        return cast(Execution, saved or usually_faster(config, peers, method, loader))
+        if saved is not None:
+            return cast(Execution, saved)
+        wins = is_narrow(peers) if device.type == "cuda" else _is_small(config, device, image_CHW)
+        return "stacked" if wins and _can_stack(config, peers, method, image_CHW) else "loop"
     if config.execution == "stacked" and (reason := why_not_stackable(config, peers, method)) is not None:
         raise InputError(f"--execution stacked: {reason}; use --execution loop")
     return config.execution
-
-
-def usually_faster(config: Config, peers: Peers, method: Method, loader: Loader) -> Execution:
-    """Return `stacked` on an NVIDIA GPU for stackable networks of few channels, else `loop`."""
-    if loader.device.type != "cuda" or not is_narrow(peers) or why_not_stackable(config, peers, method) is not None:
-        return "loop"
-    try:
-        StackedPeers(copy.deepcopy(peers), loader.sample_batch()[0][:2])
-    except InputError:
-        return "loop"
-    return "stacked"
 
 
 def is_narrow(peers: Peers) -> bool:
     """Return whether no convolution has more input channels than merged groups of stacked convolutions may have."""
     convolutions = [module for module in peers.modules() if isinstance(module, nn.Conv2d)]
     return bool(convolutions) and max(conv.in_channels for conv in convolutions) <= MERGED_CHANNELS
+
+
+def _is_small(config: Config, device: torch.device, image_CHW: tuple[int, int, int]) -> bool:
+    """Return whether stacking is known to be faster: in float32 on a CPU, for small batches of small images."""
+    pixels = config.batch_size * image_CHW[1] * image_CHW[2] / config.accumulate
+    return device.type == "cpu" and config.dtype == "float32" and pixels <= MAX_STACKED_PIXELS
+
+
+def _can_stack(config: Config, peers: Peers, method: Method, image_CHW: tuple[int, int, int]) -> bool:
+    """Return whether `auto` may stack the peers, tried on a copy: networks of this package that are all the same.
+
+    Other networks could do in a forward what the comparison of outputs does not show, so they are stacked only on
+    request.
+    """
+    if why_not_stackable(config, peers, method) is not None or config.checkpoint_activations:
+        return False
+    if len(set(config.model)) > 1 or config.model[0] not in MODELS:
+        return False
+    convolutions = [module for module in peers.modules() if isinstance(module, nn.Conv2d)]
+    if max(conv.in_channels for conv in convolutions) > MAX_STACKED_CHANNELS:
+        return False
+    images_BCHW = torch.rand(2, *image_CHW, generator=torch.Generator().manual_seed(0))
+    try:
+        StackedPeers(copy.deepcopy(peers), images_BCHW.to(next(peers.parameters())))
+    except InputError:
+        return False
+    return True
 
 
 def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | None:
