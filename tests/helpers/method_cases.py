@@ -30,7 +30,7 @@ OPTIONS = {
     "cl_ilr-js": ("cl_ilr", {"divergence": "js"}),
     "one-mse": ("one", {"divergence": "mse"}),
     "okddip-reverse_kl": ("okddip", {"divergence": "reverse_kl"}),
-    "pcl-dist": ("pcl", {"divergence": "dist"}),
+    "pcl-dist": ("pcl", {"divergence": "dist", "temperature": 1.0}),
     "kdcl-standardized": ("kdcl", {"standardize_logits": True}),
     "switokd-two-students": ("switokd", {"students": 2}),
     "independent-rescaled": ("independent", {"rescale": True}),
