@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from codistill.peers.branch_points import branch_point_rows
+from codistill.peers.branch_point_table import branch_point_rows
 from codistill.peers.branches import BranchPeers
 from codistill.utils.errors import InputError
 from helpers.peer_networks import (

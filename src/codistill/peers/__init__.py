@@ -7,7 +7,7 @@ from codistill.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from codistill.peers.base import PeerOutputs as PeerOutputs
     from codistill.peers.base import Peers as Peers
-    from codistill.peers.branch_points import branch_point_rows as branch_point_rows
+    from codistill.peers.branch_point_table import branch_point_rows as branch_point_rows
     from codistill.peers.branches import BranchPeers as BranchPeers
     from codistill.peers.ema import MeanTeacher as MeanTeacher
     from codistill.peers.ema import SnapshotTeacher as SnapshotTeacher
@@ -26,7 +26,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "base": "PeerOutputs Peers",
-        "branch_points": "branch_point_rows",
+        "branch_point_table": "branch_point_rows",
         "branches": "BranchPeers",
         "ema": "MeanTeacher SnapshotTeacher",
         "from_config": "build_peers",

@@ -76,15 +76,10 @@ def build_run(
     frozen = freeze_modules(peers.local, config.freeze)
     if ema is not None:
         frozen += ema.counterparts(peers, frozen)
-    if isinstance(peers, MeshPeers):
-        peers.count_trained()
-    if ema is not None and isinstance(ema.peers, MeshPeers):
-        ema.peers.only_logits = True
-    if mesh.world > 1:
-        execution = "loop"
-    else:
-        image_CHW = (data.channels, data.image_size, data.image_size)
-        execution = choose_execution(config, peers, method, mesh.device, image_CHW, execution)
+    prepare_remote_members(peers, ema)
+    image_CHW = (data.channels, data.image_size, data.image_size)
+    one_process = mesh.world == 1
+    execution = choose_execution(config, peers, method, mesh.device, image_CHW, execution) if one_process else "loop"
     if execution == "stacked" and for_training:
         stack_peers(peers, ema, loader.sample_batch())
     optimizers = make_optimizers(config, peers.local, method) if for_training else []
@@ -103,11 +98,28 @@ def build_run(
         ema=ema,
         execution=execution,
         frozen=frozen,
-        graph=StepGraph(parameters_of(optimizers[0])) if can_capture_step(config, method, mesh) else None,
+        graph=build_graph(config, method, mesh, optimizers),
         notes=notes,
     )
     run.progress.sums = zero_sums(run)
     return run
+
+
+def prepare_remote_members(peers: Peers, ema: MeanTeacher | None) -> None:
+    """Let ranks know how many parameters the others train; of mean teachers they exchange the logits alone."""
+    if isinstance(peers, MeshPeers):
+        peers.count_trained()
+    if ema is not None and isinstance(ema.peers, MeshPeers):
+        ema.peers.only_logits = True
+
+
+def build_graph(
+    config: Config, method: Method, mesh: Mesh, optimizers: list[torch.optim.Optimizer]
+) -> StepGraph | None:
+    """Return what runs the training step as a CUDA graph; None where it runs eagerly, or nothing is trained."""
+    if not optimizers or not can_capture_step(config, method, mesh):
+        return None
+    return StepGraph(parameters_of(optimizers[0]))
 
 
 def can_capture_step(config: Config, method: Method, mesh: Mesh) -> bool:
