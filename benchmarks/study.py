@@ -4,8 +4,8 @@
     python benchmarks/study.py page                                                    # redraw tables and plots
 
 `run` needs Fashion-MNIST in torchvision's layout in the folder that --data-dir names; digits come with scikit-learn. It
-trains one run after the other, in the order of ROUNDS; every finished run becomes a line of docs/study/CELL.jsonl, and one
-that has its line is not trained again. `page` reads these files alone.
+trains one run after the other, in the order of ROUNDS. A finished run becomes a line of docs/study/CELL.jsonl and is
+not trained again. `page` reads these files alone.
 """
 
 from __future__ import annotations
@@ -16,16 +16,21 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
+from statistics import fmean, stdev
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "study"
 PAGE = ROOT / "docs" / "study.md"
 PEERS = 4
+LEAST_SEEDS = 5
+"""A comparison with fewer is not reported."""
+WORTH_HAVING = 0.5
+"""Points; an interval within is no difference worth having."""
 INDEPENDENT, LONG = "independent", "long"
 METHODS = ("okddip", "pcl", "kdcl", "dml")
 
@@ -207,6 +212,285 @@ def read_records() -> list[dict[str, Any]]:
     return [json.loads(line) for path in paths if path.exists() for line in path.read_text().splitlines()]
 
 
+# ---------------------------------------------------------------------------------------------------------------- page
+
+Records = dict[tuple[str, str], dict[int, dict[str, Any]]]
+"""By (cell, row) and seed."""
+COLORS = {"okddip": "#1f77b4", "pcl": "#d95f02", "kdcl": "#7570b3", "dml": "#1b9e77"}
+
+
+@dataclass
+class Comparison:
+    """A method's gain in one cell: the primary comparison and what goes with it."""
+
+    cell: Cell
+    method: str
+    gains: list[float]
+    """Test accuracy of the deployed member minus that of the independent member with the same number, by seed."""
+    mean: float
+    half: float
+    """Half width of the 95 % t-interval."""
+    p: float
+    corrected: float = 1.0
+
+    @property
+    def answer(self) -> str:
+        """Say what the declaration lets the figures say."""
+        if self.corrected < 0.05:
+            return "**helps**" if self.mean > 0 else "**hurts**"
+        within = abs(self.mean) + self.half <= WORTH_HAVING
+        return "no difference worth having" if within else "undecided"
+
+
+def interval(values: list[float]) -> tuple[float, float]:
+    """Return the mean and the half width of its 95 % t-interval."""
+    from scipy.stats import t
+
+    count = len(values)
+    return fmean(values), float(t.ppf(0.975, count - 1)) * stdev(values) / math.sqrt(count)
+
+
+def deployed(record: dict[str, Any]) -> int:
+    """Return the number of the deployed member."""
+    return int(record["result"]["deployed"].removeprefix("member "))
+
+
+def paired(ours: dict[int, dict], theirs: dict[int, dict], value: Callable[[dict, dict], float]) -> list[float]:
+    """Return `value(our record, their record)` for every seed that both have."""
+    return [value(ours[seed], theirs[seed]) for seed in sorted(ours.keys() & theirs.keys())]
+
+
+def gain(ours: dict[str, Any], independent: dict[str, Any]) -> float:
+    """Return the primary comparison's difference for one seed, in points."""
+    member = deployed(ours)
+    return ours["result"]["test"]["top1"][member] - independent["result"]["test"]["top1"][member]
+
+
+def compare(records: Records) -> list[Comparison]:
+    """Return the primary comparisons that have enough seeds, with Holm's correction for all that were declared."""
+    from scipy.stats import ttest_1samp
+
+    found = []
+    for cell in CELLS.values():
+        for method in METHODS:
+            gains = paired(records.get((cell.name, method), {}), records.get((cell.name, INDEPENDENT), {}), gain)
+            if len(gains) >= LEAST_SEEDS:
+                found.append(Comparison(cell, method, gains, *interval(gains), float(ttest_1samp(gains, 0).pvalue)))
+    declared = len({(cell.name, row) for cell, row, _ in jobs() if row in METHODS})
+    largest = 0.0
+    for rank, comparison in enumerate(sorted(found, key=lambda c: c.p)):
+        largest = max(largest, min(1.0, (declared - rank) * comparison.p))
+        comparison.corrected = largest
+    return found
+
+
+def markdown(rows: list[dict[str, str]], left: int = 1) -> str:
+    """Return rows as a table, whose first `left` columns are aligned to the left."""
+    names = list(rows[0])
+    rule = ["---"] * left + ["--:"] * (len(names) - left)
+    return "\n".join("| " + " | ".join(line) + " |" for line in (names, rule, *(list(row.values()) for row in rows)))
+
+
+def say(values: list[float], digits: int = 2) -> str:
+    """Write a mean difference and its interval."""
+    if len(values) < LEAST_SEEDS:
+        return "-"
+    mean, half = interval(values)
+    return f"{mean:+.{digits}f} ± {half:.{digits}f}"
+
+
+def progress_table(records: Records) -> str:
+    """Return what has run, and what has not run yet."""
+    rows = []
+    for cell in CELLS.values():
+        for row in (INDEPENDENT, LONG, *METHODS):
+            declared = sum(1 for c, r, _ in jobs() if (c.name, r) == (cell.name, row))
+            done = records.get((cell.name, row), {})
+            if declared:
+                minutes = sum(r["cpu_seconds"] for r in done.values()) / 60
+                state = "complete" if len(done) == declared else f"{declared - len(done)} not run yet"
+                rows.append({"cell": cell.name, "row": row, "state": state, "seeds": f"{len(done)} of {declared}",
+                             "CPU minutes": f"{minutes:.1f}"})  # fmt: skip
+    return markdown(rows, 3)
+
+
+def primary_table(found: list[Comparison]) -> str:
+    """Return the primary comparisons."""
+    return markdown(
+        [
+            {
+                "cell": c.cell.name,
+                "method": c.method,
+                "answer": c.answer,
+                "gain, points": f"{c.mean:+.2f} ± {c.half:.2f}",
+                "n": str(len(c.gains)),
+                "p": f"{c.p:.3f}",
+                "p, corrected": f"{c.corrected:.3f}",
+                "deviation over seeds": f"{stdev(c.gains):.2f}",
+            }
+            for c in found
+        ],
+        3,
+    )
+
+
+def secondary_table(records: Records) -> str:
+    """Return differences without a claim: all members, the long row, the ensemble, calibration."""
+
+    def members(ours: dict, theirs: dict) -> float:
+        return fmean(ours["result"]["test"]["top1"]) - fmean(theirs["result"]["test"]["top1"])
+
+    def student(ours: dict, theirs: dict) -> float:
+        return ours["result"]["student"]["top1"] - theirs["result"]["student"]["top1"]
+
+    def to_ensemble(ours: dict, theirs: dict) -> float:
+        return ours["result"]["student"]["top1"] - theirs["result"]["test"]["ensemble_top1"]
+
+    def ece(ours: dict, theirs: dict) -> float:
+        return ours["result"]["student"]["ece"] - theirs["result"]["test"]["ece"][deployed(ours)]
+
+    rows = []
+    for cell in CELLS.values():
+        alone, long = (records.get((cell.name, row), {}) for row in (INDEPENDENT, LONG))
+        for row in (INDEPENDENT, LONG, *METHODS):
+            ours = records.get((cell.name, row), {})
+            if len(ours) < LEAST_SEEDS:
+                continue
+            several = row != LONG
+            other = row != INDEPENDENT
+            rows.append(
+                {
+                    "cell": cell.name,
+                    "row": row,
+                    "all members vs independent": say(paired(ours, alone, members)) if several and other else "-",
+                    "deployed vs long": say(paired(ours, long, student)) if several else "-",
+                    "deployed vs independent ensemble": say(paired(ours, alone, to_ensemble)),
+                    "ECE vs independent": say(paired(ours, alone, ece), 3) if other else "-",
+                }
+            )
+    return markdown(rows, 2)
+
+
+def level_table(records: Records) -> str:
+    """Return accuracy, ensemble, calibration, diversity and cost of every row, as means over its seeds."""
+    rows = []
+    for cell in CELLS.values():
+        for row in (INDEPENDENT, LONG, *METHODS):
+            results = [r["result"] for r in records.get((cell.name, row), {}).values()]
+            if len(results) < LEAST_SEEDS:
+                continue
+            tests, costs = [r["test"] for r in results], [r["cost"] for r in results]
+            several = row != LONG
+            flops = fmean(c["training_flops_a_sample"] * c["samples_seen"] for c in costs)
+            seconds = fmean(r["cpu_seconds"] for r in records[cell.name, row].values())
+            top1 = [r["student"]["top1"] for r in results]
+            rows.append(
+                {
+                    "cell": cell.name,
+                    "row": row,
+                    "n": str(len(results)),
+                    "deployed, top-1 %": f"{fmean(top1):.2f} ± {stdev(top1):.2f}",
+                    "ensemble %": f"{fmean(t['ensemble_top1'] for t in tests):.2f}" if several else "-",
+                    "ECE": f"{fmean(r['student']['ece'] for r in results):.3f}",
+                    "diversity": f"{fmean(t['diversity'] for t in tests):.3f}" if several else "-",
+                    "training, GFLOPs": f"{flops / 1e9:,.0f}",
+                    "CPU s": f"{seconds:.1f}",
+                }
+            )
+    return markdown(rows, 2)
+
+
+def draw_plot(
+    points: list[tuple[float, Comparison]], x_ticks: list[tuple[float, str]], x_title: str, title: str
+) -> str:
+    """Return an SVG of gains with their intervals: (place from 0 to 1, comparison) each."""
+    width, height, left, right, top, bottom = 760, 360, 60, 20, 56, 50
+    lowest = min(0.0, *(c.mean - c.half for _, c in points))
+    highest = max(0.0, *(c.mean + c.half for _, c in points))
+    lowest, highest = math.floor(lowest), math.ceil(highest)
+
+    def x_of(place: float) -> float:
+        return left + place * (width - left - right)
+
+    def y_of(value: float) -> float:
+        return top + (highest - value) / (highest - lowest) * (height - top - bottom)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" '
+        'font-family="sans-serif" font-size="13">',
+        f"<title>{title}</title>",
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+        f'<text x="{left}" y="20" font-size="15">{title}</text>',
+    ]
+    for k, method in enumerate(m for m in METHODS if any(c.method == m for _, c in points)):
+        parts.append(f'<circle cx="{left + 8 + 90 * k}" cy="38" r="5" fill="{COLORS[method]}"/>')
+        parts.append(f'<text x="{left + 18 + 90 * k}" y="42">{method}</text>')
+    for value in range(lowest, highest + 1):
+        y, color = y_of(value), "#000" if value == 0 else "#ddd"
+        parts.append(f'<line x1="{left}" x2="{width - right}" y1="{y:.1f}" y2="{y:.1f}" stroke="{color}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{value:+d}</text>')
+    for place, text in x_ticks:
+        parts.append(f'<text x="{x_of(place):.1f}" y="{height - bottom + 20}" text-anchor="middle">{text}</text>')
+    parts.append(f'<text x="{(left + width - right) / 2}" y="{height - 8}" text-anchor="middle">{x_title}</text>')
+    parts.append(
+        f'<text transform="translate(16 {(top + height - bottom) / 2}) rotate(-90)" text-anchor="middle">'
+        "gain, points</text>"
+    )
+    for place, c in points:
+        x, color = x_of(place), COLORS[c.method]
+        parts.append(
+            f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{y_of(c.mean - c.half):.1f}" y2="{y_of(c.mean + c.half):.1f}" '
+            f'stroke="{color}" stroke-width="2"/>'
+        )
+        parts.append(
+            f'<circle cx="{x:.1f}" cy="{y_of(c.mean):.1f}" r="5" fill="{color}"><title>{c.cell.title}, {c.method}: '
+            f"{c.mean:+.2f} ± {c.half:.2f}</title></circle>"
+        )
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def write_plots(found: list[Comparison], records: Records) -> None:
+    """Write the plots of gains against cells and against diversity."""
+    cells = [cell for cell in CELLS.values() if any(c.cell is cell for c in found)]
+    places = {cell.name: (k + 0.5) / len(cells) for k, cell in enumerate(cells)}
+    beside = {method: (k - 1.5) * 0.14 / len(cells) for k, method in enumerate(METHODS)}
+    points = [(places[c.cell.name] + beside[c.method], c) for c in found]
+    ticks = [(places[cell.name], cell.name) for cell in cells]
+    title = "Gain of the deployed member, 95 % intervals"
+    (RECORDS / "gain.svg").write_text(draw_plot(points, ticks, "cell: data set and images a class", title))
+    diversity = [
+        fmean(r["result"]["test"]["diversity"] for r in records[c.cell.name, c.method].values()) for c in found
+    ]
+    most = 0.05 * math.ceil(max(diversity) * 1.05 / 0.05)
+    points = [(value / most, c) for value, c in zip(diversity, found)]
+    ticks = [(k / 5, f"{most * k / 5:.2f}") for k in range(6)]
+    title = "Gain against the diversity of the method's members"
+    (RECORDS / "diversity.svg").write_text(draw_plot(points, ticks, "mean L2 distance of softmaxes", title))
+
+
+def write_page() -> None:
+    """Put the tables in their places in docs/study.md and draw the plots."""
+    records: Records = {}
+    for record in read_records():
+        records.setdefault((record["cell"], record["row"]), {})[record["seed"]] = record
+    found = compare(records)
+    text = PAGE.read_text(encoding="utf-8")
+    tables = {
+        "primary": primary_table(found),
+        "secondary": secondary_table(records),
+        "levels": level_table(records),
+        "progress": progress_table(records),
+    }
+    for name, table in tables.items():
+        before, begin, rest = text.partition(f"<!-- {name} -->\n")
+        _, end, after = rest.partition(f"<!-- /{name} -->")
+        if not (begin and end):
+            raise SystemExit(f"{PAGE} lacks the marks <!-- {name} --> and <!-- /{name} -->")
+        text = f"{before}{begin}{table}\n{end}{after}"
+    PAGE.write_text(text, encoding="utf-8")
+    write_plots(found, records)
+
+
 def main() -> int:
     """Run the study or redraw its page."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -216,6 +500,8 @@ def main() -> int:
     options = parser.parse_args()
     if options.action == "run":
         run(options.data_dir, options.minutes)
+    else:
+        write_page()
     return 0
 
 
