@@ -26,6 +26,7 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 RECORDS = ROOT / "docs" / "study"
 PAGE = ROOT / "docs" / "study.md"
+PLOTS = RECORDS
 PEERS = 4
 LEAST_SEEDS = 5
 """A comparison with fewer is not reported."""
@@ -457,7 +458,7 @@ def write_plots(found: list[Comparison], records: Records) -> None:
     points = [(places[c.cell.name] + beside[c.method], c) for c in found]
     ticks = [(places[cell.name], cell.name) for cell in cells]
     title = "Gain of the deployed member, 95 % intervals"
-    (RECORDS / "gain.svg").write_text(draw_plot(points, ticks, "cell: data set and images a class", title))
+    (PLOTS / "gain.svg").write_text(draw_plot(points, ticks, "cell: data set and images a class", title))
     diversity = [
         fmean(r["result"]["test"]["diversity"] for r in records[c.cell.name, c.method].values()) for c in found
     ]
@@ -465,7 +466,7 @@ def write_plots(found: list[Comparison], records: Records) -> None:
     points = [(value / most, c) for value, c in zip(diversity, found)]
     ticks = [(k / 5, f"{most * k / 5:.2f}") for k in range(6)]
     title = "Gain against the diversity of the method's members"
-    (RECORDS / "diversity.svg").write_text(draw_plot(points, ticks, "mean L2 distance of softmaxes", title))
+    (PLOTS / "diversity.svg").write_text(draw_plot(points, ticks, "mean L2 distance of softmaxes", title))
 
 
 def write_page() -> None:
