@@ -301,18 +301,22 @@ def say(values: list[float], digits: int = 2) -> str:
 
 
 def progress_table(records: Records) -> str:
-    """Return what has run, and what has not run yet."""
+    """Return how many of the declared seeds have run; the others have not run yet."""
     rows = []
     for cell in CELLS.values():
+        line, minutes = {"cell": cell.name}, 0.0
         for row in (INDEPENDENT, LONG, *METHODS):
             declared = sum(1 for c, r, _ in jobs() if (c.name, r) == (cell.name, row))
             done = records.get((cell.name, row), {})
-            if declared:
-                minutes = sum(r["cpu_seconds"] for r in done.values()) / 60
-                state = "complete" if len(done) == declared else f"{declared - len(done)} not run yet"
-                rows.append({"cell": cell.name, "row": row, "state": state, "seeds": f"{len(done)} of {declared}",
-                             "CPU minutes": f"{minutes:.1f}"})  # fmt: skip
-    return markdown(rows, 3)
+            line[row] = f"{len(done)} of {declared}" if declared else "-"
+            minutes += sum(r["cpu_seconds"] for r in done.values()) / 60
+        rows.append({**line, "CPU minutes": f"{minutes:.0f}"})
+    return markdown(rows)
+
+
+def say_p(p: float) -> str:
+    """Write a p-value."""
+    return f"{p:.3f}" if p >= 0.001 else "< 0.001"
 
 
 def primary_table(found: list[Comparison]) -> str:
@@ -325,8 +329,8 @@ def primary_table(found: list[Comparison]) -> str:
                 "answer": c.answer,
                 "gain, points": f"{c.mean:+.2f} ± {c.half:.2f}",
                 "n": str(len(c.gains)),
-                "p": f"{c.p:.3f}",
-                "p, corrected": f"{c.corrected:.3f}",
+                "p": say_p(c.p),
+                "p, corrected": say_p(c.corrected),
                 "deviation over seeds": f"{stdev(c.gains):.2f}",
             }
             for c in found
