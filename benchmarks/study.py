@@ -354,6 +354,9 @@ def secondary_table(records: Records) -> str:
     def ece(ours: dict, theirs: dict) -> float:
         return ours["result"]["student"]["ece"] - theirs["result"]["test"]["ece"][deployed(ours)]
 
+    def ece_to_long(ours: dict, theirs: dict) -> float:
+        return ours["result"]["student"]["ece"] - theirs["result"]["student"]["ece"]
+
     rows = []
     for cell in CELLS.values():
         alone, long = (records.get((cell.name, row), {}) for row in (INDEPENDENT, LONG))
@@ -371,6 +374,7 @@ def secondary_table(records: Records) -> str:
                     "deployed vs long": say(paired(ours, long, student)) if several else "-",
                     "deployed vs independent ensemble": say(paired(ours, alone, to_ensemble)),
                     "ECE vs independent": say(paired(ours, alone, ece), 3) if other else "-",
+                    "ECE vs long": say(paired(ours, long, ece_to_long), 3) if several else "-",
                 }
             )
     return markdown(rows, 2)
