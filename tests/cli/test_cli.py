@@ -84,7 +84,7 @@ class Block:
         if name.split(".")[0] in ("codistill", "safetensors", "torchvision"):
             raise ImportError(name)
 sys.meta_path.insert(0, Block())
-import torch, student
+import torch, s as student
 model, about = student.load("s.safetensors")
 pixels = torch.arange(3 * 64, dtype=torch.uint8).view(3, 1, 8, 8)
 torch.save((model(student.normalize(pixels, about)), about["classes"]), "answer.pt")

@@ -24,6 +24,7 @@ from codistill.peers.networks import NetworkPeers
 from codistill.training.build import build_run
 from codistill.training.optim import learning_rate_at
 from codistill.training.state import checkpoint_state
+from codistill.utils import share_out
 from codistill.utils.errors import InputError
 from helpers.mesh_reference import largest_difference, one_process
 from helpers.mesh_worker import CASES, config, num_peers, run_steps
@@ -191,7 +192,7 @@ def test_parts_of_a_batch_make_up_the_batch():
             loader.shard(index, parts, range(1, 2))
             pieces.append(list(loader.epoch(1)))
         for number, (views, targets) in enumerate(whole):
-            sizes = [math.ceil((len(targets) - index) / parts) for index in range(parts)]
+            sizes = share_out(len(targets), parts)
             own = torch.cat([pieces[i][number][0][:, : sizes[i]] for i in range(parts)], 1)
             assert torch.equal(own, views[1:2])
             assert all(torch.equal(pieces[i][number][1], targets) for i in range(parts))

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from codistill.training.build import build_run
+from codistill.utils import share_out
 from helpers.mesh_worker import STEPS, config, finish, run_steps, teacher
 
 
@@ -19,7 +20,7 @@ class ChunkNorm(nn.BatchNorm2d):
         if self.num_batches_tracked % 4 == 0:  # ranks take their mean at the end of an epoch
             self.kept = [(self.running_mean.clone(), self.running_var.clone()) for _ in range(self.chunks)]
         parts = []
-        for part, (mean, var) in zip(x.tensor_split(self.chunks), self.kept):  # even, the larger parts first
+        for part, (mean, var) in zip(x.split(share_out(len(x), self.chunks)), self.kept):
             if not self.track_running_stats:
                 mean = var = None
             if len(part):

@@ -50,7 +50,7 @@ def test_a_run_folder_that_names_a_method_runs_it_only_if_asked(folder, capsys):
     sys.modules.pop("own_method")
     for words in (["evaluate", "run"], ["train", "--config", "run", "--out", "again"]):
         said = one_sentence(capsys, words)
-        assert "run names code to import and run, own_method:MeanTarget; if you trust it, add --allow-import" in said
+        assert "names code to import and run, own_method:MeanTarget; if you trust it, add --allow-import" in said
     assert "own_method" not in sys.modules
     with pytest.raises(cd.InputError, match="names code"):
         cd.load_run("run")

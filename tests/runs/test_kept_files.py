@@ -67,7 +67,7 @@ def test_another_comparison_in_the_same_folder_is_refused(tmp_path, capsys):
     assert held == {path: path.read_bytes() for path in (tmp_path / "grid").glob("*.*")}
     for flag, value in (("--seed", "7"), ("--resume", "auto")):
         said = ended(capsys, [*compare, "--epochs", "1", flag, value])
-        assert f"{flag}: compare trains seeds 0 to --seeds - 1" in said
+        assert f"{flag}: compare trains --seeds seeds from --first-seed on" in said
     result = next((tmp_path / "grid").rglob("result.json"))
     good = result.read_text()
     result.write_text("{")

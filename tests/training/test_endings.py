@@ -230,7 +230,7 @@ def test_a_data_file_that_vanished(tmp_path, capsys):
         train(config, Stop())
     kept = (tmp_path / "run" / "last.pt").read_bytes()
     said = ended(capsys, 2, [*words, "--out", str(tmp_path / "run"), "--resume", "auto"])
-    assert said == f"codistill: --data npz:{data}: {data} does not exist"
+    assert said == f"codistill: --data npz:{data}: {data} does not exist; name an .npz file"
     assert (tmp_path / "run" / "last.pt").read_bytes() == kept
     (tmp_path / "elsewhere.npz").rename(data)
     assert main([*words, "--out", str(tmp_path / "run"), "--resume", "auto"]) == 0

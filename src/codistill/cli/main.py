@@ -82,7 +82,7 @@ def _run_command(argv: list[str] | None) -> int:
         if not argv or argv[0] not in COMMANDS:
             name = argv[0] if argv else ""
             raise InputError(f'unknown command "{name}"{suggest(name, COMMANDS)}')
-        with command_line(argv[1:]) as words, raise_on_signals():
+        with command_line(argv[1:], names_methods=argv[0] in ("train", "compare")) as words, raise_on_signals():
             return parse_and_run(argv[0], words)
     except InputError as error:
         return _print_error(error, 2)

@@ -67,7 +67,7 @@ def joint_step(
         terms, hits_P = run.graph(partial(compute_gradients, run), views_VBCHW, targets_B, labels_B, weight)
     run.guard.update_flag(terms)
     if run.guard.should_step():
-        with keep_inactive(run, terms.get("active_P")):
+        with keep_inactive(run, terms.get("active_P") if run.method.pauses_members else None):
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return terms, hits_P

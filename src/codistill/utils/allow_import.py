@@ -12,6 +12,7 @@ import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -53,9 +54,17 @@ _policy = ImportPolicy()
 
 
 @contextmanager
-def command_line(argv: Sequence[str]) -> Iterator[list[str]]:
-    """Allow the networks that a command line names while the context lasts; yield it without `--allow-import`."""
-    with use_policy(ImportPolicy(_named_networks(argv), allow_all=FLAG in argv)):
+def command_line(argv: Sequence[str], *, names_methods: bool = False) -> Iterator[list[str]]:
+    """Allow the networks and methods that a command line names while the context lasts; yield it without the flag.
+
+    Args:
+        argv: The words after the command.
+        names_methods: Whether the words before the first option are methods (`train`, `compare`).
+    """
+    names = _named_networks(argv)
+    if names_methods:
+        names |= frozenset(takewhile(lambda word: not word.startswith("-"), argv))
+    with use_policy(ImportPolicy(names, allow_all=FLAG in argv)):
         yield [word for word in argv if word != FLAG]
 
 
