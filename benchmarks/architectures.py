@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill.config.config import Config
-from codistill.config.methods import METHODS
+from codistill.config.methods import METHODS, CodistillationConfig, method_config
 from codistill.peers.branches import BranchPeers
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.shared_trunk import BranchEntry
@@ -156,7 +156,10 @@ def two_steps(name: str, size: int, method: str, topology: str, folder: Path) ->
         MachineError: a loss or a gradient was not finite.
     """
     values = {"peers": 3 if method == "okddip" else 2, "batch_size": 4, "epochs": 1, "lr": 0.001, "val_fraction": 0.0}
-    config = Config(method, name, write_images(folder, size), topology=topology, device="cpu", **values)  # type: ignore[arg-type]
+    chosen = method_config(method)
+    if isinstance(chosen, CodistillationConfig):
+        chosen.burn_in_epochs = 0  # the only epoch distills
+    config = Config(chosen, name, write_images(folder, size), topology=topology, device="cpu", **values)  # type: ignore[arg-type]
     teacher = None
     if method == "kd":
         teacher = NetworkPeers("resnet8", 1, CLASSES, image_size=size).export_member(0)

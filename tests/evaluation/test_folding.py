@@ -1,8 +1,5 @@
 """Folded BatchNorms say what the network says, and leave it alone."""
 
-import gc
-import weakref
-
 import pytest
 import torch
 from torch import nn
@@ -64,28 +61,3 @@ def test_a_map_that_is_used_twice_is_not_folded_wrongly():
     peers.eval()
     x = torch.randn(4, 3, 8, 8)
     assert torch.allclose(folded_for_evaluation(peers, x)(x).logits_PBC, peers(x).logits_PBC, atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", [NetworkPeers, BranchPeers])
-def test_a_second_evaluation_folds_the_weights_of_its_time(kind):
-    peers = kind("resnet8", 2, 10, image_size=8).double()
-    x = torch.randn(4, 3, 8, 8, dtype=torch.float64)
-    before = folded_for_evaluation(peers, x[:1])(x).logits_PBC
-    with torch.no_grad():
-        for value in (*peers.parameters(), *(b for b in peers.buffers() if b.is_floating_point())):
-            value.add_(torch.rand_like(value) * 0.1)
-    folded = folded_for_evaluation(peers, x[:1])
-    with torch.no_grad():
-        close(folded(x).logits_PBC, peers(x).logits_PBC, 1e-9)
-    assert (folded(x).logits_PBC - before).abs().max() > 1e-3
-    assert not any(isinstance(m, nn.BatchNorm2d) for m in folded.modules())
-    peers.member(0).body.add_module("other", nn.Identity())  # now the copy is of other modules
-    assert folded_for_evaluation(peers, x[:1]) is not folded
-
-
-def test_what_was_folded_is_freed_with_the_peers():
-    peers = NetworkPeers("resnet8", 2, 10, image_size=8)
-    folded = weakref.ref(folded_for_evaluation(peers, torch.randn(1, 3, 8, 8)))
-    del peers
-    gc.collect()
-    assert folded() is None

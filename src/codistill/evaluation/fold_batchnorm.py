@@ -7,71 +7,18 @@ used elsewhere, as in DenseNet), each pair is tried separately, and the pairs th
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from itertools import chain
-from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.fusion import fuse_conv_bn_weights
+from torch.nn.utils.fusion import fuse_conv_bn_eval
 
 from codistill.peers import Peers, copy_module
 from codistill.utils import out_of_memory
 
 Pair = tuple[nn.Conv2d, nn.BatchNorm2d]
-
-
-class _FoldedCopy:
-    """A copy of the peers without the BatchNorms of `pairs`; it shares all parameters but the folded ones.
-
-    Copying the modules takes longer than evaluating a hundred small images, so the copy is kept from one evaluation to
-    the next, and `refresh` folds the current weights.
-    """
-
-    def __init__(self, peers: Peers, pairs: Sequence[Pair]) -> None:
-        runner, peers.stacked_runner = peers.stacked_runner, None
-        copies: dict[int, Any] = {id(tensor): tensor for tensor in chain(peers.parameters(), peers.buffers())}
-        try:
-            self.peers = copy_module(peers, copies).eval()
-        finally:
-            peers.stacked_runner = runner
-        self.modules = list(peers.modules())[1:]  # without the peers, which are the key under which this is kept
-        self.copies = [copies[id(module)] for module in self.modules]
-        self.pairs = pairs
-        folded_convs = {id(conv) for conv, _ in pairs}
-        self.shared = [(m, c) for m, c in zip(self.modules, self.copies) if id(m) not in folded_convs]
-        self.convs = [copies[id(conv)] for conv, _ in pairs]
-        norms = {id(copies[id(norm)]) for _, norm in pairs}
-        for parent in list(self.peers.modules()):
-            for name, child in list(parent.named_children()):
-                if id(child) in norms:
-                    setattr(parent, name, nn.Identity())
-
-    def is_copy_of(self, peers: Peers) -> bool:
-        """Return whether the peers still consist of the modules that were copied."""
-        modules = list(peers.modules())[1:]
-        return len(modules) == len(self.modules) and all(m is own for m, own in zip(modules, self.modules))
-
-    def refresh(self) -> Peers:
-        """Return the copy with the peers' current weights and statistics."""
-        for module, shared in self.shared:
-            shared._parameters, shared._buffers = module._parameters, module._buffers  # type: ignore[attr-defined]
-        for folded, (conv, norm) in zip(self.convs, self.pairs):
-            folded.weight, folded.bias = fuse_conv_bn_weights(  # type: ignore[attr-defined]
-                conv.weight,
-                conv.bias,
-                norm.get_buffer("running_mean"),
-                norm.get_buffer("running_var"),
-                norm.eps,
-                norm.weight,
-                norm.bias,
-            )
-        return self.peers
-
-
-_COPIES: WeakKeyDictionary[Peers, _FoldedCopy] = WeakKeyDictionary()
-"""The folded copy of the last evaluation of each peers."""
+_FOLDABLE_PAIRS: WeakKeyDictionary[Peers, list[int]] = WeakKeyDictionary()
+"""Indices of the pairs that can be folded, of peers for which not all can."""
 
 
 @torch.no_grad()
@@ -79,7 +26,7 @@ def folded_for_evaluation(peers: Peers, example: Tensor) -> Peers:
     """Return a copy of the peers with the same outputs in evaluation mode and fewer layers; `peers` if nothing folds.
 
     Only convolutions that hold their weight as a parameter are folded, and not those that compute it (weight_norm,
-    spectral_norm, parametrizations, pruning). The next call with the same peers changes and returns the same copy.
+    spectral_norm, parametrizations, pruning).
 
     Args:
         peers: They are not changed.
@@ -103,26 +50,41 @@ def folded_for_evaluation(peers: Peers, example: Tensor) -> Peers:
 def _fold_checked(peers: Peers, example: Tensor) -> Peers:
     """Return a copy with all pairs folded that leave the outputs unchanged."""
     expected = peers(example).logits_PBC
-    known = _COPIES.get(peers)
-    if known is not None and known.is_copy_of(peers):
-        if not _differ(known.refresh(), example, expected):
-            return known.peers
-        return peers
-    pairs = _find_pairs(peers, example)
-    folded = _FoldedCopy(peers, pairs)
-    if pairs and _differ(folded.refresh(), example, expected):
-        pairs = [p for p in pairs if not _differ(_FoldedCopy(peers, [p]).refresh(), example, expected)]
-        folded = _FoldedCopy(peers, pairs)
-    if not pairs:
-        return peers
-    _COPIES[peers] = folded
-    return folded.refresh()
+    known = _FOLDABLE_PAIRS.get(peers)
+    folded, count = _fold_pairs(peers, example, known)
+    if count and not _differ(folded, example, expected):
+        return folded
+    if count and known is None:
+        good = [i for i in range(count) if not _differ(_fold_pairs(peers, example, [i])[0], example, expected)]
+        _FOLDABLE_PAIRS[peers] = good
+        return _fold_pairs(peers, example, good)[0] if good else peers
+    return peers
 
 
 def _differ(folded: Peers, example: Tensor, expected: Tensor) -> bool:
     """Return whether logits differ by more than 1e-4 of the largest."""
     difference = (folded(example).logits_PBC - expected).abs().max()
     return bool(difference > 1e-4 * expected.abs().max().clamp_min(1e-6))
+
+
+def _fold_pairs(peers: Peers, example: Tensor, chosen: list[int] | None) -> tuple[Peers, int]:
+    """Return a copy with the chosen pairs folded (None: all), and how many pairs there are."""
+    runner, peers.stacked_runner = peers.stacked_runner, None
+    try:
+        folded = copy_module(peers).eval()
+    finally:
+        peers.stacked_runner = runner
+    pairs = _find_pairs(folded, example)
+    norms = set()
+    for conv, norm in pairs if chosen is None else [pairs[i] for i in chosen]:
+        fused = fuse_conv_bn_eval(conv, norm)
+        conv.weight, conv.bias = fused.weight, fused.bias
+        norms.add(norm)
+    for parent in list(folded.modules()):
+        for name, child in list(parent.named_children()):
+            if child in norms:
+                setattr(parent, name, nn.Identity())
+    return folded, len(pairs)
 
 
 def _holds_its_weight(module: nn.Module) -> bool:
