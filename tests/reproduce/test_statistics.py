@@ -2,11 +2,14 @@
 
 import math
 import statistics
+from pathlib import Path
 
 import pytest
 
 from codistill.config import Config, IndependentConfig
+from codistill.reproduce.comparison import plan_comparison
 from codistill.reproduce.grid import Cell
+from codistill.reproduce.recipes.demo import METHODS, SETS, demo
 from codistill.reproduce.statistics import (
     Difference,
     comparison_rows,
@@ -36,6 +39,18 @@ def cells(gains):
         base.results[seed] = result(members)
         ours.results[seed] = result([1.0, 2.0, 3.0, members[3] + gain], deployed=3)
     return [base, ours]
+
+
+@pytest.mark.parametrize("data", SETS)
+def test_every_demo_has_a_plan(data):
+    config = demo(data)
+    cells = plan_comparison(METHODS, config)
+    assert [cell.label for cell in cells] == [
+        "one plain network",
+        *("independent networks", "okddip networks", "pcl networks"),
+    ]
+    assert all(cell.run_config(Path("runs"), seed).seed == seed for cell in cells for seed in config.seed_range())
+    assert data != "digits" or config.seed_range() == range(100, 112)  # no option was chosen on these seeds
 
 
 def test_paired_difference_is_the_t_interval():

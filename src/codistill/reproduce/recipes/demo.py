@@ -24,4 +24,4 @@ def demo(data: str = "digits") -> CompareConfig:
     """
     if data not in SETS:
         raise InputError(f'--data: the demo has no recipe for "{data}"{suggest(data, SETS)}')
-    return CompareConfig(method="independent", data=data, **SHARED, **SETS[data])  # type: ignore[arg-type]
+    return CompareConfig(method="independent", data=data, **(SHARED | SETS[data]))  # type: ignore[arg-type]
