@@ -116,6 +116,7 @@ def _check_ranks_agree(config: Config, heartbeat: Heartbeat) -> None:
         name = next((key for key in first | other if first.get(key) != other.get(key)), None)
         if name is None:
             continue
+        shutdown()  # all ranks have found it: none may end while another still uses the store
         if heartbeat.rank:
             raise OtherRankFailedError(2)
         name, values = _describe_difference(name, first.get(name), other.get(name))
