@@ -110,3 +110,11 @@ def test_summary_says_what_the_table_says():
     unclear, *_ = summarize_comparison(cells([2.0, -2.0, 1.0]), peers=4)
     assert "does not differ significantly" in unclear
     assert "(+0.3 ± 5.2 points)" in unclear
+
+
+def test_summary_states_the_measured_costs():
+    rows = cells([1.0, 1.2, 0.9, 1.1])
+    for cell, flops in zip(rows, (100, 530)):
+        for run in cell.results.values():
+            run["cost"] = {"training_flops_a_sample": flops, "samples_seen": 10, "flops_an_image": 7}
+    assert "at 5.3 x the training and 1 x the deployment cost." in summarize_comparison(rows, peers=4)[0]

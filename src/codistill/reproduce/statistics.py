@@ -138,8 +138,13 @@ def _same_member_by_seed(cell: Cell, baseline: Cell) -> dict[int, float]:
 
 
 def summarize_comparison(cells: list[Cell], peers: int) -> list[str]:
-    """Return the result of a comparison in plain words: a sentence per method, and how many seeds would be needed."""
-    sentences = []
+    """Return the result of a comparison in plain words: a sentence per method, and how many seeds would be needed.
+
+    Args:
+        cells: The rows; costs are multiples of the first one's, which is one plain network.
+        peers: Taken for the multiple of training where FLOPs were not measured.
+    """
+    sentences, by_label = [], {cell.label: cell for cell in cells}
     differences = differences_to_baselines(cells)
     for label, difference in differences.items():
         if difference is None:
@@ -153,7 +158,10 @@ def summarize_comparison(cells: list[Cell], peers: int) -> list[str]:
             interval = f"{difference.mean:+.1f} ± {difference.half_width:.1f} points"
             result = f"does not differ significantly from the same network trained without exchange ({interval})"
         subject = f"Over {difference.count} seeds the {method} student ({topology})"
-        sentences.append(f"{subject} {result}, at {peers} x the training and 1 x the deployment cost.")
+        training = _median_ratio(by_label[label], cells[0], _training_flops) or peers
+        deployment = _median_ratio(by_label[label], cells[0], _deployment_flops) or 1
+        costs = f"{training:.2g} x the training and {deployment:.2g} x the deployment cost"
+        sentences.append(f"{subject} {result}, at {costs}.")
     deviations = [d.deviation for d in differences.values() if d is not None]
     if deviations:
         sentences.append(
