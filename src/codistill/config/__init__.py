@@ -13,20 +13,20 @@ if TYPE_CHECKING:
     from codistill.config.config import Device as Device
     from codistill.config.config import ReproduceConfig as ReproduceConfig
     from codistill.config.config import slug as slug
+    from codistill.config.contrib import CodistillationConfig as CodistillationConfig
+    from codistill.config.contrib import SwitOKDConfig as SwitOKDConfig
+    from codistill.config.method_base import DivergenceConfig as DivergenceConfig
+    from codistill.config.method_base import MethodConfig as MethodConfig
+    from codistill.config.method_base import TeacherConfig as TeacherConfig
     from codistill.config.methods import METHODS as METHODS
     from codistill.config.methods import CLILRConfig as CLILRConfig
-    from codistill.config.methods import CodistillationConfig as CodistillationConfig
-    from codistill.config.methods import DivergenceConfig as DivergenceConfig
     from codistill.config.methods import DMLConfig as DMLConfig
     from codistill.config.methods import IndependentConfig as IndependentConfig
     from codistill.config.methods import KDCLConfig as KDCLConfig
     from codistill.config.methods import KDConfig as KDConfig
-    from codistill.config.methods import MethodConfig as MethodConfig
     from codistill.config.methods import OKDDipConfig as OKDDipConfig
     from codistill.config.methods import ONEConfig as ONEConfig
     from codistill.config.methods import PCLConfig as PCLConfig
-    from codistill.config.methods import SwitOKDConfig as SwitOKDConfig
-    from codistill.config.methods import TeacherConfig as TeacherConfig
     from codistill.config.methods import UnimportedConfig as UnimportedConfig
     from codistill.config.methods import method_config as method_config
     from codistill.config.old_names import rename_old_flags as rename_old_flags
@@ -39,9 +39,11 @@ __getattr__, __dir__ = lazy_names(
     {
         "checks": "mesh_shape parse_normalize",
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
+        "contrib": "CodistillationConfig SwitOKDConfig",
+        "method_base": "DivergenceConfig MethodConfig TeacherConfig",
         "methods": (
-            "CLILRConfig CodistillationConfig DMLConfig DivergenceConfig IndependentConfig KDCLConfig KDConfig METHODS "
-            "MethodConfig OKDDipConfig ONEConfig PCLConfig SwitOKDConfig TeacherConfig UnimportedConfig method_config"
+            "CLILRConfig DMLConfig IndependentConfig KDCLConfig KDConfig METHODS OKDDipConfig ONEConfig PCLConfig "
+            "UnimportedConfig method_config"
         ),
         "old_names": "rename_old_flags",
         "ranges": "ABOVE_0 AT_LEAST_0 FROM_0_TO_1",

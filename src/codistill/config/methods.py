@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
+from codistill.config.contrib import CodistillationConfig, SwitOKDConfig
+from codistill.config.method_base import DivergenceConfig, MethodConfig, TeacherConfig, Topology
 from codistill.config.ranges import (
     ABOVE_0,
     AT_LEAST_0,
-    AT_LEAST_1,
     BETWEEN_0_AND_1,
-    EACH_AT_LEAST_0,
     FINITE,
     FROM_0_BELOW_1,
     FROM_0_TO_1,
@@ -23,99 +23,6 @@ from codistill.utils import InputError, import_object, suggest
 
 if TYPE_CHECKING:
     from codistill.config.options import Options
-
-
-Topology = Literal["networks", "branches"]
-
-
-@dataclass(kw_only=True)
-class MethodConfig:
-    """What all methods have in common."""
-
-    name: ClassVar[str]
-    default_peers: ClassVar[int] = 4
-    min_peers: ClassVar[int] = 2
-    max_peers: ClassVar[int | None] = None
-    min_peers_note: ClassVar[str] = ""
-    """Follows the minimum in an error message, where the number needs an explanation."""
-    topologies: ClassVar[tuple[Topology, ...]] = ("networks", "branches")
-    """The topologies that the method supports; the first is its default."""
-    keeps_ema: ClassVar[bool] = False
-    """Whether there are mean teachers (moving averages of the peers), which can be deployed."""
-    import_name: ClassVar[str] = ""
-    """An own method's package.module:Class, which the command line and files name it by; set by its class."""
-    method_class: ClassVar[Any] = None
-    """An own method's class; set by it."""
-
-    def __reduce__(self) -> str | tuple[Any, ...]:
-        """Pickle an own method's options by its name: another process finds its module in the working folder too."""
-        if not self.import_name:
-            return super().__reduce__()
-        return _restore, (self.import_name, vars(self))
-
-    def default_ramp(self, epochs: int) -> float:
-        """Return the default length of the weight's ramp, in epochs: 80 of 300, scaled to the length of the run."""
-        return epochs * 80 / 300
-
-    def needs_holdout(self) -> bool:
-        """Return whether a part of the training set, `holdout_fraction`, is held out for the method."""
-        return False
-
-    def ramp_length(self, epochs: int = 300) -> float:
-        """Return the length of the weight's ramp in a run of so many epochs; 0 means no ramp."""
-        length = getattr(self, "ramp_epochs", 0.0)  # most methods have this field, but not all
-        return self.default_ramp(epochs) if length is None else length
-
-    def resolved(self, epochs: int) -> Self:
-        """Return a copy with the length of the ramp filled in, for a method that has one."""
-        ramp = {"ramp_epochs": self.ramp_length(epochs)} if hasattr(self, "ramp_epochs") else {}
-        return dataclasses.replace(self, **ramp)
-
-    def check(self, options: Options) -> None:
-        """Check the method's options against all options of a run, topology included; ranges are checked elsewhere.
-
-        Raises:
-            InputError: two options contradict each other.
-        """
-
-
-@dataclass(kw_only=True)
-class DivergenceConfig(MethodConfig):
-    """What methods have in common whose students learn from a target."""
-
-    divergence: Literal["kl", "dkd", "dist", "reverse_kl", "js", "mse"] = "kl"
-    """How a student is compared with its target: the method's own KL, decoupled KL, correlation, KL(student || target),
-    Jensen-Shannon, or squared differences of centered logits."""
-    standardize_logits: bool = False
-    """Standardize the logits of student and target before they are softened, so that only their order of sizes counts
-    and not their scale."""
-    divergence_weights: Annotated[tuple[float, ...], EACH_AT_LEAST_0] = ()
-    """The two weights of dkd (own class, the others; default 1 8) or of dist (classes, samples; default 1 1)."""
-
-    def check(self, options: Options) -> None:
-        """Refuse soft labels for dkd, and weights that a divergence does not have."""
-        soft = next((name for name in ("label_smoothing", "mixup", "cutmix") if getattr(options, name)), None)
-        if soft is not None and self.divergence == "dkd":
-            raise InputError(
-                f"--{soft.replace('_', '-')} makes labels soft, and --method.divergence dkd reads one hard label each; "
-                "drop one of the two"
-            )
-        if self.divergence_weights and self.divergence not in ("dkd", "dist"):
-            raise InputError(
-                f"--method.divergence-weights are those of dkd or dist; --method.divergence {self.divergence} has none"
-            )
-        if self.divergence_weights and len(self.divergence_weights) != 2:
-            raise InputError("--method.divergence-weights takes two numbers, as in --method.divergence-weights 1 8")
-
-
-@dataclass(kw_only=True)
-class TeacherConfig(MethodConfig):
-    """What methods have in common that learn from a network trained before."""
-
-    teacher: str | None = None
-    """The teacher: a run folder, an exported .safetensors, or a state dict (.pt, .pth) of --method.teacher-model."""
-    teacher_model: str | None = None
-    """Network of a teacher that is given as a bare state dict."""
 
 
 @dataclass(kw_only=True)
@@ -314,71 +221,6 @@ class KDCLConfig(DivergenceConfig):
             )
 
 
-def _restore(import_name: str, options: dict[str, Any]) -> MethodConfig:
-    return dataclasses.replace(method_config(import_name), **options)
-
-
-@dataclass(kw_only=True)
-class CodistillationConfig(DivergenceConfig):
-    """Codistillation (Anil et al., ICLR 2018): networks learn from snapshots of each other, taken now and then."""
-
-    name: ClassVar[str] = "codistillation"
-    default_peers: ClassVar[int] = 2
-    min_peers: ClassVar[int] = 2
-
-    interval: Annotated[int, AT_LEAST_1] = 50
-    """Steps (or epochs) from one snapshot to the next; 50 steps in Preferred Networks' code."""
-    interval_unit: Literal["steps", "epochs"] = "steps"
-    """What `interval` counts."""
-    burn_in_epochs: Annotated[float | None, AT_LEAST_0] = None
-    """Epochs without distillation at the start; default 0.4 of the run, 28 of 70 in Preferred Networks' study."""
-    temperature: Annotated[float, ABOVE_0] = 1.0
-    """T, with the gradient scaled by T^2; the paper has none."""
-    weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of the distillation terms after the burn-in."""
-
-    def burn_in(self, epochs: int = 300) -> float:
-        """Return the epochs without distillation in a run of so many epochs."""
-        return 0.4 * epochs if self.burn_in_epochs is None else self.burn_in_epochs
-
-    def resolved(self, epochs: int) -> Self:
-        """Return a copy with the length of the burn-in filled in."""
-        return dataclasses.replace(self, burn_in_epochs=self.burn_in(epochs))
-
-    def check(self, options: Options) -> None:
-        """Refuse a burn-in that leaves no epoch to distill."""
-        super().check(options)
-        if self.burn_in_epochs is not None and self.burn_in_epochs > options.epochs - 1:
-            raise InputError(
-                f"--method.burn-in-epochs {self.burn_in_epochs:g} leaves none of --epochs {options.epochs} to distill; "
-                "shorten it"
-            )
-
-
-@dataclass(kw_only=True)
-class SwitOKDConfig(DivergenceConfig):
-    """SwitOKD (Qian et al., ECCV 2022): a teacher that is too far ahead of its student waits for it."""
-
-    name: ClassVar[str] = "switokd"
-    default_peers: ClassVar[int] = 2
-    min_peers: ClassVar[int] = 2
-    max_peers: ClassVar[int | None] = 3
-    topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
-
-    students: Literal[1, 2] = 1
-    """How many of the networks, the last ones, are students; the first ones are teachers. 2 takes 3 networks."""
-    temperature: Annotated[float, ABOVE_0] = 1.0
-    """T of the distillation terms; who steps is decided at T = 1."""
-    weight: Annotated[float, AT_LEAST_0] = 1.0
-    """Weight of the distillation terms."""
-
-    def check(self, options: Options) -> None:
-        """Refuse two students of two networks."""
-        super().check(options)
-        if self.students == 2 and (options.peers or self.default_peers) < 3:
-            raise InputError("--method.students 2 leaves no teacher of 2 networks; give --peers 3, or drop it")
-
-
 METHODS: dict[str, type[MethodConfig]] = {
     method.name: method
     for method in (
@@ -424,3 +266,8 @@ def method_config(name: str) -> MethodConfig:
     if name not in METHODS:
         raise InputError(f'unknown method "{name}"{suggest(name, METHODS)}')
     return METHODS[name]()
+
+
+def restore_config(import_name: str, options: dict[str, Any]) -> MethodConfig:
+    """Return the options of an own method, whose module is imported."""
+    return dataclasses.replace(method_config(import_name), **options)

@@ -9,7 +9,8 @@ from __future__ import annotations
 from dataclasses import KW_ONLY, dataclass, field
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from codistill.config.methods import MethodConfig, OKDDipConfig, Topology
+from codistill.config.method_base import MethodConfig, Topology
+from codistill.config.methods import OKDDipConfig
 from codistill.config.ranges import (
     ABOVE_0,
     AT_LEAST_0,

@@ -1,0 +1,75 @@
+"""The options of the methods in `methods/contrib`, one dataclass each; see `codistill.config.methods`."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
+
+from codistill.config.method_base import DivergenceConfig, Topology
+from codistill.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1
+from codistill.utils import InputError
+
+if TYPE_CHECKING:
+    from codistill.config.options import Options
+
+
+@dataclass(kw_only=True)
+class CodistillationConfig(DivergenceConfig):
+    """Codistillation (Anil et al., ICLR 2018): networks learn from snapshots of each other, taken now and then."""
+
+    name: ClassVar[str] = "codistillation"
+    default_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
+
+    interval: Annotated[int, AT_LEAST_1] = 50
+    """Steps (or epochs) from one snapshot to the next; 50 steps in Preferred Networks' code."""
+    interval_unit: Literal["steps", "epochs"] = "steps"
+    """What `interval` counts."""
+    burn_in_epochs: Annotated[float | None, AT_LEAST_0] = None
+    """Epochs without distillation at the start; default 0.4 of the run, 28 of 70 in Preferred Networks' study."""
+    temperature: Annotated[float, ABOVE_0] = 1.0
+    """T, with the gradient scaled by T^2; the paper has none."""
+    weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the distillation terms after the burn-in."""
+
+    def burn_in(self, epochs: int = 300) -> float:
+        """Return the epochs without distillation in a run of so many epochs."""
+        return 0.4 * epochs if self.burn_in_epochs is None else self.burn_in_epochs
+
+    def resolved(self, epochs: int) -> Self:
+        """Return a copy with the length of the burn-in filled in."""
+        return dataclasses.replace(self, burn_in_epochs=self.burn_in(epochs))
+
+    def check(self, options: Options) -> None:
+        """Refuse a burn-in that leaves no epoch to distill."""
+        super().check(options)
+        if self.burn_in_epochs is not None and self.burn_in_epochs > options.epochs - 1:
+            raise InputError(
+                f"--method.burn-in-epochs {self.burn_in_epochs:g} leaves none of --epochs {options.epochs} to distill; "
+                "shorten it"
+            )
+
+
+@dataclass(kw_only=True)
+class SwitOKDConfig(DivergenceConfig):
+    """SwitOKD (Qian et al., ECCV 2022): a teacher that is too far ahead of its student waits for it."""
+
+    name: ClassVar[str] = "switokd"
+    default_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
+    max_peers: ClassVar[int | None] = 3
+    topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
+
+    students: Literal[1, 2] = 1
+    """How many of the networks, the last ones, are students; the first ones are teachers. 2 takes 3 networks."""
+    temperature: Annotated[float, ABOVE_0] = 1.0
+    """T of the distillation terms; who steps is decided at T = 1."""
+    weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the distillation terms."""
+
+    def check(self, options: Options) -> None:
+        """Refuse two students of two networks."""
+        super().check(options)
+        if self.students == 2 and (options.peers or self.default_peers) < 3:
+            raise InputError("--method.students 2 leaves no teacher of 2 networks; give --peers 3, or drop it")
