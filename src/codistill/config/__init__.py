@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 from codistill.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from codistill.config.checks import images_per_class as images_per_class
     from codistill.config.checks import mesh_shape as mesh_shape
     from codistill.config.checks import parse_normalize as parse_normalize
     from codistill.config.config import Checkpoint as Checkpoint
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "checks": "mesh_shape parse_normalize",
+        "checks": "images_per_class mesh_shape parse_normalize",
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
         "contrib": "CodistillationConfig SwitOKDConfig",
         "method_base": "DivergenceConfig MethodConfig TeacherConfig",

@@ -6,7 +6,7 @@ import math
 
 from codistill.config.methods import METHODS
 from codistill.config.options import Options
-from codistill.config.ranges import check_ranges
+from codistill.config.ranges import LIMIT, check_ranges
 from codistill.utils import InputError
 
 MAX_PEERS = 1_000
@@ -25,8 +25,23 @@ def check_options(options: Options) -> None:
     check_ranges(options)
     check_ranges(options.method, "method.")
     parse_normalize(options.normalize)
+    _check_sampler(options)
     if options.optimizer == "sgd" and options.nesterov and options.momentum == 0:
         raise InputError("--nesterov needs a momentum; give --momentum above 0, or --no-nesterov")
+
+
+def _check_sampler(options: Options) -> None:
+    count = images_per_class(options.sampler)
+    if count and options.balanced_sampling:
+        raise InputError(
+            f"--balanced-sampling and --sampler {options.sampler} both choose the images of a batch; drop one of the "
+            "two (pairs draws all classes equally often)"
+        )
+    if count and options.batch_size % count:
+        raise InputError(
+            f"--sampler {options.sampler} takes {count} images of each class, and --batch-size {options.batch_size} is "
+            f"no multiple of {count}; give one that is"
+        )
 
 
 def check_peers(options: Options, peers: int) -> None:
@@ -127,6 +142,23 @@ def parse_normalize(rule: str | None) -> str | tuple[tuple[float, ...], tuple[fl
             "by commas, as in 0.5,0.5,0.5,0.25,0.25,0.25"
         )
     return numbers[:half], numbers[half:]
+
+
+def images_per_class(sampler: str) -> int:
+    """Return M of `pairs:M`, 0 of `uniform`.
+
+    Raises:
+        InputError: the text is neither.
+
+    >>> images_per_class("pairs:2")
+    2
+    """
+    if sampler == "uniform":
+        return 0
+    name, _, count = sampler.partition(":")
+    if name != "pairs" or not count.isdecimal() or not 2 <= int(count) < LIMIT:
+        raise InputError(f"--sampler {sampler}: give uniform, or pairs:M with M of 2 or more images, as in pairs:2")
+    return int(count)
 
 
 def mesh_shape(mesh: str | None) -> tuple[int, int]:

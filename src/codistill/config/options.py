@@ -87,6 +87,9 @@ class DataOptions:
     """Leave out image files that cannot be read (with files, the next image of the same class replaces one)."""
     balanced_sampling: bool = False
     """Draw every class equally often in an epoch; the length of the epoch stays the same."""
+    sampler: str = "uniform"
+    """uniform: every image once an epoch; pairs:M: every batch holds M images of each of batch size / M classes, drawn
+    anew for each batch, in as many whole batches as the images fill."""
     normalize: str | None = None
     """imagenet, dataset, or means and standard deviations of pixels / 255 (0.5,0.5,0.5,0.25,0.25,0.25). Default: those
     that a pretrained network was trained with, else the data set's own."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from codistill.data.class_balance import balanced_order
+from codistill.data.class_balance import balanced_order, check_class_batches, draw_class_batches
 from codistill.utils import share_out
 
 
@@ -45,6 +45,8 @@ class LoaderOptions:
     """Seed of order and augmentation."""
     balanced: bool = False
     """Draw every class equally often in an epoch, which keeps its length."""
+    images_per_class: int = 0
+    """Make every batch of this many images of each of some classes, drawn anew (`draw_class_batches`); 0: uniform."""
     device: torch.device | str = "cpu"
     """Device of the batches."""
     dtype: torch.dtype = torch.float32
@@ -71,7 +73,9 @@ class Loader:
     ) -> None:
         self.options, self.device = options, torch.device(options.device)
         self.labels_N = torch.from_numpy(labels).to(self.device)
-        self._balanced_labels = labels if options.balanced else None
+        self._labels = labels
+        if options.images_per_class:
+            check_class_batches(labels, options.batch_size, options.images_per_class)
         self.skipped = {}
         self._shard: tuple[int, int] | None = None
         self._local_views = slice(None)
@@ -101,8 +105,9 @@ class Loader:
 
     @property
     def num_samples(self) -> int:
-        """Number of images N."""
-        return len(self.labels_N)
+        """Number of images of an epoch: N, or as many as fill whole batches of `images_per_class`."""
+        count = len(self.labels_N)
+        return count - count % self.options.batch_size if self.options.images_per_class else count
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, from batch number `start` on."""
@@ -144,10 +149,13 @@ class Loader:
         return torch.Generator().manual_seed((self.options.seed * 100_003 + epoch) % 2**63)
 
     def _order(self, rng: torch.Generator) -> Tensor:
-        """Draw the order of the samples in an epoch."""
-        if self._balanced_labels is None:
-            return torch.randperm(self.num_samples, generator=rng)
-        return balanced_order(self._balanced_labels, rng)
+        """Draw the indices of the samples in an epoch, in order."""
+        options = self.options
+        if options.images_per_class:
+            return draw_class_batches(self._labels, options.batch_size, options.images_per_class, rng)
+        if options.balanced:
+            return balanced_order(self._labels, rng)
+        return torch.randperm(self.num_samples, generator=rng)
 
     def _normalize(self, pixels_VBHWC: Tensor, draws: dict[str, Tensor]) -> Tensor:
         """Return `V x B x C x H x W` from raw pixels, with squares cut out around the centers `cut_y`, `cut_x`."""

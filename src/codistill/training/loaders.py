@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from codistill.config import Config
+from codistill.config import Config, images_per_class
 from codistill.data import (
     Augmentation,
     DeviceLoader,
@@ -94,12 +94,14 @@ def make_loader(
         augmentation: Of training images; None for evaluation.
         views: Augmented views per image.
     """
+    draws_batches = augmentation is not None and not data.provenance.placeholder_reason
     options = LoaderOptions(
         batch_size=config.batch_size if augmentation else evaluation_batch(config.batch_size, data.image_size, device),
         augmentation=augmentation,
         views=views,
         seed=config.seed,
         balanced=config.balanced_sampling and augmentation is not None,
+        images_per_class=images_per_class(config.sampler) if draws_batches else 0,
         device=device,
         dtype=DTYPES[config.dtype],
         channels_last=config.channels_last,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from codistill.config import Config
+from codistill.config import Config, images_per_class
 from codistill.data import Loader
 from codistill.distributed import MeshPeers, describe_imbalance
 from codistill.evaluation import PeerMetrics, evaluate_peers, inference_cost, training_flops
@@ -55,7 +55,13 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
     notes.append(_describe_classes(run.data.classes))
     notes += [*run.data.provenance.messages, *run.notes]
     class_imbalance = run.data.imbalance(run.splits.train)
-    if config.balanced_sampling:
+    count = images_per_class(config.sampler)
+    if count:
+        notes.append(
+            f"every batch holds {count} images of each of {config.batch_size // count} classes, drawn anew, "
+            f"{len(run.loader)} batches an epoch{f', though {class_imbalance}' if class_imbalance else ''}"
+        )
+    elif config.balanced_sampling:
         notes.append(f"every class is drawn equally often{f', though {class_imbalance}' if class_imbalance else ''}")
     elif class_imbalance is not None:
         notes.append(f"{class_imbalance}; --balanced-sampling draws all equally often")
