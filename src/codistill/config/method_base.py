@@ -30,6 +30,8 @@ class MethodConfig:
     """The topologies that the method supports; the first is its default."""
     keeps_ema: ClassVar[bool] = False
     """Whether there are mean teachers (moving averages of the peers), which can be deployed."""
+    same_start: ClassVar[bool] = False
+    """Whether whole networks begin with the same weights, for a method that averages them."""
     import_name: ClassVar[str] = ""
     """An own method's package.module:Class, which the command line and files name it by; set by its class."""
     method_class: ClassVar[Any] = None

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from codistill.methods.pcl import PCL as PCL
     from codistill.methods.registry import CLASSES as CLASSES
     from codistill.methods.registry import build_method as build_method
+    from codistill.methods.training_step import TrainingStep as TrainingStep
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -40,5 +41,6 @@ __getattr__, __dir__ = lazy_names(
         "one": "ONE",
         "pcl": "PCL",
         "registry": "CLASSES build_method",
+        "training_step": "TrainingStep",
     },
 )

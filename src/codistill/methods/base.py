@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from codistill.config import METHODS, DivergenceConfig, MethodConfig
 from codistill.losses import sigmoid_ramp
+from codistill.methods.training_step import TrainingStep
 from codistill.peers import PeerOutputs, Peers
 from codistill.utils import InputError
 
@@ -35,6 +36,7 @@ _NEEDED_OUTPUTS = {
     "ema": ("ema_logits_PBC", "the mean teachers' logits; fill PeerOutputs.ema_logits_PBC from a MeanTeacher"),
     "teacher": ("teacher_logits_BC", "a trained teacher; give --method.teacher, or fill PeerOutputs.teacher_logits_BC"),
     "features": ("features", "the peers' features; fill PeerOutputs.features, one B x D tensor per peer"),
+    "hybrid": ("hybrid_logits_BC", "the logits of the averaged weights; fill PeerOutputs.hybrid_logits_BC"),
 }
 
 
@@ -74,6 +76,10 @@ class Method(nn.Module):
     processes that split a batch must each gather the whole batch's outputs."""
     pauses_members: bool = False
     """Whether `active_P` is among the terms: the others keep their weights and the optimizer's state."""
+    mixes_weights: bool = False
+    """Whether the members' weights are averaged, which takes networks of one architecture, all in each process."""
+    hybrid_has_gradient: bool = True
+    """Whether the loss has a gradient by the hybrid's logits, for a method that needs them."""
     holdout_fraction: float = 0.0
     """Fraction of the training set that is held out, for a method that needs it."""
     targets_checked: bool = False
@@ -83,7 +89,8 @@ class Method(nn.Module):
         super().__init__()
         self.num_peers = num_peers
         self.needs: frozenset[str] = frozenset()
-        """What the training loop must provide: features, trunk, views, ema, teacher, holdout."""
+        """What the training loop must provide: features, trunk, views, ema, teacher, holdout, hybrid (the logits of
+        the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views)."""
         self.deployed = 0
         """Index of the member that is deployed, declared before training."""
         self.group = tuple(range(num_peers))
@@ -146,6 +153,28 @@ class Method(nn.Module):
         '0.019, 1.000'
         """
         return sigmoid_ramp(epoch, self.ramp_epochs)
+
+    @property
+    def num_views(self) -> int:
+        """Views of each image: 1, or one per member, and then one for the hybrid where it is needed."""
+        return self.num_peers + ("hybrid" in self.needs) if "views" in self.needs else 1
+
+    def hybrid_shares(self) -> Tensor | None:
+        """Return the members' shares in the hybrid's weights, `P`, the same tensor at every step; None: 1/P each."""
+        return None
+
+    def before_step(self, peers: Peers, step: TrainingStep) -> None:
+        """Prepare a step, outside of any captured graph; by default do nothing."""
+
+    def after_step(self, peers: Peers, step: TrainingStep) -> None:
+        """Change the peers' weights after the optimizers' step, without waiting for the device; by default do nothing.
+
+        The optimizers' state stays as it is. Statistics that are to be restored after a bad step are the loop's concern.
+
+        Args:
+            peers: What is trained; on a mesh the members of this process, `peers.local`.
+            step: Where in the run this is, and whether the step was made.
+        """
 
     def snapshot_interval(self, steps_per_epoch: int) -> int:
         """Return the steps between two snapshots of the peers that teach them; 0: the teachers are moving averages."""

@@ -12,6 +12,11 @@ if TYPE_CHECKING:
     from codistill.peers.ema import MeanTeacher as MeanTeacher
     from codistill.peers.ema import SnapshotTeacher as SnapshotTeacher
     from codistill.peers.from_config import build_peers as build_peers
+    from codistill.peers.hybrid import check_mixable as check_mixable
+    from codistill.peers.hybrid import fuse_members as fuse_members
+    from codistill.peers.hybrid import hybrid_logits as hybrid_logits
+    from codistill.peers.hybrid import hybrid_network as hybrid_network
+    from codistill.peers.hybrid import mix_members as mix_members
     from codistill.peers.modes import copy_module as copy_module
     from codistill.peers.modes import eval_mode as eval_mode
     from codistill.peers.modes import frozen_batchnorm_stats as frozen_batchnorm_stats
@@ -30,6 +35,7 @@ __getattr__, __dir__ = lazy_names(
         "branches": "BranchPeers",
         "ema": "MeanTeacher SnapshotTeacher",
         "from_config": "build_peers",
+        "hybrid": "check_mixable fuse_members hybrid_logits hybrid_network mix_members",
         "modes": "copy_module eval_mode frozen_batchnorm_stats train_mode",
         "networks": "NetworkPeers",
         "shared_trunk": "SharedModule",

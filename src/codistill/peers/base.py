@@ -27,6 +27,8 @@ class PeerOutputs:
     """Pooled map that leaves the shared trunk (branches with one view only)."""
     ema_logits_PBC: Tensor | None = None
     teacher_logits_BC: Tensor | None = None
+    hybrid_logits_BC: Tensor | None = None
+    """Logits of the network whose weights are the mean of the members' weights."""
 
 
 class Runner(Protocol):
@@ -86,6 +88,12 @@ class Peers(nn.Module):
     def trunk_dim(self) -> int | None:
         """Width of the pooled trunk, where the members share one."""
         return None
+
+    def hybrid_logits(self, images_BCHW: Tensor, shares_P: Tensor | None = None) -> Tensor:
+        """Return the logits of the mean of the members' weights; see `codistill.peers.hybrid_logits`."""
+        from codistill.peers.hybrid import hybrid_logits  # which imports this module
+
+        return hybrid_logits(self, images_BCHW, shares_P)
 
     def _set_num_classes(self, head_sizes: Sequence[int], num_classes: int | None) -> None:
         """Set `num_classes`, or raise where the members' heads differ from each other or from what is asked for."""

@@ -19,7 +19,8 @@ def build_peers(
     if config.topology == "networks":
         members = range(config.peers) if members is None else members
         chosen = [specs[p if len(specs) > 1 else 0] for p in members]
-        return NetworkPeers(chosen, len(members), num_classes, first=members.start, **kwargs)
+        same_start = config.method.same_start
+        return NetworkPeers(chosen, len(members), num_classes, first=members.start, same_start=same_start, **kwargs)
     return BranchPeers(
         specs[0], config.peers, num_classes, branch_at=config.branch_at, fan_out=config.fan_out, **kwargs
     )

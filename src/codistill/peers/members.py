@@ -20,9 +20,15 @@ def member_seed(seed: int, member: int) -> int:
 
 
 def build_members(
-    specs: Sequence[Spec], seed: int, num_classes: int | None, in_channels: int, image_size: int, first: int = 0
+    specs: Sequence[Spec],
+    seed: int,
+    num_classes: int | None,
+    in_channels: int,
+    image_size: int,
+    first: int = 0,
+    same_start: bool = False,
 ) -> list[SplitMember]:
-    """Build member `first + p` from `specs[p]` and its own seed, and split it before its head.
+    """Build member `first + p` from `specs[p]` and its own seed (or all from member 0's), split before its head.
 
     The random state of the caller is left as it is.
     """
@@ -31,16 +37,17 @@ def build_members(
     factories = [resolve(spec) if isinstance(spec, str) else spec for spec in specs]
     kwargs = {"num_classes": num_classes, "in_channels": in_channels, "image_size": image_size}
     networks: list[nn.Module] = []
+    seeds = [member_seed(seed, 0 if same_start else p) for p in range(first, first + len(specs))]
     with torch.random.fork_rng(devices=[]):
-        for p, factory in enumerate(factories, first):
-            torch.default_generator.manual_seed(member_seed(seed, p))  # torch.manual_seed would touch GPUs too
+        for own_seed, factory in zip(seeds, factories):
+            torch.default_generator.manual_seed(own_seed)  # torch.manual_seed would touch GPUs too
             networks.append(factory if isinstance(factory, nn.Module) else build(factory, **kwargs))
         if len({id(network) for network in networks}) != len(networks):
             raise InputError("the same built model is given twice; give every peer its own")
         members = [split_head(network, dummy_input(network, in_channels, image_size)) for network in networks]
-        for p, (factory, member) in enumerate(zip(factories, members), first):
+        for own_seed, factory, member in zip(seeds, factories, members):
             if has_weights(factory):  # with the same head too, the members would remain copies of each other
-                torch.default_generator.manual_seed(member_seed(seed, p))
+                torch.default_generator.manual_seed(own_seed)
                 for module in member.head.modules():
                     if isinstance(module, nn.Linear):
                         module.reset_parameters()

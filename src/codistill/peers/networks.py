@@ -29,6 +29,7 @@ class NetworkPeers(Peers):
         in_channels: Channels of the images.
         image_size: Height and width used once, to check the networks.
         first: Number of the first member, where these peers are a part of more (see `codistill.distributed`).
+        same_start: Initialize all members as member 0, so that those of one architecture begin with the same weights.
 
     Raises:
         InputError: one built instance is given for several peers, or the heads do not agree.
@@ -48,6 +49,7 @@ class NetworkPeers(Peers):
         in_channels: int = 3,
         image_size: int = 32,
         first: int = 0,
+        same_start: bool = False,
     ) -> None:
         super().__init__()
         specs: list[Spec] = [spec] if isinstance(spec, str | nn.Module) or callable(spec) else list(spec)
@@ -58,7 +60,7 @@ class NetworkPeers(Peers):
             specs *= num_peers
         if len(specs) != num_peers:
             raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one per peer")
-        members = build_members(specs, seed, num_classes, in_channels, image_size, first)
+        members = build_members(specs, seed, num_classes, in_channels, image_size, first, same_start)
         self.members = nn.ModuleList(members)
         self._set_num_classes([num_head_classes(m) for m in members], num_classes)
 

@@ -17,7 +17,15 @@ from codistill.config import Checkpoint, Config, Device, TeacherConfig
 from codistill.data import Augmentation, ImageSet, Loader, Provenance, Splits
 from codistill.distributed import Mesh, MeshPeers, ProcessMesh, SingleProcess, convert_batchnorm
 from codistill.methods import Method, build_method
-from codistill.peers import BranchPeers, MeanTeacher, Peers, SnapshotTeacher, build_peers
+from codistill.peers import (
+    BranchPeers,
+    MeanTeacher,
+    NetworkPeers,
+    Peers,
+    SnapshotTeacher,
+    build_peers,
+    check_mixable,
+)
 from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
 from codistill.training.execution import choose_execution, stack_peers
 from codistill.training.loaders import load_images, make_loader
@@ -173,6 +181,7 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
     method.targets_checked = True  # the data set's labels are checked when it is loaded
     if isinstance(peers, MeshPeers):
         peers.require(features="features" in method.needs, needs_full_batch=method.needs_full_batch)
+    check_weights_can_be_averaged(method, local, mesh)
     if isinstance(local, BranchPeers):
         local.set_rescale(method.rescale_trunk)
     if config.accumulate > 1 and (method.needs_full_batch or method.update_mode == "alternating"):
@@ -181,6 +190,26 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
     _to_device(peers, config, mesh.device)
     method.to(mesh.device, DTYPES[config.dtype])
     return peers, method
+
+
+def check_weights_can_be_averaged(method: Method, local: Peers, mesh: Mesh) -> None:
+    """Check the peers of a method that averages weights.
+
+    Raises:
+        InputError: they are no networks of one architecture, other ranks hold some, or they step in turn.
+    """
+    if not (method.mixes_weights or "hybrid" in method.needs):
+        return
+    if not isinstance(local, NetworkPeers):
+        raise InputError(f"{method.name} averages the weights of whole networks; give --topology networks")
+    if mesh.num_peer > 1:
+        raise InputError(
+            f"--mesh: {method.name} averages the weights of all peers, which each process then has to hold; give "
+            f"--mesh data={mesh.world}"
+        )
+    if "hybrid" in method.needs and method.update_mode == "alternating":
+        raise InputError(f"{method.name} needs the hybrid's logits in a step of all members; set update_mode to joint")
+    check_mixable(local, method.name)
 
 
 def build_ema(peers: Peers, method: Method, steps_per_epoch: int) -> MeanTeacher | None:
@@ -211,13 +240,13 @@ def build_loader(config: Config, data: ImageSet, splits: Splits, method: Method,
     """Return the loader of the training images; on a mesh each rank gets its rows and its members' views."""
     augment = config.augment
     augmentation = Augmentation(data.pad * augment, data.flip and augment, config.cutout, data.from_files and augment)
-    views = method.num_peers if "views" in method.needs else 1
+    views = method.num_views
     images, labels = data.x_train[splits.train], data.y_train[splits.train]
     loader = make_loader(config, data, (images, labels), mesh.device, augmentation, views)
     if mesh.world > 1:
         # Mixing needs the full batch on every rank; the step takes the rank's rows afterwards.
         shard = (0, 1) if config.mixup or config.cutmix else (mesh.data_index, mesh.num_data)
-        loader.shard(*shard, mesh.local_members)
+        loader.shard(*shard, mesh.local_members if mesh.num_peer > 1 else range(views))
     return loader
 
 

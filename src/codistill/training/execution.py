@@ -103,6 +103,8 @@ def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | Non
         return "alternating updates step one member at a time"
     if method.pauses_members:
         return f"{method.name} steps some members and not others, and stacked modules hold all members' parameters"
+    if "hybrid" in method.needs:
+        return f"{method.name} runs a network whose weights are means of the members' own parameters"
     if isinstance(peers, BranchPeers) and "views" in method.needs:
         return "branches with a view each run their trunk once per view"
     return None

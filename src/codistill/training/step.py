@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from codistill.distributed import MeshPeers
+from codistill.methods import TrainingStep
 from codistill.peers import NetworkPeers, PeerOutputs
 from codistill.training.run import Run
 
@@ -41,9 +42,12 @@ def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) 
         views_VBCHW = views_VBCHW[:, rows]
     if not full_batch:
         targets_B, labels_B = targets_B[rows], labels_B[rows]
+    place = TrainingStep(number, progress.epoch, ends_epoch=progress.step + 1 == len(run.loader))
+    run.method.before_step(run.peers, place)
     step = alternating_step if run.method.update_mode == "alternating" else joint_step
     terms, hits_P = step(run, views_VBCHW, targets_B, labels_B, weight)
     run.guard.advance()
+    run.method.after_step(run.peers, dataclasses.replace(place, good=~run.guard.bad))
     if run.ema is not None:
         run.ema.update(run.peers, number, ~run.guard.bad)
     run.guard.snapshot_if_skipping()
@@ -163,10 +167,14 @@ def alternating_step(
 
 
 def forward_all(run: Run, views_VBCHW: Tensor) -> PeerOutputs:
-    """Forward all peers, and the EMA and external teachers the method needs."""
-    outputs = run.peers(views_VBCHW)
+    """Forward all peers, and the EMA and external teachers and the averaged weights that the method needs."""
+    own_views = views_VBCHW[: run.peers.num_peers]  # the hybrid's comes after those of the members
+    outputs = run.peers(own_views)
     if run.ema is not None:
-        outputs.ema_logits_PBC = run.ema(views_VBCHW).logits_PBC
+        outputs.ema_logits_PBC = run.ema(own_views).logits_PBC
+    if "hybrid" in run.method.needs:
+        with torch.set_grad_enabled(torch.is_grad_enabled() and run.method.hybrid_has_gradient):
+            outputs.hybrid_logits_BC = run.peers.hybrid_logits(views_VBCHW[-1], run.method.hybrid_shares())
     if run.teacher is not None:
         autocast = run.peers.autocast
         with torch.no_grad(), torch.autocast(run.device.type, autocast, enabled=autocast is not None):

@@ -212,8 +212,7 @@ def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str
     if run.mesh.world > 1:
         return {"measured_on": f"{run.mesh.world} x {run.device.type}"}
     size = (run.data.channels, run.data.image_size, run.data.image_size)
-    views = run.peers.num_peers if "views" in run.method.needs else 1
-    zeros_VBCHW = torch.zeros(views, 2, *size, dtype=DTYPES[run.config.dtype], device=run.device)
+    zeros_VBCHW = torch.zeros(run.method.num_views, 2, *size, dtype=DTYPES[run.config.dtype], device=run.device)
     labels_B = torch.zeros(2, dtype=torch.int64, device=run.device)
     flops, inference = None, {}
     try:

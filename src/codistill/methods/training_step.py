@@ -1,0 +1,22 @@
+"""What a method is told of a training step whose weights it may change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TrainingStep:
+    """A step of a run, for `Method.before_step` and `Method.after_step`; the host knows all of it but `good`."""
+
+    number: int
+    """Steps before this one in the whole run."""
+    epoch: int
+    """Number of the epoch, from 0."""
+    ends_epoch: bool
+    """Whether this is the epoch's last step."""
+    good: Tensor | None = None
+    """After the step, whether it was made, one number on the device: it is 0 where the loss or a gradient was not finite,
+    and then weights have to stay as they are (`torch.where`, which does not wait for the device)."""
