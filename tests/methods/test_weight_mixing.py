@@ -227,6 +227,6 @@ def test_what_makes_no_sense_is_refused(options, words):
 
 def test_peers_on_several_processes_are_refused():
     peers = some_peers()
-    with pytest.raises(InputError, match="averages the weights of all peers, .* give --mesh data=3"):
+    with pytest.raises(InputError, match=r"averages the weights of all peers, .* give --mesh data=3"):
         check_weights_can_be_averaged(Mixing(3), peers, Mesh((1, 3), 0, 3, torch.device("cpu")))
     check_weights_can_be_averaged(Mixing(3), peers, Mesh((2, 1), 0, 3, torch.device("cpu")))

@@ -110,7 +110,7 @@ class MeshPeers(Peers):
         return self._gather_batch(outputs, features=features) if self.needs_full_batch else outputs
 
     def hybrid_logits(self, images_BCHW: Tensor, shares_P: Tensor | None = None) -> Tensor:
-        """Return the logits of the mean of all members' weights, which this rank holds, as `forward` returns its rows."""
+        """Return the logits of the mean of all members' weights, for the rows that `forward` returns."""
         with self.mesh.rank_rng():
             logits_BC = self.local.hybrid_logits(images_BCHW, shares_P)
         return self.gather_rows(logits_BC) if self.training and self.needs_full_batch else logits_BC

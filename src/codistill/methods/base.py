@@ -169,7 +169,7 @@ class Method(nn.Module):
     def after_step(self, peers: Peers, step: TrainingStep) -> None:
         """Change the peers' weights after the optimizers' step, without waiting for the device; by default do nothing.
 
-        The optimizers' state stays as it is. Statistics that are to be restored after a bad step are the loop's concern.
+        The optimizers' state stays as it is.
 
         Args:
             peers: What is trained; on a mesh the members of this process, `peers.local`.

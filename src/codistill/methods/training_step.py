@@ -18,5 +18,5 @@ class TrainingStep:
     ends_epoch: bool
     """Whether this is the epoch's last step."""
     good: Tensor | None = None
-    """After the step, whether it was made, one number on the device: it is 0 where the loss or a gradient was not finite,
-    and then weights have to stay as they are (`torch.where`, which does not wait for the device)."""
+    """After the step, whether it was made, one number on the device: False where the loss or a gradient was not finite;
+    then weights have to stay as they are (by `torch.where`, which does not wait for the device)."""
