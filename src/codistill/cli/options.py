@@ -115,6 +115,14 @@ class DemoOptions:
     """Runs trained at the same time."""
 
 
+@dataclass
+class CheckOptions:
+    """Check this machine: every method's loss and gradients against stored figures, and a run of two steps."""
+
+    device: Device = "auto"
+    """Device to check."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A command: its positional arguments, what it does, and its options."""
@@ -198,6 +206,14 @@ COMMANDS = {
         "one of methods, models, data, tables and branch-points",
         *(1, 1),
         "list methods",
+    ),
+    "check": Command(
+        "",
+        "check in seconds that this machine computes what it should",
+        CheckOptions,
+        "options only",
+        *(0, 0),
+        "check --device cpu",
     ),
     "demo": Command(
         "",

@@ -16,6 +16,8 @@ if TYPE_CHECKING:
     from codistill.training.loop import train as train
     from codistill.training.reporter import Reporter as Reporter
     from codistill.training.run import Run as Run
+    from codistill.training.self_check import CheckRow as CheckRow
+    from codistill.training.self_check import check_machine as check_machine
     from codistill.training.student import count_parameters as count_parameters
     from codistill.training.student import count_trained_and_deployed as count_trained_and_deployed
     from codistill.training.student import deployed_index as deployed_index
@@ -34,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
         "loop": "Result train",
         "reporter": "Reporter",
         "run": "Run",
+        "self_check": "CheckRow check_machine",
         "student": (
             "count_parameters count_trained_and_deployed deployed_index deployed_name deployed_network "
             "deployed_scores load_student"
