@@ -67,9 +67,22 @@ def check_peers(options: Options, peers: int) -> None:
         raise InputError("--topology branches takes one --model: branches share a trunk; use --topology networks")
     method.check(options)
     _check_branching(options, peers)
+    if method.num_exits():
+        _check_exits(options)
     if options.checkpoint_activations and (topology == "branches" or options.execution == "stacked"):
         why = "branches share a trunk" if topology == "branches" else "--execution stacked runs them as one"
         raise InputError(f"--checkpoint-activations runs each network again by itself, but {why}; drop one of the two")
+
+
+def _check_exits(options: Options) -> None:
+    name = options.method.name
+    if options.topology == "branches":
+        raise InputError(f"{name} gives each network exits, and branches have none; drop --topology branches")
+    if options.checkpoint_activations:
+        raise InputError(
+            f"--checkpoint-activations runs each network again by itself, but the exits of {name} share its maps; "
+            "drop one of the two"
+        )
 
 
 def _check_deploy(options: Options, peers: int) -> None:

@@ -53,6 +53,10 @@ class MethodConfig:
         """Return whether a part of the training set, `holdout_fraction`, is held out for the method."""
         return False
 
+    def num_exits(self) -> int:
+        """Return the exits that every network has in training: classifiers of its intermediate maps."""
+        return 0
+
     def ramp_length(self, epochs: int = 300) -> float:
         """Return the length of the weight's ramp in a run of so many epochs; 0 means no ramp."""
         length = getattr(self, "ramp_epochs", 0.0)  # most methods have this field, but not all

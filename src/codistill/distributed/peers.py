@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from codistill.distributed.process_mesh import ProcessMesh
 from codistill.peers import NetworkPeers, PeerOutputs, Peers, SplitMember, eval_mode, frozen_batchnorm_stats
@@ -37,14 +37,16 @@ class MeshPeers(Peers):
         self._local = (local,)  # in a tuple, so that its members are not registered twice
         self.mesh, self.num_classes = mesh, local.num_classes
         local_members = [local.member(k) for k in range(local.num_peers)]
-        gathered = mesh.all_gather_object([(m.feature_dim, count_parameters(m)) for m in local_members])
-        of_all = [pair for rank in range(mesh.num_peer) for pair in gathered[rank]]
-        self._feature_dims = [dim for dim, _ in of_all]
-        self.parameter_counts = [count for _, count in of_all]
-        """Parameters of every member, trained or frozen."""
-        self.trained_counts = list(self.parameter_counts)
-        """Trained parameters of every member."""
-        self.features = self.needs_full_batch = False
+        described = [(m.feature_dim, m.exit_dims, _count_plain(m), count_parameters(m)) for m in local_members]
+        gathered = mesh.all_gather_object(described)
+        of_all = [member for rank in range(mesh.num_peer) for member in gathered[rank]]
+        self._feature_dims = [dim for dim, *_ in of_all]
+        self._exit_dims = [dims for _, dims, *_ in of_all]
+        self.parameter_counts = [count for *_, count, _ in of_all]
+        """Parameters of every member, trained or frozen, without those of its exits."""
+        self.trained_counts = [count for *_, count in of_all]
+        """Trained parameters of every member, exits included."""
+        self.features = self.exits = self.needs_full_batch = False
         self.only_logits = False
         """Whether only logits are gathered in training (mean teachers)."""
 
@@ -62,6 +64,11 @@ class MeshPeers(Peers):
     def feature_dims(self) -> list[int]:
         """Width of every member's features."""
         return self._feature_dims
+
+    @property
+    def exit_dims(self) -> list[tuple[int, ...]]:
+        """Widths of every member's exits; empty where it has none."""
+        return self._exit_dims
 
     @property
     def trunk_dim(self) -> int | None:
@@ -91,9 +98,9 @@ class MeshPeers(Peers):
         twin.members, twin._local = local.members, (local,)
         return twin
 
-    def require(self, *, features: bool, needs_full_batch: bool) -> None:
-        """Say what a method needs besides logits of the rank's rows: features, or the outputs for the full batch."""
-        self.features, self.needs_full_batch = features, needs_full_batch
+    def require(self, *, features: bool, needs_full_batch: bool, exits: bool = False) -> None:
+        """Say what a method needs besides logits of the rank's rows: features, exits, outputs for the full batch."""
+        self.features, self.needs_full_batch, self.exits = features, needs_full_batch, exits
 
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
         """Run the local members on their views; return all peers' outputs, those of other ranks as constants.
@@ -155,15 +162,27 @@ class MeshPeers(Peers):
         mesh = self.mesh
         if not features:
             outputs.features = []
+        if not self.exits:
+            outputs.exits = []
         if mesh.num_peer == 1:
             return outputs
         count, batch = len(mesh.local_members), outputs.logits_PBC.shape[1]
-        dims = [self._feature_dims[q * count : (q + 1) * count] if features else [] for q in range(mesh.num_peer)]
+        ranks = [slice(q * count, (q + 1) * count) for q in range(mesh.num_peer)]
+        exit_dims = self._exit_dims if outputs.exits else []
+        dims = [
+            [*(self._feature_dims[own] if features else []), *(d for widths in exit_dims[own] for d in widths)]
+            for own in ranks
+        ]
         widths = [count * self.num_classes + sum(d) for d in dims]
-        packed = _pack(outputs.logits_PBC, outputs.features)
+        packed = _pack(outputs.logits_PBC, outputs.features + [x for exits in outputs.exits for x in exits])
         parts = mesh.all_gather(packed, "peer", [batch] * mesh.num_peer, widths)
         pairs = [_unpack(part, count, self.num_classes, d) for part, d in zip(parts, dims)]
-        return PeerOutputs(torch.cat([z for z, _ in pairs]), [f for _, fs in pairs for f in fs], outputs.trunk_BD)
+        first = count if features else 0
+        whole = PeerOutputs(
+            torch.cat([z for z, _ in pairs]), [f for _, fs in pairs for f in fs[:first]], outputs.trunk_BD
+        )
+        whole.exits = _group([x for _, fs in pairs for x in fs[first:]], exit_dims)
+        return whole
 
     def gather_rows(self, x_BN: Tensor) -> Tensor:
         """Return the rows of all data ranks, in the order of the batch: `B x N` of this rank's rows -> `B x N`."""
@@ -176,12 +195,26 @@ class MeshPeers(Peers):
         mesh = self.mesh
         if mesh.num_data == 1:
             return outputs
-        dims = list(self._feature_dims) if features else []
         trunk = [] if outputs.trunk_BD is None else [outputs.trunk_BD]
-        dims += [x.shape[1] for x in trunk]
-        whole = self.gather_rows(_pack(outputs.logits_PBC, outputs.features + trunk))
-        logits_PBC, tail = _unpack(whole, self.num_peers, self.num_classes, dims)
-        return PeerOutputs(logits_PBC, tail[:-1] if trunk else tail, tail[-1] if trunk else None)
+        exits = [x for own in outputs.exits for x in own]
+        tensors = [*(outputs.features if features else []), *trunk, *exits]
+        whole = self.gather_rows(_pack(outputs.logits_PBC, tensors))
+        logits_PBC, tail = _unpack(whole, self.num_peers, self.num_classes, [x.shape[1] for x in tensors])
+        first = len(tail) - len(exits)
+        outputs = PeerOutputs(logits_PBC, tail[: first - len(trunk)], tail[first - 1] if trunk else None)
+        outputs.exits = _group(tail[first:], self._exit_dims if exits else [])
+        return outputs
+
+
+def _count_plain(member: SplitMember) -> int:
+    """Return the number of a member's parameters without those of its exits."""
+    return count_parameters(nn.ModuleList([member.body, member.head]))
+
+
+def _group(tensors: list[Tensor], exit_dims: list[tuple[int, ...]]) -> list[list[Tensor]]:
+    """Return the exits of all members as one list per member."""
+    rest = iter(tensors)
+    return [[next(rest) for _ in widths] for widths in exit_dims]
 
 
 def _pack(logits_PBC: Tensor, features: list[Tensor]) -> Tensor:

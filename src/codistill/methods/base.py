@@ -35,6 +35,7 @@ _NEEDED_OUTPUTS = {
     "trunk": ("trunk_BD", "the shared trunk's output; use BranchPeers (--topology branches) with one view"),
     "ema": ("ema_logits_PBC", "the mean teachers' logits; fill PeerOutputs.ema_logits_PBC from a MeanTeacher"),
     "teacher": ("teacher_logits_BC", "a trained teacher; give --method.teacher, or fill PeerOutputs.teacher_logits_BC"),
+    "exits": ("exits", "the networks' exits; build NetworkPeers with exits=E"),
     "features": ("features", "the peers' features; fill PeerOutputs.features, one B x D tensor per peer"),
     "hybrid": ("hybrid_logits_BC", "the logits of the averaged weights; fill PeerOutputs.hybrid_logits_BC"),
 }
@@ -49,11 +50,14 @@ class PeerInfo:
     feature_dims: tuple[int, ...]
     trunk_dim: int | None = None
     seed: int = 0
+    exit_dims: tuple[tuple[int, ...], ...] = ()
+    """Widths of every peer's exits."""
 
     @classmethod
     def of(cls, peers: Peers, seed: int = 0) -> PeerInfo:
         """Return the description of built peers."""
-        return cls(peers.num_peers, peers.num_classes, tuple(peers.feature_dims), peers.trunk_dim, seed)
+        widths = tuple(peers.feature_dims)
+        return cls(peers.num_peers, peers.num_classes, widths, peers.trunk_dim, seed, tuple(peers.exit_dims))
 
 
 class Method(nn.Module):
@@ -90,7 +94,7 @@ class Method(nn.Module):
         self.num_peers = num_peers
         self.needs: frozenset[str] = frozenset()
         """What the training loop must provide: features, trunk, views, ema, teacher, holdout, hybrid (the logits of
-        the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views)."""
+        the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views), exits."""
         self.deployed = 0
         """Index of the member that is deployed, declared before training."""
         self.group = tuple(range(num_peers))
@@ -202,7 +206,7 @@ class Method(nn.Module):
         for need in self.needs & _NEEDED_OUTPUTS.keys():
             name, what = _NEEDED_OUTPUTS[need]
             value = getattr(outputs, name)
-            if value is None or (need == "features" and len(value) != self.num_peers):
+            if value is None or (need in ("features", "exits") and len(value) != self.num_peers):
                 raise InputError(f"{self.name} needs {what}")
         if outputs.logits_PBC.shape[0] != self.num_peers:
             raise InputError(f"{self.name} was built for {self.num_peers} peers, not {outputs.logits_PBC.shape[0]}")
@@ -224,9 +228,10 @@ class Method(nn.Module):
     def deploy_ensemble(self, peers: Peers) -> nn.Module:
         """Return the ensemble as one network that returns log-probabilities, at the cost of all its members.
 
-        It holds the peers themselves. Evaluation mode is left to the caller, who may go on training them.
+        It holds the peers themselves (where they have exits, a copy without those). Evaluation mode is left to the
+        caller, who may go on training them.
         """
-        return Ensemble(peers, self)
+        return Ensemble(peers.without_exits(), self)
 
 
 def check_targets(logits_PBC: Tensor, targets: Any) -> None:

@@ -62,6 +62,7 @@ class DenseNet(nn.Module):
 
     head_path = "fc"
     branch_at = "block3"  # OKDDip, ONE, PCL: a branch is the last dense block, the last BatchNorm and the classifier
+    exits_at = ("block2", "block3")
 
     def __init__(
         self,

@@ -4,6 +4,8 @@ This file imports torch alone: `codistill export` writes it beside the weights, 
 Sizes from 8 x 8 up; any number of input channels.
 """
 
+from typing import Any
+
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -82,6 +84,7 @@ class ResNet(nn.Module):
 
     head_path = "fc"
     branch_at = "layer3"  # OKDDip, ONE, PCL: a branch is the last stage and the classifier
+    exits_at = ("layer2", "layer3")  # HSSAKD, L-MCL: an exit has the later stages for itself
 
     def __init__(self, block: type, counts: tuple[int, int, int], num_classes: int = 100, in_channels: int = 3) -> None:
         super().__init__()
@@ -101,6 +104,13 @@ class ResNet(nn.Module):
             blocks.append(block(self.num_features, channels, stride if index == 0 else 1))
             self.num_features = channels * block.expansion
         return nn.Sequential(*blocks)
+
+    def further_stage(self) -> nn.Module:
+        """Return one more stage, as deep and as wide as the last and with stride 1 (HSSAKD's last exit)."""
+        block: Any = type(self.layer3[0])
+        stage = self._stage(block, self.num_features // block.expansion, len(self.layer3), 1)
+        _initialize(stage)
+        return stage
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
         """Return the pooled features, `B x num_features`."""
@@ -141,6 +151,7 @@ class WideResNet(nn.Module):
 
     head_path = "fc"
     branch_at = "layer3"
+    exits_at = ("layer2", "layer3")
 
     def __init__(self, depth: int, widen: int, num_classes: int = 100, in_channels: int = 3) -> None:
         super().__init__()
@@ -160,6 +171,12 @@ class WideResNet(nn.Module):
     def _stage(in_channels: int, channels: int, count: int, stride: int) -> nn.Sequential:
         first = PreActBlock(in_channels, channels, stride)
         return nn.Sequential(first, *[PreActBlock(channels, channels, 1) for _ in range(count - 1)])
+
+    def further_stage(self) -> nn.Module:
+        """Return one more stage, as deep and as wide as the last and with stride 1."""
+        stage = self._stage(self.num_features, self.num_features, len(self.layer3), 1)
+        _initialize(stage)
+        return stage
 
     def forward_features(self, x_BCHW: Tensor) -> Tensor:
         """Return the pooled features, `B x num_features`."""

@@ -19,6 +19,7 @@ class VGG(nn.Module):
 
     head_path = "classifier"  # all three linear layers: the features are the pooled map
     branch_at = "stage5"  # OKDDip, ONE, CL-ILR: a branch is the last stage of 512 channels and the whole classifier
+    exits_at = ("stage2", "stage3", "stage4", "stage5")
 
     def __init__(
         self,

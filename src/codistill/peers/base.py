@@ -1,17 +1,19 @@
 """Peers: several members that see the same images, as whole networks or as branches on one trunk, over any module.
 
-Shapes: V views (1, or one per peer), P peers, B batch, C classes, D features.
+Shapes: V views (1, or one per peer), P peers, B batch, C classes, D features, E exits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from codistill.peers.modes import copy_module
+from codistill.peers.shared_trunk import plain_copy
 from codistill.peers.split_head import SplitMember
 from codistill.utils import InputError
 
@@ -29,6 +31,8 @@ class PeerOutputs:
     teacher_logits_BC: Tensor | None = None
     hybrid_logits_BC: Tensor | None = None
     """Logits of the network whose weights are the mean of the members' weights."""
+    exits: list[list[Tensor]] = field(default_factory=list)
+    """One `B x D_e` tensor per peer and exit (see `codistill.peers.exits`), where the peers have exits."""
 
 
 class Runner(Protocol):
@@ -95,6 +99,11 @@ class Peers(nn.Module):
 
         return hybrid_logits(self, images_BCHW, shares_P)
 
+    @property
+    def exit_dims(self) -> list[tuple[int, ...]]:
+        """Widths of every member's exits; empty where it has none."""
+        return [self.member(p).exit_dims for p in range(self.num_peers)]
+
     def _set_num_classes(self, head_sizes: Sequence[int], num_classes: int | None) -> None:
         """Set `num_classes`, or raise where the members' heads differ from each other or from what is asked for."""
         if len(set(head_sizes)) > 1 or (num_classes is not None and head_sizes[0] != num_classes):
@@ -102,8 +111,11 @@ class Peers(nn.Module):
             raise InputError(f"--model: the peers end in {sizes} classes; all need {num_classes or 'the same number'}")
         self.num_classes = head_sizes[0]
 
-    def _stack_outputs(self, pairs: list[tuple[Tensor, Tensor]], trunk_BD: Tensor | None) -> PeerOutputs:
-        return PeerOutputs(torch.stack([z for _, z in pairs]), [f for f, _ in pairs], trunk_BD)
+    def _stack_outputs(self, tuples: Sequence[tuple[Tensor, ...]], trunk_BD: Tensor | None) -> PeerOutputs:
+        """Return the outputs of members: features, logits, and the features of the exits."""
+        outputs = PeerOutputs(torch.stack([t[1] for t in tuples]), [t[0] for t in tuples], trunk_BD)
+        outputs.exits = [list(t[2:]) for t in tuples if len(t) > 2]
+        return outputs
 
     def _as_views(self, images: Tensor) -> Tensor:
         """Return `V x B x C x H x W`; images `B x C x H x W` are one view."""
@@ -115,3 +127,15 @@ class Peers(nn.Module):
     def export_member(self, index: int) -> nn.Module:
         """Return member `index` as a plain network without any part of the other members."""
         return self.member(index).to_plain_module()
+
+    def without_exits(self) -> Peers:
+        """Return these peers, or where they have exits a copy without those."""
+        if not any(self.exit_dims):
+            return self
+        plain = copy_module(self)
+        for index in range(self.num_peers):
+            member = self.member(index)
+            plain.members[index] = SplitMember(
+                plain_copy(member.body), copy_module(member.head), member.head_path, member.feature_dim
+            )
+        return plain

@@ -112,13 +112,31 @@ def library_source(factory: Callable[..., nn.Module] | nn.Module) -> Source | No
 def default_branch_point(points: list[BranchPoint]) -> str | None:
     """Return the path of the default among the points of a network, None where there is none."""
     maps = [p for p in points if len(p.output_shape) > 1 and resolution(p.output_shape) > 1]
-    if not maps:
-        return _three_quarters(points)
-    last = resolution(maps[-1].output_shape)
-    larger = [i for i, p in enumerate(maps) if resolution(p.output_shape) > last]
-    smallest = [p for p in maps[larger[-1] + 1 :] if resolution(p.output_shape) == last] if larger else []
+    start = _first_at_resolution(points, resolution(maps[-1].output_shape)) if maps else None
+    return start or _block_at(points, 3 / 4)
+
+
+def exit_points(points: list[BranchPoint], count: int) -> list[str]:
+    """Return the paths where `count` exits may fork, as many as there are of them.
+
+    These are the starts of the last stages, each the first module with weights at its resolution; where all maps have
+    one size, they divide the list of numbered blocks into equal parts.
+    """
+    sizes = {resolution(p.output_shape) for p in points if len(p.output_shape) > 1}
+    starts = [_first_at_resolution(points, size) for size in sorted(sizes - {1}, reverse=True)]
+    found = [start for start in starts if start is not None]
+    if not found:
+        found = [path for k in range(1, count + 1) if (path := _block_at(points, k / (count + 1))) is not None]
+    return list(dict.fromkeys(found))[-count:]
+
+
+def _first_at_resolution(points: list[BranchPoint], size: int) -> str | None:
+    """Return the first module that works at a resolution, after all at larger ones; None where none are larger."""
+    maps = [p for p in points if len(p.output_shape) > 1 and resolution(p.output_shape) > 1]
+    larger = [i for i, p in enumerate(maps) if resolution(p.output_shape) > size]
+    smallest = [p for p in maps[larger[-1] + 1 :] if resolution(p.output_shape) == size] if larger else []
     if not smallest:
-        return _three_quarters(points)
+        return None
     # Or the module that begins with it: a ConvNeXt's downsampling begins with a norm at the old resolution.
     first = smallest[0]
     parents = [p for p in points if first.path.startswith(p.path + ".") and p.output_shape == first.output_shape]
@@ -126,8 +144,8 @@ def default_branch_point(points: list[BranchPoint]) -> str | None:
     return (same or [first])[0].path
 
 
-def _three_quarters(points: list[BranchPoint]) -> str | None:
-    """Return the layer at three quarters of the longest list of numbered blocks (blocks.0, blocks.1, ...)."""
+def _block_at(points: list[BranchPoint], part: float) -> str | None:
+    """Return the layer at a part of the longest list of numbered blocks (blocks.0, blocks.1, ...)."""
     lists: dict[str, dict[int, str]] = {}
     for point in points:
         prefix = point.path.rstrip("0123456789")
@@ -137,7 +155,7 @@ def _three_quarters(points: list[BranchPoint]) -> str | None:
         return None
     blocks = max(lists.values(), key=lambda paths: (len(paths), -next(iter(paths.values())).count(".")))
     # The first layer of a network is no fork and so is not in the list.
-    return blocks.get(math.ceil((1 + max(blocks)) * 3 / 4), [*blocks.values()][-1])
+    return blocks.get(math.ceil((1 + max(blocks)) * part), [*blocks.values()][-1])
 
 
 def _shapes_of_modules(model: nn.Module, example: Tensor) -> dict[str, tuple[Shape, Shape]]:

@@ -13,7 +13,7 @@ from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branch_points import default_fork
 from codistill.peers.members import Spec, build_members
 from codistill.peers.modes import copy_module, eval_mode
-from codistill.peers.shared_trunk import BranchEntry, SharedModule, share_until
+from codistill.peers.shared_trunk import BranchEntry, SharedModule, changes_shared_outputs, share_until
 from codistill.peers.split_head import SplitMember, dummy_input
 from codistill.utils import InputError
 
@@ -133,15 +133,7 @@ class BranchPeers(Peers):
 
     def _writes_into_trunk(self, example: Tensor) -> bool:
         """Return whether a member changes a cached output of a shared module in place, even to the same values."""
-        self.clear_cache()
-        versions: dict[int, int] = {}
-        written = False
-        for member in self.members:
-            for shared in self.shared_modules:
-                shared.replay()
-            member(example)
-            for tensor in (cached for shared in self.shared_modules for cached in shared.cached_tensors()):
-                written |= versions.setdefault(id(tensor), tensor._version) != tensor._version
+        written = changes_shared_outputs(list(self.members), self.shared_modules, example)
         self.clear_cache()
         return written
 

@@ -19,8 +19,11 @@ def build_peers(
     if config.topology == "networks":
         members = range(config.peers) if members is None else members
         chosen = [specs[p if len(specs) > 1 else 0] for p in members]
-        same_start = config.method.same_start
-        return NetworkPeers(chosen, len(members), num_classes, first=members.start, same_start=same_start, **kwargs)
+        same_start, exits = config.method.same_start, config.method.num_exits()
+        first = members.start
+        return NetworkPeers(
+            chosen, len(members), num_classes, first=first, same_start=same_start, exits=exits, **kwargs
+        )
     return BranchPeers(
         specs[0], config.peers, num_classes, branch_at=config.branch_at, fan_out=config.fan_out, **kwargs
     )

@@ -9,7 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from codistill.peers.base import PeerOutputs, Peers
-from codistill.peers.members import Spec, build_members, num_head_classes
+from codistill.peers.exits import add_exits
+from codistill.peers.members import Spec, build_members, member_seed, num_head_classes
 from codistill.peers.modes import frozen_batchnorm_stats
 from codistill.peers.streams import run_side_by_side
 from codistill.utils import InputError
@@ -30,9 +31,12 @@ class NetworkPeers(Peers):
         image_size: Height and width used once, to check the networks.
         first: Number of the first member, where these peers are a part of more (see `codistill.distributed`).
         same_start: Initialize all members as member 0, so that those of one architecture begin with the same weights.
+        exits: Exits of every network, for a method that learns from intermediate maps too (see
+            `codistill.peers.exits`).
 
     Raises:
-        InputError: one built instance is given for several peers, or the heads do not agree.
+        InputError: one built instance is given for several peers, the heads do not agree, or a network has no places
+            for so many exits.
 
     >>> peers = NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8)
     >>> peers(torch.zeros(4, 3, 8, 8)).logits_PBC.shape
@@ -50,6 +54,7 @@ class NetworkPeers(Peers):
         image_size: int = 32,
         first: int = 0,
         same_start: bool = False,
+        exits: int = 0,
     ) -> None:
         super().__init__()
         specs: list[Spec] = [spec] if isinstance(spec, str | nn.Module) or callable(spec) else list(spec)
@@ -63,6 +68,9 @@ class NetworkPeers(Peers):
         members = build_members(specs, seed, num_classes, in_channels, image_size, first, same_start)
         self.members = nn.ModuleList(members)
         self._set_num_classes([num_head_classes(m) for m in members], num_classes)
+        if exits:
+            for p, (own_spec, member) in enumerate(zip(specs, members), first):
+                add_exits(member, own_spec, exits, member_seed(seed, p), self.num_classes, in_channels, image_size)
 
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
         """Run every member on its own view, or all on the only one.
@@ -75,9 +83,11 @@ class NetworkPeers(Peers):
         if self.stacked_runner is not None and self.training:
             return self.stacked_runner(views)
         with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
-            calls = [partial(member, views[p if own_views else 0]) for p, member in enumerate(self.members)]
-            pairs = run_side_by_side(calls)
-        return self._stack_outputs(pairs, None)
+            calls = [
+                partial(self.member(p).forward_with_exits, views[p if own_views else 0]) for p in range(self.num_peers)
+            ]
+            tuples = run_side_by_side(calls)
+        return self._stack_outputs(tuples, None)
 
     @torch.no_grad()
     def refresh(self, outputs: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:

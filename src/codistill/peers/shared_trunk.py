@@ -122,6 +122,53 @@ def share_until(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequ
     _place_entries(copies, forks, fan_out)
 
 
+def share_comb(
+    network: nn.Module, copies: Sequence[nn.Module], forks: Sequence[str], after: Sequence[bool], example: Tensor
+) -> list[SharedModule]:
+    """Make every copy share with `network` what runs before its own fork, in place: a comb, not a balanced tree.
+
+    Args:
+        network: The network that is shared.
+        copies: Copies of it, in the order of their forks.
+        forks: Path of the first module that each copy has for itself, in the order in which they run.
+        after: Whether a copy forks after that module instead, which it then shares.
+        example: A batch `B x C x H x W` that the network takes.
+
+    Returns:
+        The modules that are shared.
+
+    Raises:
+        InputError: a module runs on both sides of a fork.
+    """
+    calls = _call_spans(network, example)
+    spans = [_subtree_span(fork, calls) for fork in forks]
+    starts = [span[1] + 1 if last else span[0] for span, last in zip(spans, after)]
+    previous = -1
+    for level, start in enumerate(starts):
+        _share_span([network, *copies[level:]], forks[: level + 1], (previous, start), calls)
+        previous = start
+    return [module for module in network.modules() if isinstance(module, SharedModule)]
+
+
+def changes_shared_outputs(
+    networks: Sequence[nn.Module], shared_modules: Sequence[SharedModule], example: Tensor
+) -> bool:
+    """Return whether one of the networks changes a cached output of a shared module in place, even to equal values."""
+    for shared in shared_modules:
+        shared.clear_cache()
+    versions: dict[int, int] = {}
+    changed = False
+    for network in networks:
+        for shared in shared_modules:
+            shared.replay()
+        network(example)
+        for tensor in (cached for shared in shared_modules for cached in shared.cached_tensors()):
+            changed |= versions.setdefault(id(tensor), tensor._version) != tensor._version
+    for shared in shared_modules:
+        shared.clear_cache()
+    return changed
+
+
 def _call_spans(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int]]:
     """Return the numbers of the first and the last call of every module, counted over all calls of one forward."""
     order: list[str] = []

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from codistill.peers.modes import copy_module, eval_mode, frozen_batchnorm_stats, no_batchnorm_update, train_mode
-from codistill.peers.shared_trunk import plain_copy
+from codistill.peers.shared_trunk import SharedModule, plain_copy
 from codistill.utils import InputError, first_line
 
 
@@ -25,9 +25,41 @@ class SplitMember(nn.Module):
         self.head_path, self.feature_dim = head_path, feature_dim
         self.checkpoint_activations = False
         """Whether training keeps no activations of the body and runs it a second time in the backward."""
+        self.exits = nn.ModuleList()
+        """Copies of the body's later part, with parameters of their own (see `codistill.peers.exits`)."""
+        self.exit_dims: tuple[int, ...] = ()
+        self.shared_modules: list[SharedModule] = []
+        """What runs before the exits' forks: once for the body and for the exits."""
 
     def forward(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         """Return `(features, logits)`. The head runs outside autocast, in its own dtype."""
+        self._clear_cache()
+        outputs = self._run(x_BCHW)
+        self._clear_cache()
+        return outputs
+
+    def forward_with_exits(self, x_BCHW: Tensor) -> tuple[Tensor, ...]:
+        """Return `(features, logits, *features of the exits)`.
+
+        In evaluation that records no gradient the exits do not run, as nothing reads them there.
+        """
+        if not self.exits or not (self.training or torch.is_grad_enabled()):
+            return self(x_BCHW)
+        self._clear_cache()
+        features, logits = self._run(x_BCHW)
+        exits = []
+        for network in self.exits:
+            for shared in self.shared_modules:
+                shared.replay()
+            exits.append(network(x_BCHW).to(features.dtype))
+        self._clear_cache()
+        return features, logits, *exits
+
+    def _clear_cache(self) -> None:
+        for shared in self.shared_modules:
+            shared.clear_cache()
+
+    def _run(self, x_BCHW: Tensor) -> tuple[Tensor, Tensor]:
         if self.checkpoint_activations and self.training and torch.is_grad_enabled():
             # The second run has the same random state and batch statistics, and must not record those twice.
             features = checkpoint(self.body, x_BCHW, use_reentrant=False, context_fn=self._checkpoint_contexts)
@@ -42,7 +74,7 @@ class SplitMember(nn.Module):
         return nullcontext(), no_batchnorm_update(self.body)
 
     def to_plain_module(self) -> nn.Module:
-        """Return an independent copy of the classifier, in one piece as it was before the split."""
+        """Return an independent copy of the classifier, in one piece as it was before the split, without exits."""
         plain = plain_copy(self.body)
         plain.set_submodule(self.head_path, copy_module(self.head))
         return plain

@@ -180,7 +180,8 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
     method = build_method(config.method, peers, config.seed)
     method.targets_checked = True  # the data set's labels are checked when it is loaded
     if isinstance(peers, MeshPeers):
-        peers.require(features="features" in method.needs, needs_full_batch=method.needs_full_batch)
+        whole = method.needs_full_batch
+        peers.require(features="features" in method.needs, needs_full_batch=whole, exits="exits" in method.needs)
     check_weights_can_be_averaged(method, local, mesh)
     if isinstance(local, BranchPeers):
         local.set_rescale(method.rescale_trunk)

@@ -105,6 +105,10 @@ def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | Non
         return f"{method.name} steps some members and not others, and stacked modules hold all members' parameters"
     if "hybrid" in method.needs:
         return f"{method.name} runs a network whose weights are means of the members' own parameters"
+    if any(peers.exit_dims):
+        return (
+            f"the exits of {method.name} run beside the networks, and stacked modules are those of the networks alone"
+        )
     if isinstance(peers, BranchPeers) and "views" in method.needs:
         return "branches with a view each run their trunk once per view"
     return None
