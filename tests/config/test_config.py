@@ -76,7 +76,7 @@ def test_the_ends_of_a_range_and_none_are_accepted(values):
     ("method", "values", "sentence"),
     [
         (OKDDipConfig(), {"peers": 2}, r"needs at least 3 \(auxiliary peers and the leader\)"),
-        (OKDDipConfig(), {"deploy": "ema"}, "okddip keeps no mean teachers; pcl does"),
+        (OKDDipConfig(), {"ema_decay": 0.9}, "--ema-decay shapes --deploy ema"),
         (DMLConfig(update="alternating"), {"topology": "branches"}, "--method.update alternating"),
         (KDCLConfig(target="naive"), {"mixup": 0.2}, "--mixup makes labels soft, and kdcl's naive target"),
         (KDCLConfig(), {"label_smoothing": 0.1, "cutmix": 1.0}, "--label-smoothing makes labels soft"),

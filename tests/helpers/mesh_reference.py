@@ -43,12 +43,12 @@ def one_process(case: str, chunks: int, peers: int):
 
 
 def largest_difference(ours: dict, theirs: dict, recorded: bool = True) -> float:
-    """Compare two states: weights, statistics (if `recorded`), mean teachers, the method's own, momenta, sums."""
+    """Compare two states: weights, statistics (if `recorded`), averages, the method's own, momenta, sums."""
     assert [ours[k] for k in ("epoch", "step", "best")] == [theirs[k] for k in ("epoch", "step", "best")]
     worst = 0.0
-    for part in ("peers", "method", "ema", "sums"):
-        assert (ours[part] is None) == (theirs[part] is None)
-        if ours[part] is not None:
+    for part in ("peers", "method", "ema", "average", "sums"):
+        assert (ours.get(part) is None) == (theirs.get(part) is None)
+        if ours.get(part) is not None:
             assert ours[part].keys() == theirs[part].keys()
             for key, value in ours[part].items():
                 if not recorded and key.endswith(("running_mean", "running_var", "num_batches_tracked")):

@@ -70,6 +70,8 @@ CASES = {
     "okddip, frozen parts, heads' rate": ("okddip", {}, "networks"),
     "dml, alternating, frozen parts, heads' rate": ("dml", {}, "networks"),
     "okddip, branches, frozen trunk, heads' rate": ("okddip", {}, "branches"),
+    "independent, branches, EMA deployed": ("independent", {}, "branches"),
+    "dml, joint, SWA deployed": ("dml", {"update": "joint"}, "networks"),
 }
 MORE = {
     "okddip, smoothed labels": {"label_smoothing": 0.1},
@@ -81,6 +83,8 @@ MORE = {
     "okddip, frozen parts, heads' rate": {"freeze": ("conv1", "bn1", "layer2"), "head_lr_scale": 3.0},
     "dml, alternating, frozen parts, heads' rate": {"freeze": ("conv1", "bn1"), "head_lr_scale": 3.0},
     "okddip, branches, frozen trunk, heads' rate": {"freeze": ("trunk",), "head_lr_scale": 3.0},
+    "independent, branches, EMA deployed": {"deploy": "ema"},
+    "dml, joint, SWA deployed": {"deploy": "swa", "swa_start": 0.5, "mixup": 0.3},
 }
 
 

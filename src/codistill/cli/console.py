@@ -124,14 +124,15 @@ def _describe_accuracies(line: EpochLine) -> str:
     return "train " + " ".join(f"{a:.1f}" for a in line["train"]["top1"])
 
 
-def members_table(figures: Figures, deployed: str, title: str, ema: Figures | None = None) -> Table:
-    """Return a table with one row per member and per mean teacher, and one for the ensemble; `deployed` names one."""
+def members_table(figures: Figures, deployed: str, title: str, averages: Figures | None = None) -> Table:
+    """Return a table with one row per member and per average of one, and one for the ensemble; `deployed` names one."""
     table = new_table(title)
     columns = ("top-1 %", *(["top-5 %"] if "top5" in figures else []), "NLL", "calibration error")
     table.add_column("member")
     for name in columns:
         table.add_column(name, justify="right")
-    for kind, part in (("member", figures), *([("mean teacher", ema)] if ema else [])):
+    kind_of_average = deployed.rpartition(" ")[0] if deployed.startswith(("EMA", "SWA")) else "mean teacher"
+    for kind, part in (("member", figures), *([(kind_of_average, averages)] if averages else [])):
         for index, top1 in enumerate(part["top1"]):
             name = f"{kind} {index}"
             top5 = part["top5"][index] if "top5" in part else None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 
-from codistill.config.methods import METHODS
 from codistill.config.options import Options
 from codistill.config.ranges import LIMIT, check_ranges
 from codistill.utils import InputError
@@ -87,11 +86,16 @@ def _check_exits(options: Options) -> None:
 
 def _check_deploy(options: Options, peers: int) -> None:
     deploy = options.deploy
-    if deploy not in ("member", "ensemble", "ema", *map(str, range(peers))):
-        raise InputError(f"--deploy {deploy}: give member, ensemble, ema, or a number from 0 to {peers - 1}")
-    if deploy == "ema" and not options.method.keeps_ema:
-        others = " or ".join(name for name, method in METHODS.items() if method.keeps_ema)
-        raise InputError(f"--deploy ema: {options.method.name} keeps no mean teachers; {others} does")
+    if deploy not in ("member", "ensemble", "ema", "swa", *map(str, range(peers))):
+        raise InputError(f"--deploy {deploy}: give member, ensemble, ema, swa, or a number from 0 to {peers - 1}")
+    if options.ema_decay is not None and deploy == "ema" and options.method.keeps_ema:
+        raise InputError(
+            f"--ema-decay: --deploy ema deploys the mean teacher of {options.method.name}, whose decay is "
+            "--method.ema-decay; give that"
+        )
+    for name, needed in (("ema_decay", "ema"), ("swa_start", "swa"), ("swa_lr", "swa")):
+        if getattr(options, name) is not None and deploy != needed:
+            raise InputError(f"--{name.replace('_', '-')} shapes --deploy {needed}; add it, or drop the option")
 
 
 def _check_branching(options: Options, peers: int) -> None:

@@ -80,6 +80,10 @@ class Config(Options):
         peers = full.peers = self.peers if self.peers is not None else self._default_peers()
         check_peers(full, peers)
         check_mesh(full, peers)
+        if full.deploy == "ema" and full.keeps_average and full.ema_decay is None:
+            full.ema_decay = 0.999
+        if full.deploy == "swa" and full.swa_start is None:
+            full.swa_start = 0.75
         if full.protocol == "paper":
             full.val_fraction = 0.0
         if full.milestones is None:

@@ -121,7 +121,16 @@ class PeerOptions:
     peers: Annotated[int | None, AT_LEAST_1] = None
     """Number of peers, the leader included; default the method's own."""
     deploy: str = "member"
-    """What is deployed and evaluated: member (the method's own), a member's number, ensemble, or ema (pcl alone)."""
+    """What is deployed and evaluated: member (the method's own), a member's number, ensemble, or an average of the
+    member's weights: ema, over all steps (of pcl its mean teacher); swa, over the last epochs."""
+    ema_decay: Annotated[float | None, FROM_0_BELOW_1] = None
+    """Largest decay of the average that --deploy ema deploys; it grows as (step + 1) / (step + 10). Default 0.999."""
+    swa_start: Annotated[float | None, FROM_0_BELOW_1] = None
+    """Part of the epochs after which --deploy swa averages the weights at the end of each epoch. Default 0.75, as in
+    the paper."""
+    swa_lr: Annotated[float | None, ABOVE_0] = None
+    """Learning rate, kept constant, of the epochs that --deploy swa averages. Default half of --lr, as in the authors'
+    code for wide ResNets."""
 
 
 @dataclass
@@ -226,3 +235,19 @@ class RunOptions:
 @dataclass
 class Options(RunOptions, MeshOptions, OptimOptions, PeerOptions, DataOptions, NetworkOptions):
     """All sections; the last base's fields come first, so `Config("okddip", "resnet8", "digits")` works."""
+
+    @property
+    def keeps_average(self) -> bool:
+        """Whether the run keeps an average of the weights of its own, for deployment alone."""
+        return self.deploy == "swa" or (self.deploy == "ema" and not self.method.keeps_ema)
+
+    @property
+    def average_key(self) -> str:
+        """What averages are called in records: ema, or swa."""
+        return "swa" if self.deploy == "swa" else "ema"
+
+    @property
+    def first_averaged_epoch(self) -> int | None:
+        """The first epoch that `--deploy swa` averages, counted from 0; None without it."""
+        start = 0.75 if self.swa_start is None else self.swa_start
+        return int(start * self.epochs + 1e-9) if self.deploy == "swa" else None

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from codistill.deploy.student_template import LOADER
 from codistill.models import MODELS, LogitsOnly, source_of, without_wrappers
-from codistill.training import Run, deployed_index, deployed_network, test_loader
+from codistill.training import Run, deployed_index, deployed_network, deploys_average, test_loader
 from codistill.utils import InputError, MachineError, first_line, write_atomically
 
 SUFFIXES = {"safetensors": ".safetensors", "torch-export": ".pt2", "onnx": ".onnx"}
@@ -112,7 +112,8 @@ def _remove(files: list[Path]) -> None:
 @torch.no_grad()
 def _trained_outputs(run: Run) -> tuple[Tensor, Tensor]:
     """Return up to 64 test images, `B x C x H x W`, and the trained peers' outputs for them, `B x C`."""
-    peers = run.ema.peers if run.config.deploy == "ema" and run.ema is not None else run.peers
+    average = run.evaluated_average
+    peers = average.peers if deploys_average(run) and average is not None else run.peers
     peers.eval().cpu()
     run.method.eval().cpu()
     peers.autocast = None

@@ -10,7 +10,9 @@ if TYPE_CHECKING:
     from codistill.evaluation.calibration import confusion_matrix as confusion_matrix
     from codistill.evaluation.calibration import fit_temperature as fit_temperature
     from codistill.evaluation.calibration import write_confusion as write_confusion
+    from codistill.evaluation.cost import forward_flops as forward_flops
     from codistill.evaluation.cost import inference_cost as inference_cost
+    from codistill.evaluation.cost import plain_training_flops as plain_training_flops
     from codistill.evaluation.cost import training_flops as training_flops
     from codistill.evaluation.evaluate import evaluate_peers as evaluate_peers
     from codistill.evaluation.metrics import NUM_BINS as NUM_BINS
@@ -20,7 +22,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "calibration": "calibration_figures class_rows confusion_matrix fit_temperature write_confusion",
-        "cost": "inference_cost training_flops",
+        "cost": "forward_flops inference_cost plain_training_flops training_flops",
         "evaluate": "evaluate_peers",
         "metrics": "NUM_BINS PeerMetrics",
     },

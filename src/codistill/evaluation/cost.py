@@ -53,6 +53,28 @@ def training_flops(
     return counter.get_total_flops() / len(targets_B)
 
 
+def plain_training_flops(network: nn.Module, image_CHW: Tensor) -> float:
+    """Return the FLOPs of one pass, forward and backward, of a plain network per image: the unit of training costs.
+
+    Args:
+        network: In evaluation mode, and not needed for anything else.
+        image_CHW: An image.
+    """
+    counter = _count_flops()
+    network.requires_grad_(True)
+    with counter:
+        network(image_CHW.expand(2, *image_CHW.shape).contiguous()).sum().backward()
+    return counter.get_total_flops() / 2
+
+
+def forward_flops(peers: Peers, views_VBCHW: Tensor) -> float:
+    """Return the FLOPs of a forward of all members per sample."""
+    counter = _count_flops()
+    with torch.no_grad(), eval_mode(peers), counter:
+        peers(views_VBCHW)
+    return counter.get_total_flops() / views_VBCHW.shape[1]
+
+
 def inference_cost(
     student: nn.Module, image_CHW: Tensor, autocast: torch.dtype | None = None
 ) -> dict[str, float | None]:

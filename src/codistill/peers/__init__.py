@@ -5,6 +5,8 @@ from typing import TYPE_CHECKING
 from codistill.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from codistill.peers.averages import MovingAverage as MovingAverage
+    from codistill.peers.averages import TailAverage as TailAverage
     from codistill.peers.base import PeerOutputs as PeerOutputs
     from codistill.peers.base import Peers as Peers
     from codistill.peers.branch_point_table import branch_point_rows as branch_point_rows
@@ -30,6 +32,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "averages": "MovingAverage TailAverage",
         "base": "PeerOutputs Peers",
         "branch_point_table": "branch_point_rows",
         "branches": "BranchPeers",

@@ -40,6 +40,10 @@ class MeanTeacher(nn.Module):
         """Return the average of a member as a plain network that records BatchNorm statistics as usual."""
         return _track_running_stats(self.peers.export_member(index), enabled=True)
 
+    def track_statistics(self, *, enabled: bool) -> None:
+        """Set whether the averages record BatchNorm statistics in training."""
+        _track_running_stats(self.peers, enabled=enabled)
+
     def counterparts(self, peers: Peers, modules: Iterable[nn.Module]) -> list[nn.Module]:
         """Return the averages of `modules`, which are modules of the peers that were copied."""
         twins = dict(zip(map(id, peers.modules()), self.peers.modules(), strict=True))
@@ -55,13 +59,8 @@ class MeanTeacher(nn.Module):
             good: Whether the step counts, one number on the device; where it is 0, the average is unchanged.
         """
         keep = min(1.0 - 1.0 / (step + 1), self.decay)
-        averages, current = _floating_tensors(self.peers), _floating_tensors(peers)
-        if good is None or step == 0:  # before the first step both are the same
-            torch._foreach_lerp_(averages, current, 1.0 - keep)
-            return
-        changes = torch._foreach_sub(current, averages)
-        torch._foreach_mul_(changes, good.to(averages[0].dtype) * (1.0 - keep))
-        torch._foreach_add_(averages, changes)
+        # Before the first step both are the same.
+        move_towards(_floating_tensors(self.peers), _floating_tensors(peers), 1.0 - keep, None if step == 0 else good)
 
 
 class SnapshotTeacher(MeanTeacher):
@@ -89,13 +88,28 @@ class SnapshotTeacher(MeanTeacher):
         """
         if (step + 1) % self.interval:
             return
-        for old, new in zip(_floating_tensors(self.peers), _floating_tensors(peers)):
-            old.copy_(new if good is None else torch.where(good, new, old))
+        copy_where(_floating_tensors(self.peers), _floating_tensors(peers), good)
 
 
 def _floating_tensors(peers: Peers) -> list[Tensor]:
     """Return the trained parameters and the running statistics."""
     return [*peers.trained_parameters(), *(b for b in peers.buffers() if b.is_floating_point())]
+
+
+def move_towards(averages: list[Tensor], current: list[Tensor], part: float, good: Tensor | None) -> None:
+    """Move averages towards the current tensors by a part of the way, in place; not where `good` is 0."""
+    if good is None:
+        torch._foreach_lerp_(averages, current, part)
+        return
+    changes = torch._foreach_sub(current, averages)
+    torch._foreach_mul_(changes, good.to(averages[0].dtype) * part)
+    torch._foreach_add_(averages, changes)
+
+
+def copy_where(old: list[Tensor], new: list[Tensor], good: Tensor | None) -> None:
+    """Copy tensors in place, bit for bit; not where `good` is 0."""
+    for x, y in zip(old, new):
+        x.copy_(y if good is None else torch.where(good, y, x))
 
 
 def _track_running_stats(network: nn.Module, *, enabled: bool) -> nn.Module:

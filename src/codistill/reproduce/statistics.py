@@ -113,7 +113,8 @@ def differences_to_baselines(cells: list[Cell]) -> dict[str, Difference | None]:
     """Return every row's paired difference to its baseline, by label, corrected for all rows of the table.
 
     The deployed member is compared with the baseline's member of the same number, which began with the same weights:
-    okddip deploys its last member. Where the baseline has no such member, its deployed one is taken.
+    okddip deploys its last member. Where the baseline has no such member, its deployed one is taken. An average of a
+    member's weights is compared with the baseline's average of the same member.
     """
     by_label = {cell.label: cell for cell in cells}
     found = {}
@@ -131,8 +132,9 @@ def _same_member_by_seed(cell: Cell, baseline: Cell) -> dict[int, float]:
     accuracies = accuracy_by_seed(baseline)
     for seed, result in cell.results.items():
         kind, _, number = result.get("deployed", "").rpartition(" ")
-        members = baseline.results.get(seed, {}).get("test", {}).get("top1", [])
-        if kind == "member" and number.isdigit() and int(number) < len(members):
+        part = {"member": "test", "EMA of member": "test_ema", "SWA of member": "test_swa"}.get(kind, "")
+        members = baseline.results.get(seed, {}).get(part, {}).get("top1", [])
+        if number.isdigit() and int(number) < len(members):
             accuracies[seed] = members[int(number)]
     return accuracies
 
@@ -192,6 +194,16 @@ def _deployment_flops(result: dict[str, Any]) -> float | None:
     return result.get("cost", {}).get("flops_an_image")
 
 
+def format_passes(results: Iterable[dict[str, Any]]) -> str:
+    """Return what a training step costs in passes (forward and backward) of a plain network, mean over seeds.
+
+    >>> format_passes([{"cost": {"training_passes": 2.0}}, {"cost": {"training_passes": 2.1}}])
+    '2.05'
+    """
+    passes = [p for result in results if (p := result.get("cost", {}).get("training_passes"))]
+    return f"{fmean(passes):.2f}" if passes else "-"
+
+
 def comparison_rows(cells: list[Cell]) -> Rows:
     """Return one dictionary per cell: the columns of the table, as text."""
     differences = differences_to_baselines(cells)
@@ -203,6 +215,7 @@ def comparison_rows(cells: list[Cell]) -> Rows:
         several = any(len(test["top1"]) > 1 for test in tests)
         accuracy = accuracy_by_seed(cell)
         row = {"peers": cell.label, "n": str(len(tests)), "top-1 %": format_mean_std(list(accuracy.values()))}
+        row["passes"] = format_passes(cell.results.values())
         if top5:
             row["top-5 %"] = format_mean_std([s["top5"] for s in students if "top5" in s])
         row["vs equal cost"] = format_difference(differences.get(cell.label))

@@ -8,13 +8,14 @@ from typing import Any
 from codistill.reproduce.grid import Cell
 from codistill.reproduce.plan import Plan
 from codistill.reproduce.recipes.table_recipe import SCALES
-from codistill.reproduce.statistics import format_difference, format_mean_std
+from codistill.reproduce.statistics import format_difference, format_mean_std, format_passes
 from codistill.reproduce.table_figures import Figure, to_measure
 from codistill.utils import Rows
 
 LEGEND = (
     "mean ± deviation over seeds (n=1: one run, no deviation); vs equal cost: last epoch against the baseline of equal "
-    "training cost, paired over seeds, ± 95 % t-interval, n.s. = not significant (Holm, over the table); FLOPs: matrix "
+    "training cost, paired over seeds, ± 95 % t-interval, n.s. = not significant (Holm, over the table); passes: "
+    "forwards and backwards of one plain network that a training step costs; FLOPs: matrix "
     "products and convolutions, forward and backward; peak MB: of the GPU, or of the whole process on a CPU"
 )
 
@@ -95,6 +96,7 @@ def cost_columns(cell: Cell | None) -> dict[str, str]:
         c["training_flops_a_sample"] * c.get("samples_seen", 0) for c in costs if c.get("training_flops_a_sample")
     ]
     return {
+        "training, passes": format_passes(results),
         "trained, M parameters": _format_mean([r["parameters_trained"] / 1e6 for r in results], 3),
         "training, TFLOPs": _format_mean([flops / 1e12 for flops in training], 2),
         "training, s": _format_mean([r["seconds"] for r in results], 0),

@@ -139,12 +139,14 @@ def _check_figures(figures: Figures | None) -> None:
 def _check_result(result: RunResult) -> None:
     _check_figures(result["test"])
     _check_figures(result.get("test_ema"))
+    _check_figures(result.get("test_swa"))
 
 
 def _check_line(line: EpochLine) -> None:
     for part in ("val", "test"):
         _check_figures(cast(Figures | None, line.get(part)))
-        _check_figures(cast(Figures | None, line.get(f"{part}_ema")))
+        for average in ("ema", "swa"):
+            _check_figures(cast(Figures | None, line.get(f"{part}_{average}")))
         if part in line and f"{part}_student" not in line:
             raise ValueError(f"missing key `{part}_student`")
     for name, values in [*line.get("method", {}).items()]:

@@ -68,6 +68,7 @@ class RunFigures(TypedDict):
 
     members: Figures
     ema: Figures | None
+    swa: NotRequired[Figures | None]
     student: StudentFigures
 
 
@@ -94,9 +95,11 @@ class EpochLine(TypedDict):
     val: NotRequired[Figures]
     val_student: NotRequired[StudentFigures]
     val_ema: NotRequired[Figures]
+    val_swa: NotRequired[Figures]
     test: NotRequired[Figures]
     test_student: NotRequired[StudentFigures]
     test_ema: NotRequired[Figures]
+    test_swa: NotRequired[Figures]
 
 
 class Cost(TypedDict):
@@ -104,6 +107,8 @@ class Cost(TypedDict):
 
     measured_on: NotRequired[str]
     training_flops_a_sample: NotRequired[float | None]
+    training_passes: NotRequired[float | None]
+    """The same in passes (forward and backward) of the plain network that is deployed."""
     samples_seen: NotRequired[Count]
     flops_an_image: NotRequired[float]
     ms_an_image: NotRequired[float]
@@ -116,7 +121,7 @@ class RunResult(TypedDict):
     """What result.json holds: the figures of a complete run."""
 
     deployed: Name
-    """`member 3`, `ensemble` or `mean teacher 0`."""
+    """`member 3`, `ensemble`, `mean teacher 0`, `EMA of member 3` or `SWA of member 3`."""
     student: StudentFigures
     protocol: Name
     epochs: Count
@@ -129,6 +134,7 @@ class RunResult(TypedDict):
     execution: NotRequired[str]
     cost: NotRequired[Cost]
     test_ema: NotRequired[Figures]
+    test_swa: NotRequired[Figures]
     best_validation: NotRequired[BestEpoch]
     best_test: NotRequired[BestEpoch]
 
@@ -243,6 +249,8 @@ class CheckpointState(TypedDict):
     peers: dict[str, Tensor]
     method: dict[str, Any]
     ema: dict[str, Tensor] | None
+    average: NotRequired[dict[str, Tensor]]
+    """Of the weights, deployed by `--deploy ema` or `swa`."""
     optimizers: list[dict[str, Any]]
     epoch: Count
     step: Count

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from codistill.training.student import deployed_name as deployed_name
     from codistill.training.student import deployed_network as deployed_network
     from codistill.training.student import deployed_scores as deployed_scores
+    from codistill.training.student import deploys_average as deploys_average
     from codistill.training.student import load_student as load_student
     from codistill.training.summary import evaluate_run as evaluate_run
 
@@ -39,7 +40,7 @@ __getattr__, __dir__ = lazy_names(
         "self_check": "CheckRow check_machine",
         "student": (
             "count_parameters count_trained_and_deployed deployed_index deployed_name deployed_network "
-            "deployed_scores load_student"
+            "deployed_scores deploys_average load_student"
         ),
         "summary": "evaluate_run",
     },

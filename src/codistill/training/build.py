@@ -20,9 +20,11 @@ from codistill.methods import Method, build_method
 from codistill.peers import (
     BranchPeers,
     MeanTeacher,
+    MovingAverage,
     NetworkPeers,
     Peers,
     SnapshotTeacher,
+    TailAverage,
     build_peers,
     check_mixable,
 )
@@ -80,18 +82,17 @@ def build_run(
         shape = (data.channels, data.image_size, data.image_size)
         config, notes = try_networks(config, peers.local, teacher, shape)
     loader = build_loader(config, data, splits, method, mesh)
-    ema = build_ema(peers, method, len(loader))
+    ema, average = build_ema(peers, method, len(loader)), build_average(config, peers, len(loader))
+    copies = [copy for copy in (ema, average) if copy is not None]
     frozen = freeze_modules(peers.local, config.freeze)
-    if ema is not None:
-        frozen += ema.counterparts(peers, frozen)
-    prepare_remote_members(peers, ema)
+    frozen += [module for copy in copies for module in copy.counterparts(peers, frozen)]
+    prepare_remote_members(peers, copies)
     image_CHW = (data.channels, data.image_size, data.image_size)
     one_process = mesh.world == 1
     execution = choose_execution(config, peers, method, mesh.device, image_CHW, execution) if one_process else "loop"
     if execution == "stacked" and for_training:
         stack_peers(peers, ema, loader.sample_batch())
     optimizers = make_optimizers(config, peers.local, method) if for_training else []
-    guarded = [peers, method] if ema is None else [peers, method, ema]
     run = Run(
         config=config,
         mesh=mesh,
@@ -101,9 +102,10 @@ def build_run(
         peers=peers,
         method=method,
         optimizers=optimizers,
-        guard=FiniteGuard(guarded, optimizers, mesh, config.skip_nonfinite),
+        guard=FiniteGuard([peers, method, *copies], optimizers, mesh, config.skip_nonfinite),
         teacher=teacher,
         ema=ema,
+        average=average,
         execution=execution,
         frozen=frozen,
         graph=build_graph(config, method, mesh, optimizers),
@@ -113,12 +115,13 @@ def build_run(
     return run
 
 
-def prepare_remote_members(peers: Peers, ema: MeanTeacher | None) -> None:
-    """Let ranks know how many parameters the others train; of mean teachers they exchange the logits alone."""
+def prepare_remote_members(peers: Peers, copies: list[MeanTeacher]) -> None:
+    """Let ranks know how many parameters the others train; of averages they exchange the logits alone."""
     if isinstance(peers, MeshPeers):
         peers.count_trained()
-    if ema is not None and isinstance(ema.peers, MeshPeers):
-        ema.peers.only_logits = True
+    for copy in copies:
+        if isinstance(copy.peers, MeshPeers):
+            copy.peers.only_logits = True
 
 
 def build_graph(
@@ -219,6 +222,16 @@ def build_ema(peers: Peers, method: Method, steps_per_epoch: int) -> MeanTeacher
         return None
     interval = method.snapshot_interval(steps_per_epoch)
     return SnapshotTeacher(peers, interval) if interval else MeanTeacher(peers, method.ema_decay)
+
+
+def build_average(config: Config, peers: Peers, steps_per_epoch: int) -> MeanTeacher | None:
+    """Return the average of the weights that the config deploys; None where it deploys something else."""
+    if not config.keeps_average:
+        return None
+    if config.first_averaged_epoch is not None:
+        return TailAverage(peers, config.first_averaged_epoch, steps_per_epoch)
+    assert config.ema_decay is not None, "the config is not resolved"
+    return MovingAverage(peers, config.ema_decay)
 
 
 def build_teacher(config: Config, data: ImageSet, device: torch.device, teacher: nn.Module | None) -> nn.Module:

@@ -26,6 +26,7 @@ from codistill.distributed import init_mesh, resume_after_restart
 from codistill.evaluation import evaluate_peers
 from codistill.peers import Peers
 from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker, find_tracker, write_trained_hashes
+from codistill.training.averaging import recompute_statistics
 from codistill.training.build import build_run, load_run
 from codistill.training.loaders import curve_loader, test_loader
 from codistill.training.optim import learning_rate_at, set_learning_rate
@@ -299,6 +300,8 @@ def end_epoch(run: Run, curve: Loader | None) -> EpochLine:
     if "holdout" in run.method.needs:
         run.method.update_on_holdout(*holdout_outputs(run))
         run.guard.snapshot()  # the method's new state is a good one
+    if recompute_statistics(run):
+        run.guard.snapshot()
     sums = {name: run.mesh.sum_along_data(value) for name, value in progress.sums.items()}
     count = max(run.loader.num_samples - int(sums.pop("skipped", 0)), 1)
     line: dict[str, Any] = {
@@ -327,8 +330,9 @@ def evaluate_curve(run: Run, curve: Loader) -> dict[str, Any]:
     progress, part = run.progress, "test" if run.config.protocol == "paper" else "val"
     figures = evaluate_run(run, curve)
     line = {part: figures["members"], f"{part}_student": figures["student"]}
-    if figures["ema"] is not None:
-        line[f"{part}_ema"] = figures["ema"]
+    key = run.config.average_key
+    if figures[key] is not None:
+        line[f"{part}_{key}"] = figures[key]
     best = progress.best if part == "test" else progress.best_validation
     if best is None or figures["student"]["top1"] > best["top1"]:  # of equal ones the first
         best = figures["student"] | {"epoch": progress.epoch}
@@ -399,11 +403,12 @@ def evaluate_test_set(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     memory = peak_megabytes(run.device)
     loader, detail = test_loader(run), len(run.data.classes) <= MAX_CLASSES_IN_DETAIL
     members = evaluate_peers(run.peers, run.method, loader, run.mesh, detail=detail)
-    ema = run.mean_teacher
-    ema = None if ema is None else evaluate_peers(ema.peers, run.method, loader, run.mesh, detail=detail)
-    figures = run_result(run, members.compute(), ema.compute() if ema is not None else None)
+    average, averages = run.evaluated_average, None
+    if average is not None:
+        averages = evaluate_peers(average.peers, run.method, loader, run.mesh, detail=detail)
+    figures = run_result(run, members.compute(), None if averages is None else averages.compute())
     figures["cost"] = {"training_peak_mb": memory, **measure_cost(run, partial(forward_all, run))}
-    return figures, collect_details(run, members, ema)
+    return figures, collect_details(run, members, averages)
 
 
 def describe_out_of_memory(run: Run, folder: RunFolder, error: Exception) -> MachineError:

@@ -54,6 +54,8 @@ class Run:
     guard: FiniteGuard
     teacher: nn.Module | None = None
     ema: MeanTeacher | None = None
+    average: MeanTeacher | None = None
+    """An average of the peers' weights that is deployed and teaches nobody (`--deploy ema` or `swa`)."""
     execution: str = "loop"
     """How the peers run in training: `loop` or `stacked`."""
     frozen: list[nn.Module] = field(default_factory=list)
@@ -77,13 +79,13 @@ class Run:
 
     @property
     def modules_with_buffers(self) -> list[nn.Module]:
-        """The peers, and their mean teachers where the method has them."""
-        return [self.peers] if self.ema is None else [self.peers, self.ema]
+        """The peers, their mean teachers where the method has them, and the average that is deployed."""
+        return [self.peers, *(m for m in (self.ema, self.average) if m is not None)]
 
     @property
-    def mean_teacher(self) -> MeanTeacher | None:
-        """The mean teachers, if they are moving averages: they can be deployed, so they are evaluated."""
-        return self.ema if self.config.method.keeps_ema else None
+    def evaluated_average(self) -> MeanTeacher | None:
+        """The averages that are evaluated: those that are deployed, else mean teachers that could be."""
+        return self.average or (self.ema if self.config.method.keeps_ema else None)
 
     @property
     def steps_done(self) -> int:

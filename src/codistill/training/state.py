@@ -31,6 +31,7 @@ def checkpoint_state(run: Run) -> State | None:
     local = {
         "peers": _renumber_members(run.peers.state_dict(), first),
         "ema": None if run.ema is None else _renumber_members(run.ema.state_dict(), first),
+        "average": None if run.average is None else _renumber_members(run.average.state_dict(), first),
         "optimizers": [_split_members(run, optimizer.state_dict()) for optimizer in run.optimizers],
     }
     parts = mesh.gather_peers(local)
@@ -41,6 +42,7 @@ def checkpoint_state(run: Run) -> State | None:
         "method": run.method.state_dict(),
         "execution": run.execution,
         "ema": None if run.ema is None else {key: value for part in parts for key, value in part["ema"].items()},
+        **_joined_average(parts),
         "optimizers": _join_ranks(run, [part["optimizers"] for part in parts]),
         "epoch": progress.epoch,
         "step": progress.step,
@@ -50,6 +52,13 @@ def checkpoint_state(run: Run) -> State | None:
         "skipped": run.guard.skipped,
         "sums": sums,
     }
+
+
+def _joined_average(parts: list[State]) -> State:
+    """Return the average that is deployed, put together from its ranks; no entry where there is none."""
+    if parts[0]["average"] is None:
+        return {}
+    return {"average": {key: value for part in parts for key, value in part["average"].items()}}
 
 
 def restore_state(run: Run, state: Mapping[str, Any]) -> None:
@@ -69,6 +78,8 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
     run.method.load_state_dict(state["method"])
     if run.ema is not None:
         run.ema.load_state_dict(_pick_local_members(state["ema"], mesh))
+    if run.average is not None:
+        run.average.load_state_dict(_pick_local_members(state["average"], mesh))
     if run.optimizers:
         for optimizer, saved in zip(run.optimizers, _pick_local_optimizers(run, state["optimizers"]), strict=True):
             optimizer.load_state_dict(_join_members(run, saved, optimizer))

@@ -50,6 +50,8 @@ def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) 
     run.method.after_step(run.peers, dataclasses.replace(place, good=~run.guard.bad))
     if run.ema is not None:
         run.ema.update(run.peers, number, ~run.guard.bad)
+    if run.average is not None:  # the weights of a skipped step are those before it, so it counts
+        run.average.update(run.peers, number, run.guard.flag == 0)
     run.guard.snapshot_if_skipping()
     add_to_sums(run, terms, hits_P, mesh.num_counted(full_batch=full_batch))
     return terms

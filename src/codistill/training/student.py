@@ -1,4 +1,4 @@
-"""What a run deploys: one member, a mean teacher, or the ensemble, as one network."""
+"""What a run deploys: one member, an average of its weights, or the ensemble, as one network."""
 
 from __future__ import annotations
 
@@ -33,13 +33,13 @@ def load_student(config: Config, state: Mapping[str, Any], classes: int, channel
     """
     peers = build_peers(config, classes, channels, image_size)
     method = build_method(config.method, peers, config.seed)
-    ema = MeanTeacher(peers, method.ema_decay) if config.deploy == "ema" else None
+    average = MeanTeacher(peers, 0.0) if config.deploy in ("ema", "swa") else None
     with errors_of_checkpoint(state):
-        if ema is not None:
-            ema.load_state_dict(state["ema"])
+        if average is not None:
+            average.load_state_dict(state["average" if config.keeps_average else "ema"])
         peers.load_state_dict(state["peers"])
         method.load_state_dict(state["method"])
-        return build_student(config.deploy, peers, method, ema)
+        return build_student(config.deploy, peers, method, average)
 
 
 def deployed_network(run: Run) -> nn.Module:
@@ -48,16 +48,16 @@ def deployed_network(run: Run) -> nn.Module:
     Raises:
         InputError: the deployed member is on another rank.
     """
-    return build_student(run.config.deploy, run.peers, run.method, run.ema)
+    return build_student(run.config.deploy, run.peers, run.method, run.evaluated_average)
 
 
-def build_student(deploy: str, peers: Peers, method: Method, ema: MeanTeacher | None) -> nn.Module:
+def build_student(deploy: str, peers: Peers, method: Method, average: MeanTeacher | None) -> nn.Module:
     """Return what `deploy` names (see `Config.deploy`), as one network in evaluation mode."""
     if deploy == "ensemble":
         return method.deploy_ensemble(peers).eval()
-    if deploy == "ema":
-        assert ema is not None
-        return ema.export_member(method.deployed).eval()
+    if deploy in ("ema", "swa"):
+        assert average is not None
+        return average.export_member(method.deployed).eval()
     return (peers.export_member(int(deploy)) if deploy.isdigit() else method.deploy(peers)).eval()
 
 
@@ -67,19 +67,29 @@ def deployed_index(run: Run) -> int:
 
 
 def deployed_name(run: Run) -> str:
-    """Return it in words: `member 3`, `ensemble`, `mean teacher 0`."""
+    """Return it in words: `member 3`, `ensemble`, `mean teacher 0`, `EMA of member 3`, `SWA of member 3`."""
     if run.config.deploy == "ensemble":
         return "ensemble"
-    return f"{'mean teacher' if run.config.deploy == 'ema' else 'member'} {deployed_index(run)}"
+    kind = "member"
+    if run.average is not None:
+        kind = f"{run.config.deploy.upper()} of member"
+    elif run.config.deploy == "ema":
+        kind = "mean teacher"
+    return f"{kind} {deployed_index(run)}"
 
 
-def deployed_figures(run: Run, figures: dict[str, Any], ema_figures: dict[str, Any] | None) -> dict[str, float]:
+def deploys_average(run: Run) -> bool:
+    """Return whether an average of a member's weights is deployed, and not the member or the ensemble."""
+    return run.config.deploy in ("ema", "swa")
+
+
+def deployed_figures(run: Run, figures: dict[str, Any], average: dict[str, Any] | None) -> dict[str, float]:
     """Pick the deployed network's figures from those of all members."""
     names = [name for name in ("top1", "top5", "nll", "ece") if name in figures]
     if run.config.deploy == "ensemble":
         return {name: figures[f"ensemble_{name}"] for name in names}
     index = deployed_index(run)
-    source = ema_figures if run.config.deploy == "ema" and ema_figures is not None else figures
+    source = average if deploys_average(run) and average is not None else figures
     return {name: source[name][index] for name in names}
 
 

@@ -12,8 +12,15 @@ from torch import Tensor
 from codistill.config import Config, images_per_class
 from codistill.data import Loader
 from codistill.distributed import MeshPeers, describe_imbalance
-from codistill.evaluation import PeerMetrics, evaluate_peers, inference_cost, training_flops
-from codistill.peers import PeerOutputs, Peers, eval_mode
+from codistill.evaluation import (
+    PeerMetrics,
+    evaluate_peers,
+    forward_flops,
+    inference_cost,
+    plain_training_flops,
+    training_flops,
+)
+from codistill.peers import PeerOutputs, Peers, TailAverage, eval_mode
 from codistill.training.loaders import part_loader
 from codistill.training.run import Run
 from codistill.training.student import (
@@ -22,6 +29,7 @@ from codistill.training.student import (
     deployed_index,
     deployed_name,
     deployed_network,
+    deploys_average,
 )
 from codistill.utils import DTYPES, out_of_memory
 
@@ -155,11 +163,13 @@ def _describe_warmup(config: Config) -> str | None:
 
 
 def evaluate_run(run: Run, loader: Loader) -> dict[str, Any]:
-    """Return the figures of the `members`, of their mean teachers (`ema`, else None) and of the deployed `student`."""
+    """Return the figures of the `members`, of their averages (`ema` or `swa`) and of the deployed `student`."""
     members = evaluate_peers(run.peers, run.method, loader, run.mesh).compute()
-    ema = run.mean_teacher
-    ema = evaluate_peers(ema.peers, run.method, loader, run.mesh).compute() if ema is not None else None
-    return {"members": members, "ema": ema, "student": deployed_figures(run, members, ema)}
+    average, figures = run.evaluated_average, None
+    if average is not None:
+        figures = evaluate_peers(average.peers, run.method, loader, run.mesh).compute()
+    found = {"members": members, "ema": None, "student": deployed_figures(run, members, figures)}
+    return found | {run.config.average_key: figures}
 
 
 @torch.inference_mode()
@@ -173,13 +183,13 @@ def holdout_outputs(run: Run) -> tuple[Tensor, Tensor]:
     return logits_PNC, torch.from_numpy(run.data.y_train[run.splits.holdout]).to(run.device)
 
 
-def run_result(run: Run, members: dict[str, Any], ema: dict[str, Any] | None) -> dict[str, Any]:
-    """Return the content of result.json, without the cost: figures of members, mean teachers and student."""
+def run_result(run: Run, members: dict[str, Any], average: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the content of result.json, without the cost: figures of members, averages and student."""
     trained, deployed = count_trained_and_deployed(run)
     progress = run.progress
     figures: dict[str, Any] = {
         "deployed": deployed_name(run),
-        "student": deployed_figures(run, members, ema),
+        "student": deployed_figures(run, members, average),
         "protocol": run.config.protocol,
         "epochs": run.config.epochs,
         "test": members,
@@ -190,8 +200,8 @@ def run_result(run: Run, members: dict[str, Any], ema: dict[str, Any] | None) ->
         "seconds": round(progress.seconds, 3),
         "execution": run.execution,
     }
-    if ema is not None:
-        figures["test_ema"] = ema
+    if average is not None:
+        figures[f"test_{run.config.average_key}"] = average
     if progress.best_validation is not None:
         figures["best_validation"] = progress.best_validation
     if progress.best is not None:
@@ -214,24 +224,37 @@ def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str
     size = (run.data.channels, run.data.image_size, run.data.image_size)
     zeros_VBCHW = torch.zeros(run.method.num_views, 2, *size, dtype=DTYPES[run.config.dtype], device=run.device)
     labels_B = torch.zeros(2, dtype=torch.int64, device=run.device)
-    flops, inference = None, {}
+    flops, passes, inference = None, None, {}
     try:
         inference = inference_cost(deployed_network(run), zeros_VBCHW[0, 0], run.peers.autocast)
         flops = training_flops(run.peers, run.method, forward, zeros_VBCHW, labels_B)
+        averaged = flops_of_averaging(run, zeros_VBCHW)
+        flops = flops + averaged if averaged else flops
+        plain = run.peers.export_member(deployed_index(run)).eval()
+        passes = flops / plain_training_flops(plain, zeros_VBCHW[0, 0])
     except Exception as error:  # users' networks may raise anything: some have no backward in evaluation mode
         if out_of_memory(error) is not None:
             raise
     return {
         "training_flops_a_sample": flops,
+        "training_passes": None if passes is None else round(passes, 3),
         "samples_seen": run.loader.num_samples * run.config.epochs,
         "measured_on": str(run.device.type),
         **inference,
     }
 
 
-def collect_details(run: Run, members: PeerMetrics, ema: PeerMetrics | None) -> dict[str, Any]:
+def flops_of_averaging(run: Run, views_VBCHW: Tensor) -> float:
+    """Return the FLOPs per training sample of the forwards in which an average's statistics are computed anew."""
+    if not isinstance(run.average, TailAverage):
+        return 0.0
+    epochs = sum(run.average.count(epoch) > 1 for epoch in range(run.config.epochs))
+    return epochs / run.config.epochs * forward_flops(run.peers, views_VBCHW)
+
+
+def collect_details(run: Run, members: PeerMetrics, average: PeerMetrics | None) -> dict[str, Any]:
     """Return the content of details.json: the student's reliability and confusion, the ensemble's reliability."""
-    source = ema if run.config.deploy == "ema" and ema is not None else members
+    source = average if deploys_average(run) and average is not None else members
     row = -1 if run.config.deploy == "ensemble" else deployed_index(run)
     return {
         "deployed": deployed_name(run),

@@ -45,7 +45,7 @@ def run(parsed: Parsed) -> int:
         print(escape_json(figures | {"deployed": name} | extra))
         return 0
     title = f"{options.data or f'{trained.config.data} {options.split}'}, {loader.num_samples:,} images"
-    out.print(members_table(figures["members"], name, title, figures["ema"]))
+    out.print(members_table(figures["members"], name, title, figures[trained.config.average_key]))
     _print_extra_metrics(extra, name)
     return 0
 

@@ -43,7 +43,9 @@ def _configs_of_seeds(config: Config, seeds: int | None) -> list[Config]:
 def _print_result(result: Result) -> None:
     figures = result.figures
     title = f"test set, last epoch ({figures['epochs']} epochs, {figures['seconds']:.0f} s)"
-    out.print(members_table(figures["test"], figures["deployed"], title, figures.get("test_ema")))
+    out.print(
+        members_table(figures["test"], figures["deployed"], title, figures.get("test_swa", figures.get("test_ema")))
+    )
     if "best_test" in figures:
         best = figures["best_test"]
         out.print(f"best test epoch ({best['epoch']}, chosen on the test set): {best['top1']:.2f} %")

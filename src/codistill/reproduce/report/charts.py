@@ -155,11 +155,12 @@ def _member_views(groups: list[Group]) -> list[View]:
         count = max((len(line["train"]["top1"]) for run in group.runs for line in run.lines), default=0)
         picks: list[tuple[str, Pick]] = [(f"member {p}", _member_top1(p)) for p in range(count)] if count > 1 else []
         picks += [("ensemble", _group_figure("ensemble_top1"))] if count > 1 else []
-        picks += [(f"mean teacher {p}", _member_top1(p, "_ema")) for p in range(count) if _has_ema(group)]
+        for kind, words in (("_ema", "mean teacher or EMA"), ("_swa", "SWA")):
+            picks += [(f"{words} {p}", _member_top1(p, kind)) for p in range(count) if _has_averages(group, kind)]
         traces = []
         for name, pick in picks:
             for trace in _curve_traces([group], pick, band=False):
-                dash = "dash" if name == "ensemble" else "dot" if "teacher" in name else "solid"
+                dash = "dash" if name == "ensemble" else "dot" if not name.startswith("member") else "solid"
                 traces.append(trace | {"name": name, "group": None, "dash": dash})
         views.append(_make_view(group.label, traces, "epoch", "top-1, %"))
     return views
@@ -174,8 +175,8 @@ def _member_top1(index: int, kind: str = "") -> Pick:
     return pick
 
 
-def _has_ema(group: Group) -> bool:
-    return any(f"{_evaluated_split(line)}_ema" in line for run in group.runs for line in run.lines)
+def _has_averages(group: Group, kind: str) -> bool:
+    return any(f"{_evaluated_split(line)}{kind}" in line for run in group.runs for line in run.lines)
 
 
 def _weight_views(groups: list[Group]) -> list[View]:
