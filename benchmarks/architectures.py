@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from codistill.config.config import Config
 from codistill.config.methods import METHODS, CodistillationConfig, method_config
 from codistill.peers.branches import BranchPeers
+from codistill.peers.heads import places
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.shared_trunk import BranchEntry
 from codistill.training.build import build_run
@@ -73,7 +74,7 @@ LARGE = [  # in the table only: too slow for the tests
     ("ViT", "torchvision:vit_b_16", 32),
     ("EfficientNet", "torchvision:efficientnet_b0", 32),
     ("SqueezeNet", "torchvision:squeezenet1_1", 64),
-    ("DeiT, distilled", "timm:deit_tiny_distilled_patch16_224", 32),
+    ("DeiT, distilled", "timm:deit_tiny_distilled_patch16_224,depth=2,embed_dim=48", 32),
 ]
 ROTATION = [  # every method, on every topology that it supports
     (name, topology) for topology in ("branches", "networks") for name, c in METHODS.items() if topology in c.topologies
@@ -127,7 +128,8 @@ def plain_names(peers: BranchPeers, index: int) -> dict[str, nn.Parameter]:
     """Return a member's parameters by their names in the plain network."""
     member = peers.member(index)
     body = {n.replace(".inner", ""): p for n, p in member.body.named_parameters(remove_duplicate=False)}
-    return body | {f"{member.head_path}.{n}": p for n, p in member.head.named_parameters()}
+    parts = places(member.head_path, member.head).items()
+    return body | {f"{place}.{n}": p for place, part in parts for n, p in part.named_parameters()}
 
 
 def disable_dropout(module: nn.Module) -> None:

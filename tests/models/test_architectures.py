@@ -8,8 +8,9 @@ from codistill.config.methods import METHODS
 from codistill.models import resolve
 from codistill.peers.branch_points import branch_points, default_branch_point
 from codistill.peers.branches import BranchPeers
+from codistill.peers.inputs import dummy_input
 from codistill.peers.networks import NetworkPeers
-from codistill.peers.split_head import dummy_input, split_head
+from codistill.peers.split_head import split_head
 from codistill.utils.errors import InputError
 
 CASES = [(name, size) for _, name, size in ARCHITECTURES]

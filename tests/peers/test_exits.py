@@ -105,10 +105,11 @@ def test_the_network_itself_is_as_without_exits(model):
 def test_networks_of_libraries_have_exits_where_their_maps_shrink(model, size, first):
     from codistill.models import resolve
     from codistill.peers.exits import find_exit_forks
+    from codistill.peers.inputs import dummy_input
 
     peers = NetworkPeers(model, 1, 10, image_size=size)
     count = len(first)
-    forks, after = find_exit_forks(peers.member(0), resolve(model), count, 3, size)
+    forks, after = find_exit_forks(peers.member(0), resolve(model), count, dummy_input(peers.member(0), 3, size))
     assert (forks, after) == (first, [False] * count)
     outputs = NetworkPeers(model, 1, 10, image_size=size, exits=count)(torch.randn(2, 3, size, size))
     assert [x.shape[0] for x in outputs.exits[0]] == [2] * count

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill.distributed.process_mesh import ProcessMesh
-from codistill.peers import NetworkPeers, PeerOutputs, Peers, SplitMember, eval_mode, frozen_batchnorm_stats
+from codistill.peers import Inputs, NetworkPeers, PeerOutputs, Peers, SplitMember, eval_mode, frozen_batchnorm_stats
 from codistill.utils import InputError, count_parameters
 
 MAX_IMBALANCE = 1.1  # ratio of two ranks' FLOPs above which the user is warned
@@ -116,10 +116,10 @@ class MeshPeers(Peers):
         outputs = self._gather_peers(outputs, features=features)
         return self._gather_batch(outputs, features=features) if self.needs_full_batch else outputs
 
-    def hybrid_logits(self, images_BCHW: Tensor, shares_P: Tensor | None = None) -> Tensor:
+    def hybrid_logits(self, inputs: Inputs, shares_P: Tensor | None = None) -> Tensor:
         """Return the logits of the mean of all members' weights, for the rows that `forward` returns."""
         with self.mesh.rank_rng():
-            logits_BC = self.local.hybrid_logits(images_BCHW, shares_P)
+            logits_BC = self.local.hybrid_logits(inputs, shares_P)
         return self.gather_rows(logits_BC) if self.training and self.needs_full_batch else logits_BC
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Several members that see the same images: whole networks, or branches on one trunk."""
+"""Several members that see the same inputs: whole networks, or branches on one trunk."""
 
 from typing import TYPE_CHECKING
 
@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from codistill.peers.hybrid import hybrid_logits as hybrid_logits
     from codistill.peers.hybrid import hybrid_network as hybrid_network
     from codistill.peers.hybrid import mix_members as mix_members
+    from codistill.peers.inputs import Inputs as Inputs
+    from codistill.peers.inputs import call_network as call_network
+    from codistill.peers.inputs import device_of as device_of
+    from codistill.peers.inputs import map_tensors as map_tensors
     from codistill.peers.modes import copy_module as copy_module
     from codistill.peers.modes import eval_mode as eval_mode
     from codistill.peers.modes import frozen_batchnorm_stats as frozen_batchnorm_stats
@@ -39,6 +43,7 @@ __getattr__, __dir__ = lazy_names(
         "ema": "MeanTeacher SnapshotTeacher",
         "from_config": "build_peers",
         "hybrid": "check_mixable fuse_members hybrid_logits hybrid_network mix_members",
+        "inputs": "Inputs call_network device_of map_tensors",
         "modes": "copy_module eval_mode frozen_batchnorm_stats train_mode",
         "networks": "NetworkPeers",
         "shared_trunk": "SharedModule",

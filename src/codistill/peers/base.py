@@ -1,5 +1,7 @@
-"""Peers: several members that see the same images, as whole networks or as branches on one trunk, over any module.
+"""Peers: several members that see the same inputs, as whole networks or as branches on one trunk, over any module.
 
+An input is a tensor, or a mapping or tuple of tensors (see codistill.peers.inputs). All peers see one, or each its own
+view: a list with one input per peer, or for tensors one more axis in front.
 Shapes: V views (1, or one per peer), P peers, B batch, C classes, D features, E exits.
 """
 
@@ -7,11 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from codistill.peers.inputs import Inputs, Views
 from codistill.peers.modes import copy_module
 from codistill.peers.shared_trunk import plain_copy
 from codistill.peers.split_head import SplitMember
@@ -40,7 +43,7 @@ class Runner(Protocol):
 
     parameters: list[nn.Parameter]
 
-    def __call__(self, views_VBCHW: Tensor) -> PeerOutputs:
+    def __call__(self, views: Views) -> PeerOutputs:
         """Run all members."""
         ...
 
@@ -58,6 +61,8 @@ class Peers(nn.Module):
 
     members: nn.ModuleList
     num_classes: int
+    num_input_axes: int | None = 4
+    """Axes of an input tensor, the batch included; None where an input is a mapping or tuple of tensors."""
     autocast: torch.dtype | None = None
     """Dtype of autocast around the members' bodies, if any."""
     stacked_runner: Runner | None = None
@@ -93,11 +98,11 @@ class Peers(nn.Module):
         """Width of the pooled trunk, where the members share one."""
         return None
 
-    def hybrid_logits(self, images_BCHW: Tensor, shares_P: Tensor | None = None) -> Tensor:
+    def hybrid_logits(self, inputs: Inputs, shares_P: Tensor | None = None) -> Tensor:
         """Return the logits of the mean of the members' weights; see `codistill.peers.hybrid_logits`."""
         from codistill.peers.hybrid import hybrid_logits  # which imports this module
 
-        return hybrid_logits(self, images_BCHW, shares_P)
+        return hybrid_logits(self, inputs, shares_P)
 
     @property
     def exit_dims(self) -> list[tuple[int, ...]]:
@@ -117,12 +122,30 @@ class Peers(nn.Module):
         outputs.exits = [list(t[2:]) for t in tuples if len(t) > 2]
         return outputs
 
-    def _as_views(self, images: Tensor) -> Tensor:
-        """Return `V x B x C x H x W`; images `B x C x H x W` are one view."""
-        views = images.unsqueeze(0) if images.dim() == 4 else images
-        if views.shape[0] not in (1, self.num_peers):
-            raise InputError(f"{views.shape[0]} views for {self.num_peers} peers; give 1, or one per peer")
+    def _as_views(self, inputs: Inputs | list[Inputs]) -> Views:
+        """Return the views, one or one per peer; a single input is one view.
+
+        Raises:
+            InputError: there is another number of views, or the input is of another kind than the networks take.
+        """
+        if isinstance(inputs, Tensor):
+            if self.num_input_axes not in (inputs.dim(), inputs.dim() - 1):
+                self._refuse_tensor(inputs)
+            views = inputs.unsqueeze(0) if inputs.dim() == self.num_input_axes else inputs
+        else:
+            views = inputs if isinstance(inputs, list) else [inputs]
+        if len(views) not in (1, self.num_peers):
+            raise InputError(f"{len(views)} views for {self.num_peers} peers; give 1, or one per peer")
         return views
+
+    def _refuse_tensor(self, inputs: Tensor) -> NoReturn:
+        given = f"a tensor of {' x '.join(map(str, inputs.shape)) or 'one number'}"
+        if self.num_input_axes is None:
+            raise InputError(f"{given} is no input of these peers; give a mapping or tuple like their example")
+        raise InputError(
+            f"{given} is no input of these peers; give {self.num_input_axes} axes, the batch first, or one more with a "
+            "view per peer"
+        )
 
     def export_member(self, index: int) -> nn.Module:
         """Return member `index` as a plain network without any part of the other members."""

@@ -5,7 +5,8 @@ from __future__ import annotations
 from codistill.models import build, resolve
 from codistill.peers.branch_points import branch_points, find_default_fork, library_source
 from codistill.peers.branches import can_fork
-from codistill.peers.split_head import dummy_input, split_head
+from codistill.peers.inputs import dummy_input
+from codistill.peers.split_head import split_head
 from codistill.utils import InputError
 
 
@@ -33,7 +34,7 @@ def branch_point_rows(model: str, image_size: int | None = None) -> list[dict[st
     example = dummy_input(network, 3, size)
     member = split_head(network, example)
     points = [p for p in branch_points(member.body, member.head_path, example) if can_fork(member, p.path, example)]
-    default = find_default_fork(model, member, 3, size)
+    default = find_default_fork(model, member, example)
     total = sum(p.numel() for p in member.parameters())
     head = sum(p.numel() for p in member.head.parameters())
     return [

@@ -15,9 +15,10 @@ import torch
 from torch import Tensor, nn
 
 from codistill.models import Source, WithWeights, resolve
+from codistill.peers.inputs import Inputs, call_network, dummy_input
 from codistill.peers.members import Spec
 from codistill.peers.modes import eval_mode
-from codistill.peers.split_head import SplitMember, dummy_input
+from codistill.peers.split_head import SplitMember
 from codistill.utils import InputError
 
 MAX_PATH_DOTS = 4
@@ -47,13 +48,13 @@ def resolution(shape: Shape) -> int:
     return shape[0] if len(shape) == 2 else 1
 
 
-def branch_points(model: nn.Module, head_path: str, example: Tensor) -> list[BranchPoint]:
+def branch_points(model: nn.Module, head_path: str, example: Inputs) -> list[BranchPoint]:
     """Return the modules that may fork, in the order in which they run.
 
     Args:
         model: A network with or without its head.
         head_path: Path of the head, which no fork may follow.
-        example: Images that it takes, `B x C x H x W`.
+        example: An input that it takes.
     """
     shapes = _shapes_of_modules(model, example)
     points = []
@@ -73,10 +74,15 @@ def branch_points(model: nn.Module, head_path: str, example: Tensor) -> list[Bra
     return points[1:]
 
 
-def find_default_fork(spec: Spec, member: SplitMember, in_channels: int, image_size: int) -> str | None:
+def find_default_fork(spec: Spec, member: SplitMember, example: Inputs) -> str | None:
     """Return the default fork of a network: its own `branch_at`, or for a library's network one found from its maps.
 
     Maps are computed at the size that a convolutional network was made for, so that the fork is the same in any run.
+
+    Args:
+        spec: What built the network.
+        member: The network.
+        example: An input that it takes.
     """
     declared = getattr(member.body, "branch_at", "")
     if isinstance(declared, str) and declared:
@@ -84,17 +90,18 @@ def find_default_fork(spec: Spec, member: SplitMember, in_channels: int, image_s
     source = library_source(resolve(spec) if isinstance(spec, str) else spec)
     if source is None:
         return None
-    example = dummy_input(member, in_channels, source.native_size or image_size)
+    if source.native_size and isinstance(example, Tensor):
+        example = dummy_input(member, example.shape[1], source.native_size)
     return default_branch_point(branch_points(member.body, member.head_path, example))
 
 
-def default_fork(spec: Spec, member: SplitMember, in_channels: int, image_size: int) -> str:
+def default_fork(spec: Spec, member: SplitMember, example: Inputs) -> str:
     """Return the default fork of a network (see `find_default_fork`).
 
     Raises:
         InputError: the network has none.
     """
-    fork = find_default_fork(spec, member, in_channels, image_size)
+    fork = find_default_fork(spec, member, example)
     if fork is None:
         raise InputError(
             f"--branch-at is needed: {type(member.body).__name__} has no default place to fork "
@@ -158,8 +165,8 @@ def _block_at(points: list[BranchPoint], part: float) -> str | None:
     return blocks.get(math.ceil((1 + max(blocks)) * part), [*blocks.values()][-1])
 
 
-def _shapes_of_modules(model: nn.Module, example: Tensor) -> dict[str, tuple[Shape, Shape]]:
-    """Return input and output shape of every module that runs once on the way from images to features."""
+def _shapes_of_modules(model: nn.Module, example: Inputs) -> dict[str, tuple[Shape, Shape]]:
+    """Return input and output shape of every module that runs once on the way from the input to features."""
     calls: dict[str, list[tuple[Shape, Shape]]] = {}
     hooks = []
 
@@ -178,7 +185,7 @@ def _shapes_of_modules(model: nn.Module, example: Tensor) -> dict[str, tuple[Sha
             hooks.append(module.register_forward_hook(lambda m, a, o, name=name: leave(m, a, o, name=name)))
     try:
         with eval_mode(model), torch.no_grad():
-            model(example)
+            call_network(model, example)
     finally:
         for hook in hooks:
             hook.remove()

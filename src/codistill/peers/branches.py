@@ -5,16 +5,24 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branch_points import default_fork
+from codistill.peers.inputs import Inputs, InputSpec, device_of
 from codistill.peers.members import Spec, build_members
 from codistill.peers.modes import copy_module, eval_mode
-from codistill.peers.shared_trunk import BranchEntry, SharedModule, changes_shared_outputs, share_until
-from codistill.peers.split_head import SplitMember, dummy_input
+from codistill.peers.shared_trunk import (
+    BranchEntry,
+    SharedModule,
+    changes_shared_outputs,
+    channel_axis,
+    share_until,
+)
+from codistill.peers.split_head import SplitMember
 from codistill.utils import InputError
 
 
@@ -30,16 +38,21 @@ class BranchPeers(Peers):
         fan_out: Number of children at each fork; its product is `num_peers`.
         rescale: Divide the gradient that goes from a fork into the layers below by the fork's fan-out.
         seed: Branch p is initialized from a seed made of (seed, p); shared parts come from the first branch of a group.
-        in_channels: Channels of the images.
-        image_size: Height and width used once, to find what runs before the fork.
+        in_channels: Channels of the images; default 3.
+        image_size: Height and width used once, to find what runs before the fork; default 32.
+        example: Instead of the two, for any input, as in `NetworkPeers`.
 
     Raises:
-        InputError: the network is an instance, has no such module, or uses a module on both sides of the fork.
+        InputError: the network is an instance, has no such module, or uses a module on both sides of the fork; or it
+            does not take the images or the example.
 
     >>> peers = BranchPeers("resnet32", num_peers=4, num_classes=100)
     >>> sum(p.numel() for p in peers.parameters())
     1553248
     """
+
+    _channel_axis: int | None = None
+    """Axis of the trunk's output that holds its channels; None: found from the shape, as images are square."""
 
     def __init__(
         self,
@@ -51,28 +64,33 @@ class BranchPeers(Peers):
         fan_out: Sequence[int] = (),
         rescale: bool = False,
         seed: int = 0,
-        in_channels: int = 3,
-        image_size: int = 32,
+        in_channels: int | None = None,
+        image_size: int | None = None,
+        example: Inputs | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(spec, str) and (isinstance(spec, nn.Module) or not callable(spec)):
             raise InputError(
                 "branches are built from a name or a callable, once each; a built model or a list cannot be"
             )
-        members = build_members([spec] * num_peers, seed, num_classes, in_channels, image_size)
-        example = dummy_input(members[0], in_channels, image_size)
+        inputs = InputSpec.of(example, in_channels, image_size)
+        self.num_input_axes = inputs.num_axes
+        members = build_members([spec] * num_peers, seed, num_classes, inputs)
+        row = inputs.for_network(members[0])
         forks = [branch_at] if isinstance(branch_at, str) else list(branch_at)
-        forks = forks or [default_fork(spec, members[0], in_channels, image_size)]
-        self._share(members, forks, list(fan_out) or [num_peers], example)
+        forks = forks or [default_fork(spec, members[0], row)]
+        self._share(members, forks, list(fan_out) or [num_peers], row)
+        if example is not None:
+            self._channel_axis = channel_axis(self._entries[0])
         with eval_mode(self):
-            outputs = self._verify(forks[0], example)
-            self._can_rescale = self._rescales_every_path(example)
+            outputs = self._verify(forks[0], row)
+            self._can_rescale = self._rescales_every_path(row)
         assert outputs.trunk_BD is not None
         self._trunk_dim = outputs.trunk_BD.shape[1]
         self._set_num_classes([outputs.logits_PBC.shape[-1]], num_classes)
         self.set_rescale(rescale)
 
-    def _share(self, members: list[SplitMember], forks: list[str], fan_out: list[int], example: Tensor) -> None:
+    def _share(self, members: list[SplitMember], forks: list[str], fan_out: list[int], example: Inputs) -> None:
         """Make `members` share what runs before the forks, and keep the modules that do the sharing."""
         if len(forks) != len(fan_out) or math.prod(fan_out) != len(members):
             raise InputError(
@@ -88,10 +106,10 @@ class BranchPeers(Peers):
         first = first.inner if isinstance(first, SharedModule) else first
         self._entries = sorted(entries, key=lambda entry: entry is not first)
 
-    def _verify(self, fork: str, example: Tensor) -> PeerOutputs:
-        """Return the outputs for `example`, or raise where sharing the trunk changes them."""
+    def _verify(self, fork: str, example: Inputs) -> PeerOutputs:
+        """Return the outputs for one row, or raise where sharing the trunk changes them."""
         with torch.no_grad():
-            outputs, unshared = self(example), self(example.expand(self.num_peers, *example.shape))
+            outputs, unshared = self(example), self([example] * self.num_peers)
             gap = (outputs.logits_PBC - unshared.logits_PBC).abs().max()
             if gap > 1e-3 * unshared.logits_PBC.abs().max() or self._writes_into_trunk(example):
                 raise InputError(
@@ -124,20 +142,31 @@ class BranchPeers(Peers):
             module.clear_cache()
 
     def trunk_output(self) -> Tensor:
-        """Return what entered the first fork in this forward, pooled to `B x D`."""
+        """Return what entered the first fork in this forward, pooled over all positions to `B x D`.
+
+        Raises:
+            InputError: it is no tensor of numbers to pool.
+        """
         x = self._entries[0].last_input
         assert x is not None, "the trunk has not run since clear_cache()"
+        if not isinstance(x, Tensor) or not x.is_floating_point() or x.dim() < 2:
+            kind = f"{x.dtype} of {x.dim()} axes" if isinstance(x, Tensor) else type(x).__name__
+            raise InputError(f"--branch-at: the module takes {kind}, which is no trunk's output; fork at a later one")
+        if x.dim() == 2:
+            return x
+        if self._channel_axis is not None:
+            return x.mean([axis for axis in range(1, x.dim()) if axis != self._channel_axis % x.dim()])
         if x.dim() == 4:  # images are square: where axes 1 and 2 agree and 3 does not, the channels are last
             return x.mean((1, 2)) if x.shape[1] == x.shape[2] != x.shape[3] else x.mean((2, 3))
-        return x if x.dim() == 2 else x.mean(1)
+        return x.mean(1)
 
-    def _writes_into_trunk(self, example: Tensor) -> bool:
+    def _writes_into_trunk(self, example: Inputs) -> bool:
         """Return whether a member changes a cached output of a shared module in place, even to the same values."""
-        written = changes_shared_outputs(list(self.members), self.shared_modules, example)
+        written = changes_shared_outputs([partial(m, example) for m in self.members], self.shared_modules)
         self.clear_cache()
         return written
 
-    def _rescales_every_path(self, example: Tensor) -> bool:
+    def _rescales_every_path(self, example: Inputs) -> bool:
         """Return whether rescaling divides every shared parameter's gradient by its number of branches."""
         num_holders = Counter(id(p) for member in self.members for p in member.parameters())
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -155,19 +184,19 @@ class BranchPeers(Peers):
             for p, plain, scaled in found
         )
 
-    def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
+    def forward(self, inputs: Inputs | list[Inputs]) -> PeerOutputs:
         """Run the trunk once and every branch; with one view per peer, the trunk runs once per view.
 
         Args:
-            views_VBCHW: One view or one per peer; `B x C x H x W` is one view.
+            inputs: What the network takes, or one view per peer, as in `NetworkPeers`.
         """
-        views = self._as_views(views_VBCHW)
-        own_views = views.shape[0] > 1
+        views = self._as_views(inputs)
+        own_views = len(views) > 1
         if self.stacked_runner is not None and self.training and not own_views:
             return self.stacked_runner(views)
         self.clear_cache()
         pairs = []
-        with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(device_of(views[0]).type, self.autocast, enabled=self.autocast is not None):
             for p, member in enumerate(self.members):
                 for shared in self.shared_modules:
                     shared.clear_cache() if own_views else shared.replay()
@@ -177,13 +206,13 @@ class BranchPeers(Peers):
         return self._stack_outputs(pairs, trunk)
 
 
-def can_fork(member: SplitMember, fork: str, example: Tensor) -> bool:
+def can_fork(member: SplitMember, fork: str, example: Inputs) -> bool:
     """Return whether branches of a network can share what runs before a module, as `BranchPeers` checks it.
 
     Args:
         member: The network; it is copied.
         fork: Path of the first module of every branch.
-        example: Images that it takes, `B x C x H x W`.
+        example: One row that it takes.
     """
     peers = BranchPeers.__new__(BranchPeers)
     Peers.__init__(peers)

@@ -9,22 +9,23 @@ Shapes: B batch, C channels, H height, W width, D features.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from codistill.models import build, resolve
 from codistill.peers.branch_points import branch_points, exit_points, library_source
+from codistill.peers.heads import AveragedHeads, MapHead
+from codistill.peers.inputs import Inputs, InputSpec, call_network, dummy_input
 from codistill.peers.members import Spec
 from codistill.peers.modes import eval_mode
 from codistill.peers.shared_trunk import changes_shared_outputs, plain_copy, share_comb
-from codistill.peers.split_head import SplitMember, dummy_input
+from codistill.peers.split_head import SplitMember
 from codistill.utils import InputError
 
 
-def add_exits(
-    member: SplitMember, spec: Spec, count: int, seed: int, num_classes: int, in_channels: int, image_size: int
-) -> None:
+def add_exits(member: SplitMember, spec: Spec, count: int, seed: int, num_classes: int, inputs: InputSpec) -> None:
     """Give a member `count` exits, in place.
 
     They fork at the starts of the network's last stages: where it names them in `exits_at`, else where its maps shrink.
@@ -37,25 +38,29 @@ def add_exits(
         count: Exits E.
         seed: Exit e is initialized from a seed made of (seed, e).
         num_classes: Number of classes.
-        in_channels: Channels of the images.
-        image_size: Height and width used once, to find what runs before the forks.
+        inputs: What the network takes; one row is used once, to find what runs before the forks.
 
     Raises:
         InputError: the network cannot be built again, or has no places for so many exits.
     """
     if isinstance(spec, nn.Module):
         raise InputError("exits are built from a name or a callable; a built model cannot have them")
+    if isinstance(member.head, MapHead | AveragedHeads):
+        raise InputError(
+            f"--model: {type(member.body).__name__} cannot have exits, as its head is not called on pooled features; "
+            "take another network"
+        )
     factory = resolve(spec) if isinstance(spec, str) else spec
-    forks, after = find_exit_forks(member, factory, count, in_channels, image_size)
+    example = inputs.for_network(member)
+    forks, after = find_exit_forks(member, factory, count, example)
     networks = []
     for e in range(count):
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed((seed + (e + 1) * 104_729) % 2**31)
-            network = build(factory, num_classes=num_classes, in_channels=in_channels, image_size=image_size)
+            network = build(factory, **inputs.build_options(num_classes))
             further = network.further_stage() if after[e] else None  # pyrefly: ignore
         network.set_submodule(member.head_path, nn.Identity())
         networks.append(network)
-    example = dummy_input(member, in_channels, image_size)
     member.shared_modules = share_comb(member.body, networks, forks, after, example)
     if further is not None:
         networks[-1].set_submodule(forks[-1], nn.Sequential(networks[-1].get_submodule(forks[-1]), further))
@@ -64,7 +69,7 @@ def add_exits(
 
 
 def find_exit_forks(
-    member: SplitMember, factory: Callable[..., nn.Module], count: int, in_channels: int, image_size: int
+    member: SplitMember, factory: Callable[..., nn.Module], count: int, example: Inputs
 ) -> tuple[list[str], list[bool]]:
     """Return the paths at which the exits of a network fork, and of each whether it forks after that module.
 
@@ -76,7 +81,8 @@ def find_exit_forks(
         forks = list(declared)[-count:]
     else:
         source = library_source(factory)
-        example = dummy_input(member, in_channels, (source.native_size if source else None) or image_size)
+        if source is not None and source.native_size and isinstance(example, Tensor):
+            example = dummy_input(member, example.shape[1], source.native_size)
         forks = exit_points(branch_points(member.body, member.head_path, example), count)
     after = [False] * len(forks)
     if forks and len(forks) == count - 1 and callable(getattr(member.body, "further_stage", None)):
@@ -89,11 +95,12 @@ def find_exit_forks(
     return forks, after
 
 
-def _verify(member: SplitMember, example: Tensor) -> tuple[int, ...]:
+def _verify(member: SplitMember, example: Inputs) -> tuple[int, ...]:
     """Return the widths of a member's exits, or raise where sharing changes what they compute."""
     with eval_mode(member), torch.no_grad():
-        alone = [plain_copy(network)(example) for network in member.exits]
-        changed = changes_shared_outputs([member.body, *member.exits], member.shared_modules, example)
+        alone = [call_network(plain_copy(network), example) for network in member.exits]
+        calls = [partial(call_network, network, example) for network in (member.body, *member.exits)]
+        changed = changes_shared_outputs(calls, member.shared_modules)
         with torch.enable_grad():  # in evaluation the exits run for a gradient only
             _, _, *shared = member.forward_with_exits(example)
     for x, y in zip(alone, shared):

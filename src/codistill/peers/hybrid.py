@@ -2,7 +2,7 @@
 
 The members are whole networks of one architecture, which begin with the same weights: means of networks that were
 initialized independently are no better than chance.
-Shapes: P peers, B batch, C channels or classes, H height, W width.
+Shapes: P peers, B batch, C classes.
 """
 
 from __future__ import annotations
@@ -13,6 +13,8 @@ from torch.func import functional_call
 from torch.utils.checkpoint import checkpoint
 
 from codistill.peers.base import Peers
+from codistill.peers.heads import places
+from codistill.peers.inputs import Inputs, device_of
 from codistill.peers.modes import frozen_batchnorm_stats
 from codistill.peers.split_head import SplitMember
 from codistill.utils import InputError
@@ -20,7 +22,7 @@ from codistill.utils import InputError
 State = dict[str, Tensor]
 
 
-def hybrid_logits(peers: Peers, images_BCHW: Tensor, shares_P: Tensor | None = None) -> Tensor:
+def hybrid_logits(peers: Peers, inputs: Inputs, shares_P: Tensor | None = None) -> Tensor:
     """Return the logits `B x C` of the network with weights theta_h; its gradient reaches every member's parameters.
 
     The gradient of theta_p is r_p times that of theta_h. BatchNorm in training mode normalizes by the batch, and
@@ -28,7 +30,7 @@ def hybrid_logits(peers: Peers, images_BCHW: Tensor, shares_P: Tensor | None = N
 
     Args:
         peers: Whole networks of one architecture, run one after the other.
-        images_BCHW: Images.
+        inputs: What the networks take, one view for all.
         shares_P: r, which sums to 1; default 1/P each.
 
     >>> from codistill.peers import NetworkPeers
@@ -39,19 +41,19 @@ def hybrid_logits(peers: Peers, images_BCHW: Tensor, shares_P: Tensor | None = N
     """
     member, weights = peers.member(0), mix_members(peers, shares_P)
 
-    def run(x_BCHW: Tensor) -> Tensor:
+    def run(inputs: Inputs) -> Tensor:
         # Activations are recomputed by the checkpoint below: the member's own would run with the member's weights.
         recompute, member.checkpoint_activations = member.checkpoint_activations, False
         try:
             with frozen_batchnorm_stats(member):
-                return functional_call(member, weights, (x_BCHW,))[1]
+                return functional_call(member, weights, (inputs,))[1]
         finally:
             member.checkpoint_activations = recompute
 
-    with torch.autocast(images_BCHW.device.type, peers.autocast, enabled=peers.autocast is not None):
+    with torch.autocast(device_of(inputs).type, peers.autocast, enabled=peers.autocast is not None):
         if member.checkpoint_activations and member.training and torch.is_grad_enabled():
-            return checkpoint(run, images_BCHW, use_reentrant=False)
-        return run(images_BCHW)
+            return checkpoint(run, inputs, use_reentrant=False)
+        return run(inputs)
 
 
 def mix_members(peers: Peers, shares_P: Tensor | None = None) -> State:
@@ -116,7 +118,12 @@ def check_mixable(peers: Peers, name: str) -> None:
 def _plain_name(name: str, member: SplitMember) -> str:
     """Return the name in the plain network of a member's parameter or buffer."""
     part, _, rest = name.partition(".")
-    return rest if part == "body" else f"{member.head_path}.{rest}"
+    if part == "body":
+        return rest
+    modules = {id(module): f"{path}." if path else "" for path, module in member.head.named_modules()}
+    prefixes = {modules[id(module)]: place for place, module in places(member.head_path, member.head).items()}
+    prefix = next(prefix for prefix in prefixes if rest.startswith(prefix))
+    return f"{prefixes[prefix]}.{rest.removeprefix(prefix)}"
 
 
 def _running_statistics(member: SplitMember) -> State:

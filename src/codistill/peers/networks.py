@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.exits import add_exits
+from codistill.peers.inputs import Inputs, InputSpec, device_of
 from codistill.peers.members import Spec, build_members, member_seed, num_head_classes
 from codistill.peers.modes import frozen_batchnorm_stats
 from codistill.peers.streams import run_side_by_side
@@ -23,24 +24,32 @@ class NetworkPeers(Peers):
         spec: A name (see `models.resolve`), a callable that builds one network, or a list of names, callables or
             modules, one per peer.
             Modules are used as they are and changed: their heads are cut off (`export_member` puts them back).
-            A callable is called with those of `num_classes`, `in_channels` and `image_size` that it takes.
+            A callable is called with those of `num_classes`, `in_channels` and `image_size` that it takes and that
+            are known.
         num_peers: Number of members, the leader included; default the length of the list.
         num_classes: Number of classes; default what the networks end in.
         seed: Member p is initialized from a seed made of (seed, p).
-        in_channels: Channels of the images.
-        image_size: Height and width used once, to check the networks.
+        in_channels: Channels of the images; default 3.
+        image_size: Height and width used once, to check the networks; default 32.
+        example: Instead of the two, for any input: a batch as the networks take it, of which one row is used to check
+            them. A tensor, or a mapping (the keywords) or tuple (the arguments) of tensors. From a tensor of 3 axes or
+            more, `B x C x ...`, follow `in_channels` and (of square images) `image_size`.
         first: Number of the first member, where these peers are a part of more (see `codistill.distributed`).
         same_start: Initialize all members as member 0, so that those of one architecture begin with the same weights.
         exits: Exits of every network, for a method that learns from intermediate maps too (see
             `codistill.peers.exits`).
 
     Raises:
-        InputError: one built instance is given for several peers, the heads do not agree, or a network has no places
-            for so many exits.
+        InputError: one built instance is given for several peers, the heads do not agree, a network does not take the
+            images or the example, or it has no places for so many exits.
 
     >>> peers = NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8)
     >>> peers(torch.zeros(4, 3, 8, 8)).logits_PBC.shape
     torch.Size([2, 4, 10])
+    >>> rows = torch.zeros(4, 6)
+    >>> mlp = lambda num_classes: nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, num_classes))
+    >>> NetworkPeers(mlp, num_peers=2, num_classes=3, example=rows)(rows).logits_PBC.shape
+    torch.Size([2, 4, 3])
     """
 
     def __init__(
@@ -50,8 +59,9 @@ class NetworkPeers(Peers):
         num_classes: int | None = None,
         *,
         seed: int = 0,
-        in_channels: int = 3,
-        image_size: int = 32,
+        in_channels: int | None = None,
+        image_size: int | None = None,
+        example: Inputs | None = None,
         first: int = 0,
         same_start: bool = False,
         exits: int = 0,
@@ -65,24 +75,27 @@ class NetworkPeers(Peers):
             specs *= num_peers
         if len(specs) != num_peers:
             raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one per peer")
-        members = build_members(specs, seed, num_classes, in_channels, image_size, first, same_start)
+        inputs = InputSpec.of(example, in_channels, image_size)
+        self.num_input_axes = inputs.num_axes
+        members = build_members(specs, seed, num_classes, inputs, first, same_start)
         self.members = nn.ModuleList(members)
         self._set_num_classes([num_head_classes(m) for m in members], num_classes)
         if exits:
             for p, (own_spec, member) in enumerate(zip(specs, members), first):
-                add_exits(member, own_spec, exits, member_seed(seed, p), self.num_classes, in_channels, image_size)
+                add_exits(member, own_spec, exits, member_seed(seed, p), self.num_classes, inputs)
 
-    def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
+    def forward(self, inputs: Inputs | list[Inputs]) -> PeerOutputs:
         """Run every member on its own view, or all on the only one.
 
         Args:
-            views_VBCHW: One view or one per peer; `B x C x H x W` is one view.
+            inputs: What the networks take, the same for all (images: `B x C x H x W`), or one view per peer: a list of
+                such inputs, or of tensors one tensor with one more axis in front (`V x B x C x H x W`).
         """
-        views = self._as_views(views_VBCHW)
-        own_views = views.shape[0] > 1
+        views = self._as_views(inputs)
+        own_views = len(views) > 1
         if self.stacked_runner is not None and self.training:
             return self.stacked_runner(views)
-        with torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None):
+        with torch.autocast(device_of(views[0]).type, self.autocast, enabled=self.autocast is not None):
             calls = [
                 partial(self.member(p).forward_with_exits, views[p if own_views else 0]) for p in range(self.num_peers)
             ]
@@ -90,14 +103,14 @@ class NetworkPeers(Peers):
         return self._stack_outputs(tuples, None)
 
     @torch.no_grad()
-    def refresh(self, outputs: PeerOutputs, views_VBCHW: Tensor, index: int) -> None:
+    def refresh(self, outputs: PeerOutputs, inputs: Inputs | list[Inputs], index: int) -> None:
         """Run member `index` again and replace its logits and features in `outputs`; no statistics are recorded."""
-        views, member = self._as_views(views_VBCHW), self.member(index)
+        views, member = self._as_views(inputs), self.member(index)
         with (
-            torch.autocast(views.device.type, self.autocast, enabled=self.autocast is not None),
+            torch.autocast(device_of(views[0]).type, self.autocast, enabled=self.autocast is not None),
             frozen_batchnorm_stats(member),
         ):
-            features_BD, logits_BC = member(views[index if views.shape[0] > 1 else 0])
+            features_BD, logits_BC = member(views[index if len(views) > 1 else 0])
         outputs.logits_PBC[index] = logits_BC
         if outputs.features:
             outputs.features[index] = features_BD

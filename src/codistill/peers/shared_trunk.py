@@ -9,7 +9,7 @@ say) are shared too. The fork's module itself is wrapped in a `BranchEntry`, whe
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -17,8 +17,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from codistill.losses import scale_gradient
+from codistill.peers.inputs import Inputs, call_network
 from codistill.peers.modes import copy_module, eval_mode
 from codistill.utils import InputError
+
+CHANNELS_FIRST = (
+    nn.modules.conv._ConvNd,
+    nn.modules.batchnorm._NormBase,  # BatchNorm and InstanceNorm
+    nn.GroupNorm,
+)
+CHANNELS_LAST = (nn.Linear, nn.LayerNorm, nn.RMSNorm, nn.RNNBase, nn.MultiheadAttention)
 
 
 class _Wrapper(nn.Module):
@@ -71,16 +79,38 @@ class BranchEntry(_Wrapper):
         super().__init__(inner)
         self.fan_out = fan_out
         self.rescale = False
-        self.last_input: Tensor | None = None
+        self.last_input: Any = None
+        """The first argument of the last call: what the trunk gives to the branches."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the branch's module."""
-        self.last_input = x
-        return self.inner(scale_gradient(x, 1.0 / self.fan_out) if self.rescale else x, *args, **kwargs)
+        if not args:  # it is called by keywords alone
+            name, x = next(iter(kwargs.items()))
+            self.last_input = x
+            return self.inner(**(kwargs | {name: self._rescaled(x)}))
+        self.last_input = args[0]
+        return self.inner(self._rescaled(args[0]), *args[1:], **kwargs)
+
+    def _rescaled(self, x: Tensor) -> Tensor:
+        return scale_gradient(x, 1.0 / self.fan_out) if self.rescale else x
 
     def clear_cache(self) -> None:
         """Drop the last input (and the graph that it keeps alive)."""
         self.last_input = None
+
+
+def channel_axis(entry: BranchEntry) -> int | None:
+    """Return the axis of channels in what the module of a branch takes, by its first layer whose axis is known.
+
+    >>> channel_axis(BranchEntry(nn.Sequential(nn.ReLU(), nn.Conv1d(4, 8, 3)), 2))
+    1
+    """
+    for module in entry.inner.modules():
+        if isinstance(module, CHANNELS_FIRST):
+            return 1
+        if isinstance(module, CHANNELS_LAST):
+            return -1
+    return None
 
 
 def plain_copy(module: nn.Module) -> nn.Module:
@@ -92,14 +122,14 @@ def plain_copy(module: nn.Module) -> nn.Module:
     return plain
 
 
-def share_until(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequence[int], example: Tensor) -> None:
+def share_until(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequence[int], example: Inputs) -> None:
     """Make `copies` share the modules that run before each fork, in place; see the docstring of this file.
 
     Args:
         copies: The same network, built once per branch: prod(fan_out) copies.
         forks: Paths of the first module after each fork, in the order in which they run.
         fan_out: Children at each fork.
-        example: A batch `B x C x H x W` that the network takes.
+        example: A batch that the network takes.
 
     Raises:
         InputError: a path does not exist or does not run, or a module runs on both sides of a fork.
@@ -123,7 +153,7 @@ def share_until(copies: Sequence[nn.Module], forks: Sequence[str], fan_out: Sequ
 
 
 def share_comb(
-    network: nn.Module, copies: Sequence[nn.Module], forks: Sequence[str], after: Sequence[bool], example: Tensor
+    network: nn.Module, copies: Sequence[nn.Module], forks: Sequence[str], after: Sequence[bool], example: Inputs
 ) -> list[SharedModule]:
     """Make every copy share with `network` what runs before its own fork, in place: a comb, not a balanced tree.
 
@@ -132,7 +162,7 @@ def share_comb(
         copies: Copies of it, in the order of their forks.
         forks: Path of the first module that each copy has for itself, in the order in which they run.
         after: Whether a copy forks after that module instead, which it then shares.
-        example: A batch `B x C x H x W` that the network takes.
+        example: A batch that the network takes.
 
     Returns:
         The modules that are shared.
@@ -150,18 +180,21 @@ def share_comb(
     return [module for module in network.modules() if isinstance(module, SharedModule)]
 
 
-def changes_shared_outputs(
-    networks: Sequence[nn.Module], shared_modules: Sequence[SharedModule], example: Tensor
-) -> bool:
-    """Return whether one of the networks changes a cached output of a shared module in place, even to equal values."""
+def changes_shared_outputs(calls: Sequence[Callable[[], Any]], shared_modules: Sequence[SharedModule]) -> bool:
+    """Return whether one of the networks changes a cached output of a shared module in place, even to equal values.
+
+    Args:
+        calls: Each runs one of the networks.
+        shared_modules: What they share.
+    """
     for shared in shared_modules:
         shared.clear_cache()
     versions: dict[int, int] = {}
     changed = False
-    for network in networks:
+    for call in calls:
         for shared in shared_modules:
             shared.replay()
-        network(example)
+        call()
         for tensor in (cached for shared in shared_modules for cached in shared.cached_tensors()):
             changed |= versions.setdefault(id(tensor), tensor._version) != tensor._version
     for shared in shared_modules:
@@ -169,7 +202,7 @@ def changes_shared_outputs(
     return changed
 
 
-def _call_spans(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int]]:
+def _call_spans(network: nn.Module, example: Inputs) -> dict[str, tuple[int, int]]:
     """Return the numbers of the first and the last call of every module, counted over all calls of one forward."""
     order: list[str] = []
     hooks = [
@@ -179,7 +212,7 @@ def _call_spans(network: nn.Module, example: Tensor) -> dict[str, tuple[int, int
     ]
     try:
         with eval_mode(network), torch.no_grad():
-            network(example)
+            call_network(network, example)
     finally:
         for hook in hooks:
             hook.remove()

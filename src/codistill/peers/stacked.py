@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from codistill.losses import scale_gradient
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branches import BranchPeers
+from codistill.peers.inputs import Views
 from codistill.peers.modes import copy_module, frozen_batchnorm_stats, train_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule
 from codistill.utils import InputError
@@ -140,11 +141,13 @@ class StackedPeers:
         example: A batch `B x C x H x W`, on which the outputs are compared with those of the plain loop.
 
     Raises:
-        InputError: the members differ, or contain a module that cannot be stacked.
+        InputError: the members differ, take other inputs than images, or contain a module that cannot be stacked.
     """
 
     def __init__(self, peers: Peers, example: Tensor) -> None:
         self.peers = peers
+        if peers.num_input_axes != 4:
+            raise InputError("--execution stacked takes images, B x C x H x W; use --execution loop")
         members = [peers.member(p) for p in range(peers.num_peers)]
         trunk = peers.shared_modules if isinstance(peers, BranchPeers) else []
         _check_equal(members, trunk)
@@ -170,16 +173,16 @@ class StackedPeers:
         if self.repeats_images and not self._reproduces(example, expected, repeats_images=True):
             raise InputError("--execution stacked: the network mixes channels outside its layers; use --execution loop")
 
-    def __call__(self, views_VBCHW: Tensor) -> PeerOutputs:
-        """Run all members at once; see `Peers.forward`."""
+    def __call__(self, views: Views) -> PeerOutputs:
+        """Run all members at once on images, one view for all or one per peer; see `Peers.forward`."""
         num_peers = self.peers.num_peers
         if isinstance(self.peers, BranchPeers):
             self.peers.clear_cache()
-            x = views_VBCHW[0]
-        elif len(views_VBCHW) == 1 and not self.repeats_images:
-            x = views_VBCHW[0]
+            x = views[0]
+        elif len(views) == 1 and not self.repeats_images:
+            x = views[0]
         else:
-            x = torch.cat([views_VBCHW[p if len(views_VBCHW) > 1 else 0] for p in range(num_peers)], 1)
+            x = torch.cat([views[p if len(views) > 1 else 0] for p in range(num_peers)], 1)
         counts = [count for norm, count in self._batch_counts if norm.training and norm.track_running_stats]
         if counts:
             torch._foreach_add_(counts, 1)
