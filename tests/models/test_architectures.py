@@ -11,7 +11,6 @@ from codistill.peers.branches import BranchPeers
 from codistill.peers.inputs import dummy_input
 from codistill.peers.networks import NetworkPeers
 from codistill.peers.split_head import split_head
-from codistill.utils.errors import InputError
 
 CASES = [(name, size) for _, name, size in ARCHITECTURES]
 
@@ -70,15 +69,21 @@ def test_the_default_fork_does_not_depend_on_the_image_size():
 
 
 @pytest.mark.parametrize(
-    ("name", "sentence"),
+    ("name", "head", "size"),
     [
-        ("torchvision:squeezenet1_1", "has no nn.Linear inside"),
-        ("timm:deit_tiny_distilled_patch16_224,depth=2,embed_dim=48", "is not its classifier head"),
+        ("torchvision:squeezenet1_1", "classifier", 512),
+        ("timm:deit_tiny_distilled_patch16_224,depth=2,embed_dim=48", "head", 96),
     ],
 )
-def test_what_cannot_be_cut_is_refused_in_one_sentence(name, sentence):
-    with pytest.raises(InputError, match=sentence):
-        NetworkPeers(name, 2, 5, image_size=64)
+def test_heads_of_other_kinds_are_cut_and_put_back(name, head, size):
+    peers = NetworkPeers(name, 2, 5, image_size=64).eval()
+    assert peers.member(0).head_path == head
+    assert peers.feature_dims == [size] * 2
+    images = torch.randn(2, 3, 64, 64, generator=torch.Generator().manual_seed(0))
+    student = peers.export_member(1)
+    assert student.state_dict().keys() == resolve(name)(num_classes=5, image_size=64).state_dict().keys()
+    with torch.no_grad():
+        torch.testing.assert_close(peers(images).logits_PBC[1], student(images), rtol=1e-5, atol=1e-6)
 
 
 def test_the_gate_of_one_reads_channels_last_feature_maps():

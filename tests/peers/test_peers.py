@@ -229,18 +229,18 @@ def test_a_network_without_a_linear_layer_is_refused(make):
         NetworkPeers(make, 2, image_size=SIZE)
 
 
-def test_a_head_path_without_a_linear_layer_is_refused():
+def test_a_head_path_without_a_classifier_layer_is_refused():
     class ConvolutionalHead(nn.Module):
         head_path = "head"
 
         def __init__(self):
             super().__init__()
-            self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, CLASSES, 1)
+            self.body, self.head = nn.Conv2d(3, 4, 3), nn.Conv2d(4, CLASSES, 3)
 
         def forward(self, x):
             return self.head(self.body(x)).mean((2, 3))
 
-    with pytest.raises(InputError, match=r"head.*nn\.Linear"):
+    with pytest.raises(InputError, match=r"head.*nn\.Linear and no 1 x 1 convolution"):
         NetworkPeers(ConvolutionalHead, 2, image_size=SIZE)
 
 

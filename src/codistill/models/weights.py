@@ -103,8 +103,16 @@ def without_prefix(weights: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> 
 
 
 def _is_resized_classifier(network: nn.Module, key: str, own: dict[str, Tensor], weights: dict[str, Tensor]) -> bool:
-    """Return whether `key` belongs to a linear layer that differs in its number of outputs alone: the classifier."""
+    """Return whether `key` belongs to a classifier that differs in its number of outputs alone.
+
+    A linear layer is one, and a 1 x 1 convolution that is the network's last layer with weights (SqueezeNet's).
+    """
     if key not in own or key not in weights or own[key].shape == weights[key].shape:
         return False
-    layer = network.get_submodule(key.rpartition(".")[0])
-    return isinstance(layer, nn.Linear) and own[key].shape[1:] == weights[key].shape[1:]
+    path = key.rpartition(".")[0]
+    layer = network.get_submodule(path)
+    if isinstance(layer, nn.Conv2d):
+        is_classifier = layer.kernel_size == (1, 1) and path == [*own][-1].rpartition(".")[0]
+    else:
+        is_classifier = isinstance(layer, nn.Linear)
+    return is_classifier and own[key].shape[1:] == weights[key].shape[1:]

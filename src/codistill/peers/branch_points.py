@@ -103,10 +103,11 @@ def default_fork(spec: Spec, member: SplitMember, example: Inputs) -> str:
     """
     fork = find_default_fork(spec, member, example)
     if fork is None:
-        raise InputError(
-            f"--branch-at is needed: {type(member.body).__name__} has no default place to fork "
-            "(codistill list branch-points --model NAME shows the places)"
-        )
+        where = "codistill list branch-points --model NAME shows the places"
+        if not isinstance(spec, str):
+            found = default_branch_point(branch_points(member.body, member.head_path, example))
+            where = f'such as "{found}"' if found else "name a module in which every branch begins"
+        raise InputError(f"--branch-at is needed: {type(member.body).__name__} has no default place to fork ({where})")
     return fork
 
 
