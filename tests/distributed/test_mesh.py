@@ -43,6 +43,8 @@ QUICK = [
     (2, "dml, okddip_code", False, ["data=2,peer=1"]),
     (2, "kd, dist", False, ["data=2,peer=1"]),
     (2, "switokd", False, ["data=2,peer=1"]),
+    (2, "mcl", False, ["data=1,peer=2"]),
+    (2, "mcl, branches", False, ["data=2,peer=1"]),
     (2, "okddip, smoothed labels", False, ["data=2,peer=1"]),
     (2, "okddip, two parts", False, ["data=2,peer=1"]),
     (2, "one, okddip_code, branches", False, ["data=2,peer=1"]),

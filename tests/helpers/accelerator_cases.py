@@ -2,7 +2,7 @@
 
 from codistill.config.methods import DMLConfig, KDCLConfig, KDConfig, OKDDipConfig
 
-NAMED = ("independent", "dml", "cl_ilr", "okddip", "pcl", "kdcl")
+NAMED = ("independent", "dml", "cl_ilr", "okddip", "pcl", "kdcl", "mcl")
 BRANCHES = ("independent", "cl_ilr", "one", "okddip", "pcl", "kdcl")
 CASES = {
     **{name: {"method": name} for name in NAMED},

@@ -61,6 +61,8 @@ CASES = {
     "kdcl, branches": ("kdcl", {}, "branches"),
     "codistillation": ("codistillation", {"interval": 3}, "networks"),
     "switokd": ("switokd", {}, "networks"),
+    "mcl": ("mcl", {"logit_weight": 1.0}, "networks"),
+    "mcl, branches": ("mcl", {}, "branches"),
     "okddip, smoothed labels": ("okddip", {}, "networks"),
     "cl_ilr, two parts, mixed": ("cl_ilr", {}, "networks"),
     "okddip, two parts": ("okddip", {}, "networks"),

@@ -33,6 +33,7 @@ OPTIONS = {
     "pcl-dist": ("pcl", {"divergence": "dist", "temperature": 1.0}),
     "kdcl-standardized": ("kdcl", {"standardize_logits": True}),
     "switokd-two-students": ("switokd", {"students": 2}),
+    "mcl-logits": ("mcl", {"logit_weight": 1.0}),
     "independent-rescaled": ("independent", {"rescale": True}),
 }
 

@@ -325,3 +325,56 @@ def switokd(z, y, *, students, weight=1.0):
             total + label_weight * ce(z[i], y) + weight * sum(w * kl(z[i], fixed[j], 1.0) for j, w in others.items())
         )
     return total, learns
+
+
+def normalized(row: Tensor) -> list[Tensor]:
+    length = torch.sqrt(sum(v * v for v in row))
+    return [v / length for v in row]
+
+
+def mcl_parts(v, y, *, tau, temperature):
+    """VCL, softVCL, ICL and softICL of embeddings v[i][b] (lists of numbers), summed over the peers."""
+    peers, batch = range(len(v)), range(len(y))
+
+    def similarity(i, j):
+        return [[sum(a * b for a, b in zip(v[i][b], v[j][k])) / tau for k in batch] for b in batch]
+
+    def nce(s):
+        rows = []
+        for b in batch:
+            others = [k for k in batch if k != b]
+            positives = [k for k in others if int(y[k]) == int(y[b])]
+            if positives:
+                total = log_sum([s[b][k] for k in others])
+                rows.append(-sum(s[b][k] - total for k in positives) / len(positives))
+        return sum(rows, ZERO) / max(len(rows), 1)
+
+    def soft(student, target):
+        rows = [kl_row(log_softmax(torch.stack(t).detach() / temperature), torch.stack(s), temperature)
+                for s, t in zip(student, target)]  # fmt: skip
+        return sum(rows, ZERO) / len(rows)
+
+    s = [[similarity(i, j) for j in peers] for i in peers]
+    pairs = [(i, j) for i in peers for j in peers if i != j]
+    return (
+        sum((nce(s[i][i]) for i in peers), ZERO),
+        sum((soft(s[i][i], s[j][j]) for i, j in pairs), ZERO),
+        sum((nce(s[i][j]) for i, j in pairs), ZERO),
+        sum((soft(s[i][j], s[j][i]) for i, j in pairs), ZERO),
+    )
+
+
+def mcl(z, h, heads, y, *, tau, temperature, weights, logit_weight=0.0, weight=1.0):
+    """sum_i CE_i + weight (weighted parts and logit term); `heads` holds (W1, b1, W2, b2) of each peer."""
+
+    def embed(row, w1, b1, w2, b2):
+        hidden = [torch.clamp(sum(w * x for w, x in zip(ws, row)) + b, min=0.0) for ws, b in zip(w1, b1)]
+        return normalized([sum(w * x for w, x in zip(ws, hidden)) + b for ws, b in zip(w2, b2)])
+
+    v = [[embed(row, *heads[i]) for row in h[i]] for i in range(len(z))]
+    parts = mcl_parts(v, y, tau=tau, temperature=temperature)
+    total = sum(ce(z[i], y) for i in range(len(z))) + weight * sum(w * part for w, part in zip(weights, parts))
+    mean = sum(z.detach()) / len(z)
+    for i in range(len(z)) if len(z) == 2 else [len(z) - 1]:
+        total = total + weight * logit_weight * kl(z[i], mean, temperature)
+    return total

@@ -134,6 +134,8 @@ def test_order_of_peers_does_not_matter(name, options, topology):
                 t.method.gate_norm.bias,
             ):
                 parameter.copy_(parameter[order].clone())
+        if name == "mcl":
+            t.method.heads = torch.nn.ModuleList([t.method.heads[p] for p in order])
         if name == "pcl":
             weight = t.method.classifier.weight
             weight.copy_(torch.cat(weight.chunk(len(order), 1)[::-1], 1).clone())

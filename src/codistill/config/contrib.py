@@ -73,3 +73,44 @@ class SwitOKDConfig(DivergenceConfig):
         super().check(options)
         if self.students == 2 and (options.peers or self.default_peers) < 3:
             raise InputError("--method.students 2 leaves no teacher of 2 networks; give --peers 3, or drop it")
+
+
+@dataclass(kw_only=True)
+class MCLConfig(DivergenceConfig):
+    """Mutual contrastive learning (Yang et al., AAAI 2022): peers learn from the similarities of a batch's images."""
+
+    name: ClassVar[str] = "mcl"
+    default_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 1
+
+    tau: Annotated[float, ABOVE_0] = 0.1
+    """Temperature of the similarities."""
+    temperature: Annotated[float, ABOVE_0] = 3.0
+    """T of the soft terms, in addition to tau, and of the logit term."""
+    vcl_weight: Annotated[float, AT_LEAST_0] = 0.1
+    """Weight of the contrast within a peer."""
+    icl_weight: Annotated[float, AT_LEAST_0] = 0.1
+    """Weight of the contrast between peers."""
+    soft_vcl_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of learning from the similarities within the other peers."""
+    soft_icl_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of learning from the similarities of the other peers to this one."""
+    embedding_dim: Annotated[int, AT_LEAST_1] = 128
+    """Numbers of an embedding, and of the hidden layer of its head."""
+    logit_weight: Annotated[float, AT_LEAST_0] = 0.0
+    """Weight of the logit term, which the code has as an option (of weight 1): both of two peers, of more the last one
+    alone, learn from the mean of all logits; the last of more is then deployed."""
+
+    def check(self, options: Options) -> None:
+        """Refuse soft labels, a logit term of one peer, and a divergence that nothing is compared by."""
+        super().check(options)
+        soft = next((name for name in ("label_smoothing", "mixup", "cutmix") if getattr(options, name)), None)
+        if soft is not None:
+            raise InputError(
+                f"--{soft.replace('_', '-')} makes labels soft, and mcl compares images of one class; drop it"
+            )
+        if self.logit_weight and options.peers == 1:
+            raise InputError("--method.logit-weight: one peer has no other to learn from; give --peers 2, or drop it")
+        if not self.logit_weight and (self.divergence != "kl" or self.standardize_logits):
+            flag = "divergence" if self.divergence != "kl" else "standardize-logits"
+            raise InputError(f"--method.{flag} is about mcl's logit term; add --method.logit-weight 1, or drop it")

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from codistill.config.contrib import CodistillationConfig, SwitOKDConfig
+from codistill.config.contrib import CodistillationConfig, MCLConfig, SwitOKDConfig
 from codistill.config.method_base import DivergenceConfig, MethodConfig, TeacherConfig, Topology
 from codistill.config.ranges import (
     ABOVE_0,
@@ -234,6 +234,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         KDCLConfig,
         CodistillationConfig,
         SwitOKDConfig,
+        MCLConfig,
     )
 }
 """Every method's config, by its name."""

@@ -29,7 +29,7 @@ def make_charts(section: Section) -> list[Chart]:
         ("Diversity and ensemble", "Of the peers that form the ensemble; mean over seeds.", _diversity_views),
         ("Accuracy against cost", "Deployed member, test set, last epoch; bars: ± one deviation.", _cost_views),
         ("Every member", seeds, _member_views),
-        ("Weights of the members", "Weights that the method gives its members; epoch means over seeds.", _weight_views),
+        ("Weights of the members", "What the method reports of its members; epoch means over seeds.", _weight_views),
         ("Reliability", f"{pooled}; above the diagonal: underconfident, below: overconfident.", _reliability_views),
         ("Confusion", f"{pooled}, deployed member; each row is a true class, in %.", _confusion_views),
     ]
@@ -196,7 +196,7 @@ def _weight_views(groups: list[Group]) -> list[View]:
             z = [[round(fmean(v[i] for v in sums[e]), 4) for e in epochs] for i in range(len(labels))]
             options = {
                 "hovertemplate": "epoch %{x}, %{y}: %{z:.3f}<extra></extra>",
-                "colorbar": {"title": {"text": "weight"}},
+                "colorbar": {"title": {"text": "mean"}},
             }
             trace = {"type": "heatmap", "x": epochs, "y": labels, "z": z, "heat": True, **options}
             views.append(_make_view(f"{group.label}, {name}", [trace], "epoch", "", yaxis={"autorange": "reversed"}))
