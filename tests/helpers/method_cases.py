@@ -51,7 +51,7 @@ every = pytest.mark.parametrize(("name", "options", "topology"), CASES + EXTRA)
 
 def config(name, options, topology, **more) -> Config:
     method = dataclasses.replace(method_config(name), **options)
-    peers = 1 if name == "kd" and topology == "networks" else 3
+    peers = 1 if name == "kd" and topology == "networks" else min(3, method.max_peers or 3)
     return tiny(**{"method": method, "topology": topology, "peers": peers, "batch_size": 12} | more)
 
 

@@ -378,3 +378,10 @@ def mcl(z, h, heads, y, *, tau, temperature, weights, logit_weight=0.0, weight=1
     for i in range(len(z)) if len(z) == 2 else [len(z) - 1]:
         total = total + weight * logit_weight * kl(z[i], mean, temperature)
     return total
+
+
+def dlb(z, y, again, old, y_before, *, temperature, weight):
+    """CE over the rows of both batches together + weight KLT(again <- old)."""
+    rows = [(z[b], y[b]) for b in range(len(y))] + [(again[b], y_before[b]) for b in range(len(y_before))]
+    total = sum(-log_softmax(row)[int(label)] for row, label in rows) / len(rows)
+    return total + weight * kl(again, old.detach(), temperature)

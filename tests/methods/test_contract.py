@@ -58,7 +58,7 @@ def test_every_trained_number_moves_and_teachers_do_not(name, options, topology)
 def test_a_members_own_loss_reaches_whom_it_should(name, options, topology):
     t = build(name, options, topology, dtype="float64")
     views, targets = next(t.loader.epoch(0))
-    outputs = t.peers(views)
+    outputs = t.peers(views[: t.peers.num_peers])
     logits = outputs.logits_PBC.detach().requires_grad_()
     outputs.logits_PBC = logits
     outputs.features = [f.detach() for f in outputs.features]
@@ -90,7 +90,7 @@ def test_state_goes_round_and_modes_are_kept(name, options, topology):
     steps(first)
     state = checkpoint_state(first) | {"rng": rng_state()}
     restore_state(second, state)
-    views, _ = next(first.loader.epoch(1))
+    views = next(first.loader.epoch(1))[0][: first.peers.num_peers]
     for t in (first, second):
         t.peers.eval()
     with torch.no_grad():
@@ -114,7 +114,7 @@ def test_order_of_peers_does_not_matter(name, options, topology):
         return  # its leader has a place; test_okddip.py permutes the others
     t = build(name, options, topology, dtype="float64")
     views, targets = next(t.loader.epoch(0))
-    outputs = t.peers(views)
+    outputs = t.peers(views[: t.peers.num_peers])
     outputs.logits_PBC = outputs.logits_PBC.detach()
     if t.ema is not None:
         outputs.ema_logits_PBC = t.ema(views).logits_PBC
@@ -206,7 +206,7 @@ def test_alternating_keeps_the_others_statistics_and_weights():
     train_step(t, views, targets, 1.0)
     assert tracked.item() == 1  # once a step, in its own turn
     before = [p.detach().clone() for p in t.peers.members[1].parameters()]
-    outputs = t.peers(views)
+    outputs = t.peers(views[: t.peers.num_peers])
     t.method(outputs, targets)["loss_P"][0].backward(inputs=[*t.peers.members[0].parameters()])
     said = dataclasses.replace(outputs, logits_PBC=outputs.logits_PBC.detach().clone())
     t.peers.refresh(said, views, 1)

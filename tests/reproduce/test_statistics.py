@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from codistill.config import Config, IndependentConfig
+from codistill.config import CompareConfig, Config, IndependentConfig
 from codistill.reproduce.comparison import plan_comparison
 from codistill.reproduce.grid import Cell
 from codistill.reproduce.recipes.demo import METHODS, SETS, demo
@@ -51,6 +51,18 @@ def test_every_demo_has_a_plan(data):
     ]
     assert all(cell.run_config(Path("runs"), seed).seed == seed for cell in cells for seed in config.seed_range())
     assert data != "digits" or config.seed_range() == range(100, 112)  # no option was chosen on these seeds
+
+
+def test_a_method_of_one_network_is_compared_with_the_plain_one():
+    cells = plan_comparison(["dlb", "mcl"], CompareConfig(peers=2))
+    assert [(cell.label, cell.baseline) for cell in cells] == [
+        ("one plain network", None),
+        ("dlb networks", "one plain network"),
+        ("independent networks", None),
+        ("mcl networks", "independent networks"),
+    ]
+    assert [cell.run_config(Path("runs"), 0).resolved().peers for cell in cells] == [1, 1, 2, 2]
+    assert len(plan_comparison(["dlb"], CompareConfig())) == 2
 
 
 def test_paired_difference_is_the_t_interval():

@@ -30,7 +30,8 @@ class SimulatedGraph(StepGraph):
         if self.error is not None:
             self.parameters[0].grad = torch.ones_like(self.parameters[0])  # a capture may fail half-way
             raise self.error
-        buffers = [*self.training.peers.buffers(), *self.training.method.buffers()]
+        modules = [self.training.peers, self.training.method, self.training.previous]
+        buffers = [b for module in modules if module is not None for b in module.buffers()]
         kept, state = [b.clone() for b in buffers], torch.get_rng_state()
         outputs = run()
         gradients = [p.grad for p in self.parameters]
@@ -78,6 +79,7 @@ CASES = [
     ("okddip", "networks", {}),
     ("okddip", "branches", {"execution": "stacked"}),
     ("cl_ilr", "branches", {"accumulate": 2}),
+    ("dlb", "networks", {"peers": 1}),
 ]
 SLOW_CASES = [
     ("okddip", "networks", {"ablation": "random"}),
@@ -102,14 +104,17 @@ def test_captured_steps_give_the_eager_numbers(name, topology, options):
     torch.set_rng_state(state)
     terms = run_steps(graphed)
     steps, shapes = 5 * len(eager.loader), 2  # 50 images, 16 a batch: the last one has 2
-    assert len(graphed.graph.captured) == shapes
-    assert graphed.graph.replays == steps - shapes * WARM_UP
+    alone = eager.previous is not None  # the first step has no batch before it, and the others have two sizes of it
+    assert len(graphed.graph.captured) == shapes + alone
+    assert graphed.graph.replays == steps - (shapes + alone) * WARM_UP - alone
     for key, value in expected.items():
         assert torch.equal(terms[key], value), key
     for part in ("peers", "method", "ema", "sums"):
         captured = checkpoint_state(graphed)[part]
         for key, value in (checkpoint_state(eager)[part] or {}).items():
             assert torch.equal(captured[key], value), (part, key)
+    for ours, theirs in zip(*([] if t.previous is None else t.previous.buffers() for t in (graphed, eager))):
+        assert torch.equal(ours, theirs)
     assert torch.equal(graphed.guard.terms, eager.guard.terms)
     assert int(graphed.guard.steps_good) == steps
 

@@ -114,3 +114,19 @@ class MCLConfig(DivergenceConfig):
         if not self.logit_weight and (self.divergence != "kl" or self.standardize_logits):
             flag = "divergence" if self.divergence != "kl" else "standardize-logits"
             raise InputError(f"--method.{flag} is about mcl's logit term; add --method.logit-weight 1, or drop it")
+
+
+@dataclass(kw_only=True)
+class DLBConfig(DivergenceConfig):
+    """Distillation from the last mini-batch (Shen et al., CVPR 2022): one network learns from its own last outputs."""
+
+    name: ClassVar[str] = "dlb"
+    default_peers: ClassVar[int] = 1
+    min_peers: ClassVar[int] = 1
+    max_peers: ClassVar[int | None] = 1
+    topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
+
+    temperature: Annotated[float, ABOVE_0] = 3.0
+    """T (a guess: the released script has no default)."""
+    weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the distillation term, alpha (a guess as well)."""

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from codistill.config.contrib import CodistillationConfig, MCLConfig, SwitOKDConfig
+from codistill.config.contrib import CodistillationConfig, DLBConfig, MCLConfig, SwitOKDConfig
 from codistill.config.method_base import DivergenceConfig, MethodConfig, TeacherConfig, Topology
 from codistill.config.ranges import (
     ABOVE_0,
@@ -235,6 +235,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         CodistillationConfig,
         SwitOKDConfig,
         MCLConfig,
+        DLBConfig,
     )
 }
 """Every method's config, by its name."""

@@ -109,6 +109,11 @@ class Loader:
         count = len(self.labels_N)
         return count - count % self.options.batch_size if self.options.images_per_class else count
 
+    @property
+    def largest_batch(self) -> int:
+        """Images in the largest batch of an epoch."""
+        return max(batch.stop - batch.start for batch in self._batch_slices(max(len(self) - 2, 0)))
+
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, from batch number `start` on."""
         raise NotImplementedError

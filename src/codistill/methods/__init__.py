@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from codistill.methods.base import takes_options as takes_options
     from codistill.methods.cl_ilr import CLILR as CLILR
     from codistill.methods.contrib.codistillation import Codistillation as Codistillation
+    from codistill.methods.contrib.dlb import DLB as DLB
     from codistill.methods.contrib.mcl import MCL as MCL
     from codistill.methods.contrib.switokd import SwitOKD as SwitOKD
     from codistill.methods.divergence import Divergence as Divergence
@@ -32,6 +33,7 @@ __getattr__, __dir__ = lazy_names(
         "base": "Method PeerInfo Terms combine_terms takes_options",
         "cl_ilr": "CLILR",
         "contrib.codistillation": "Codistillation",
+        "contrib.dlb": "DLB",
         "contrib.mcl": "MCL",
         "contrib.switokd": "SwitOKD",
         "divergence": "Divergence",

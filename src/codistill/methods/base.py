@@ -94,7 +94,8 @@ class Method(nn.Module):
         self.num_peers = num_peers
         self.needs: frozenset[str] = frozenset()
         """What the training loop must provide: features, trunk, views, ema, teacher, holdout, hybrid (the logits of
-        the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views), exits."""
+        the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views), exits,
+        previous (the outputs for the images of the step before, `PeerOutputs.previous`)."""
         self.deployed = 0
         """Index of the member that is deployed, declared before training."""
         self.group = tuple(range(num_peers))
@@ -160,8 +161,13 @@ class Method(nn.Module):
 
     @property
     def num_views(self) -> int:
-        """Views of each image: 1, or one per member, and then one for the hybrid where it is needed."""
-        return self.num_peers + ("hybrid" in self.needs) if "views" in self.needs else 1
+        """Views of each image: 1, or one per member, and then one for the hybrid where it is needed.
+
+        A method that needs the images of the step before gets 2: one for this step, and one for the next.
+        """
+        if "views" in self.needs:
+            return self.num_peers + ("hybrid" in self.needs)
+        return 2 if "previous" in self.needs else 1
 
     def hybrid_shares(self) -> Tensor | None:
         """Return the members' shares in the hybrid's weights, `P`, the same tensor at every step; None: 1/P each."""
@@ -310,7 +316,7 @@ def check_first_terms(method: Method) -> None:
 
 def _check_needs(method: Method) -> None:
     """Raise InputError if the method asks the training loop for something that does not exist."""
-    known = {"views", "holdout", *_NEEDED_OUTPUTS}
+    known = {"views", "holdout", "previous", *_NEEDED_OUTPUTS}
     if unknown := sorted(set(method.needs) - known):
         raise InputError(f"method {method.name} needs {', '.join(unknown)}; it may need {', '.join(sorted(known))}")
 

@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from codistill.peers.averages import TailAverage as TailAverage
     from codistill.peers.base import PeerOutputs as PeerOutputs
     from codistill.peers.base import Peers as Peers
+    from codistill.peers.base import PreviousOutputs as PreviousOutputs
     from codistill.peers.branch_point_table import branch_point_rows as branch_point_rows
     from codistill.peers.branches import BranchPeers as BranchPeers
     from codistill.peers.ema import MeanTeacher as MeanTeacher
@@ -37,7 +38,7 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "averages": "MovingAverage TailAverage",
-        "base": "PeerOutputs Peers",
+        "base": "PeerOutputs Peers PreviousOutputs",
         "branch_point_table": "branch_point_rows",
         "branches": "BranchPeers",
         "ema": "MeanTeacher SnapshotTeacher",

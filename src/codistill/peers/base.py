@@ -22,6 +22,16 @@ from codistill.utils import InputError
 
 
 @dataclass
+class PreviousOutputs:
+    """Outputs for the images of the step before, in their second view."""
+
+    logits_PBC: Tensor
+    old_logits_PBC: Tensor
+    """What the peers gave for the first view in the step before, constant."""
+    targets_B: Tensor
+
+
+@dataclass
 class PeerOutputs:
     """Outputs of all peers for one batch; the training step adds those of the teachers that the method `needs`."""
 
@@ -36,6 +46,8 @@ class PeerOutputs:
     """Logits of the network whose weights are the mean of the members' weights."""
     exits: list[list[Tensor]] = field(default_factory=list)
     """One `B x D_e` tensor per peer and exit (see `codistill.peers.exits`), where the peers have exits."""
+    previous: PreviousOutputs | None = None
+    """Outputs for the images of the step before; None in the first step, or where the method does not need them."""
 
 
 class Runner(Protocol):

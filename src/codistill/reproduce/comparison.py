@@ -42,6 +42,8 @@ def comparison_title(config: CompareConfig) -> str:
 def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
     """Return the rows: one plain network, then for each topology independent peers and the given methods.
 
+    The baseline of a method that trains one network is the plain one.
+
     Raises:
         InputError: a method is unknown or supports none of the topologies.
     """
@@ -57,6 +59,9 @@ def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
             wanted = [method for method in chosen if method.topologies[0] == topology]
         else:
             wanted = [m for m in chosen if asked in (topology, "both") and topology in m.topologies]
+        alone = [method for method in wanted if method.max_peers == 1]
+        wanted = [method for method in wanted if method.max_peers != 1]
+        cells += [Cell(f"{m.name} {topology}", _row_config(shared, m, topology, 1), cells[0].label) for m in alone]
         if wanted or asked in (topology, "both") or (not chosen and topology == "networks" and asked is None):
             baseline = f"independent {topology}"
             cells.append(Cell(baseline, _row_config(shared, method_config("independent"), topology, peers)))

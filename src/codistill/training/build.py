@@ -33,6 +33,7 @@ from codistill.training.execution import choose_execution, stack_peers
 from codistill.training.loaders import load_images, make_loader
 from codistill.training.nonfinite_guard import FiniteGuard
 from codistill.training.optim import freeze_modules, make_optimizers
+from codistill.training.previous_batch import PreviousBatch
 from codistill.training.run import Run, zero_sums
 from codistill.training.state import restore_state
 from codistill.training.step import parameters_of
@@ -93,6 +94,8 @@ def build_run(
     if execution == "stacked" and for_training:
         stack_peers(peers, ema, loader.sample_batch())
     optimizers = make_optimizers(config, peers.local, method) if for_training else []
+    previous = build_previous(config, peers, method, loader, image_CHW) if for_training else None
+    guarded = [peers, method, *copies, *([] if previous is None else [previous])]
     run = Run(
         config=config,
         mesh=mesh,
@@ -102,10 +105,11 @@ def build_run(
         peers=peers,
         method=method,
         optimizers=optimizers,
-        guard=FiniteGuard([peers, method, *copies], optimizers, mesh, config.skip_nonfinite),
+        guard=FiniteGuard(guarded, optimizers, mesh, config.skip_nonfinite),
         teacher=teacher,
         ema=ema,
         average=average,
+        previous=previous,
         execution=execution,
         frozen=frozen,
         graph=build_graph(config, method, mesh, optimizers),
@@ -186,6 +190,7 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
         whole = method.needs_full_batch
         peers.require(features="features" in method.needs, needs_full_batch=whole, exits="exits" in method.needs)
     check_weights_can_be_averaged(method, local, mesh)
+    check_previous_can_be_kept(config, method, mesh)
     if isinstance(local, BranchPeers):
         local.set_rescale(method.rescale_trunk)
     if config.accumulate > 1 and (method.needs_full_batch or method.update_mode == "alternating"):
@@ -214,6 +219,32 @@ def check_weights_can_be_averaged(method: Method, local: Peers, mesh: Mesh) -> N
     if "hybrid" in method.needs and method.update_mode == "alternating":
         raise InputError(f"{method.name} needs the hybrid's logits in a step of all members; set update_mode to joint")
     check_mixable(local, method.name)
+
+
+def check_previous_can_be_kept(config: Config, method: Method, mesh: Mesh) -> None:
+    """Check a run whose method needs the images of the step before.
+
+    Raises:
+        InputError: they are spread over processes or parts of a batch, or the method asks for other views too.
+    """
+    if "previous" not in method.needs:
+        return
+    if mesh.world > 1:
+        raise InputError(f"--mesh: {method.name} sees the images of the step before again, in one process; drop --mesh")
+    if config.accumulate > 1:
+        raise InputError(f"--accumulate: {method.name} sees the images of the step before whole; drop --accumulate")
+    if "views" in method.needs or method.update_mode == "alternating":
+        raise InputError(f"method {method.name} needs previous; that takes one view for all members, and joint updates")
+
+
+def build_previous(
+    config: Config, peers: Peers, method: Method, loader: Loader, image_CHW: tuple[int, int, int]
+) -> PreviousBatch | None:
+    """Return what keeps a batch for the next step; None for a method that does not need it."""
+    if "previous" not in method.needs:
+        return None
+    soft = bool(config.label_smoothing or config.mixup or config.cutmix)
+    return PreviousBatch(peers, loader, image_CHW, soft_labels=soft)
 
 
 def build_ema(peers: Peers, method: Method, steps_per_epoch: int) -> MeanTeacher | None:

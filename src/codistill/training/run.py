@@ -15,6 +15,7 @@ from codistill.distributed import Mesh
 from codistill.methods import Method
 from codistill.peers import MeanTeacher, Peers
 from codistill.training.nonfinite_guard import FiniteGuard
+from codistill.training.previous_batch import PreviousBatch
 from codistill.training.step_graph import StepGraph
 from codistill.utils import accumulation_dtype
 
@@ -56,6 +57,8 @@ class Run:
     ema: MeanTeacher | None = None
     average: MeanTeacher | None = None
     """An average of the peers' weights that is deployed and teaches nobody (`--deploy ema` or `swa`)."""
+    previous: PreviousBatch | None = None
+    """The batch of the step before, where the method needs it."""
     execution: str = "loop"
     """How the peers run in training: `loop` or `stacked`."""
     frozen: list[nn.Module] = field(default_factory=list)

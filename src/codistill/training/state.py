@@ -43,6 +43,7 @@ def checkpoint_state(run: Run) -> State | None:
         "execution": run.execution,
         "ema": None if run.ema is None else {key: value for part in parts for key, value in part["ema"].items()},
         **_joined_average(parts),
+        **({} if run.previous is None else {"previous": run.previous.state_dict()}),
         "optimizers": _join_ranks(run, [part["optimizers"] for part in parts]),
         "epoch": progress.epoch,
         "step": progress.step,
@@ -80,6 +81,8 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
         run.ema.load_state_dict(_pick_local_members(state["ema"], mesh))
     if run.average is not None:
         run.average.load_state_dict(_pick_local_members(state["average"], mesh))
+    if run.previous is not None:
+        run.previous.load_state_dict(state["previous"])
     if run.optimizers:
         for optimizer, saved in zip(run.optimizers, _pick_local_optimizers(run, state["optimizers"]), strict=True):
             optimizer.load_state_dict(_join_members(run, saved, optimizer))

@@ -50,6 +50,8 @@ def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) 
     run.method.after_step(run.peers, dataclasses.replace(place, good=~run.guard.bad))
     if run.ema is not None:
         run.ema.update(run.peers, number, ~run.guard.bad)
+    if run.previous is not None:
+        run.previous.rows = len(labels_B)
     if run.average is not None:  # the weights of a skipped step are those before it, so it counts
         run.average.update(run.peers, number, run.guard.flag == 0)
     run.guard.snapshot_if_skipping()
@@ -70,7 +72,9 @@ def joint_step(
     if run.graph is None:
         terms, hits_P = compute_gradients(run, views_VBCHW, targets_B, labels_B, weight)
     else:
-        terms, hits_P = run.graph(partial(compute_gradients, run), views_VBCHW, targets_B, labels_B, weight)
+        variant = 0 if run.previous is None else run.previous.rows
+        compute = partial(compute_gradients, run)
+        terms, hits_P = run.graph(compute, views_VBCHW, targets_B, labels_B, weight, variant)
     run.guard.update_flag(terms)
     if run.guard.should_step():
         with keep_inactive(run, terms.get("active_P") if run.method.pauses_members else None):
@@ -127,6 +131,8 @@ def compute_gradients(
         weighted_loss(run, terms["loss"], fractions[-1]).backward(inputs=parameters)
         microbatch_terms.append({name: value.detach() for name, value in terms.items()})
         hits.append((outputs.logits_PBC.detach().argmax(-1) == labels).sum(-1))
+        if run.previous is not None:  # then the batch is one part
+            run.previous.store(views, targets, outputs.logits_PBC)
     reduce_gradients(run, parameters)
     terms = combine_microbatches(microbatch_terms, fractions)
     return terms, hits[0] if count == 1 else torch.stack(hits).sum(0)
@@ -171,7 +177,7 @@ def alternating_step(
 def forward_all(run: Run, views_VBCHW: Tensor) -> PeerOutputs:
     """Forward all peers, and the EMA and external teachers and the averaged weights that the method needs."""
     own_views = views_VBCHW[: run.peers.num_peers]  # the hybrid's comes after those of the members
-    outputs = run.peers(own_views)
+    outputs = run.peers(own_views) if run.previous is None else run.previous(run.peers, views_VBCHW)
     if run.ema is not None:
         outputs.ema_logits_PBC = run.ema(own_views).logits_PBC
     if "hybrid" in run.method.needs:

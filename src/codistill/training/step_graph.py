@@ -45,14 +45,15 @@ class StepGraph:
         self.pool: Any = None
 
     def __call__(
-        self, compute: Compute, views_VBCHW: Tensor, targets: Tensor, labels_B: Tensor, weight: float
+        self, compute: Compute, views_VBCHW: Tensor, targets: Tensor, labels_B: Tensor, weight: float, variant: int = 0
     ) -> Outputs:
         """Return what `compute` returns, and leave the gradients in the parameters.
 
-        The outputs are overwritten by the next step of the same shape.
+        The outputs are overwritten by the next step of the same shape. Where a step depends on a number of the host
+        (rows of a buffer that it reads), that is the `variant`: each has its own graph.
         """
         inputs = views_VBCHW, targets, labels_B
-        key = tuple((x.shape, x.dtype) for x in inputs)
+        key = (variant, *((x.shape, x.dtype) for x in inputs))
         if key in self.captured:
             return self.captured[key].replay(inputs, weight)
         done = self.eager_steps.get(key, 0)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -227,7 +228,8 @@ def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str
     flops, passes, inference = None, None, {}
     try:
         inference = inference_cost(deployed_network(run), zeros_VBCHW[0, 0], run.peers.autocast)
-        flops = training_flops(run.peers, run.method, forward, zeros_VBCHW, labels_B)
+        with nullcontext() if run.previous is None else run.previous.of_size(len(labels_B)):
+            flops = training_flops(run.peers, run.method, forward, zeros_VBCHW, labels_B)
         averaged = flops_of_averaging(run, zeros_VBCHW)
         flops = flops + averaged if averaged else flops
         plain = run.peers.export_member(deployed_index(run)).eval()
