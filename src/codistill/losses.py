@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 SOURCE_EPS = 1e-7
 """What the code of ONE and OKDDip adds to every target probability before the logarithm."""
@@ -246,6 +247,84 @@ def mix_probs(log_weights_BPQ: Tensor, log_probs_QBC: Tensor) -> tuple[Tensor, T
     return mixed_PBC * top_BC.exp(), mixed_PBC.clamp_min(torch.finfo(mixed_PBC.dtype).tiny).log() + top_BC
 
 
+class _MixtureKL(torch.autograd.Function):
+    """`mixture_kl` with its gradients written out, in a third of the passes over the logits that autograd makes."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, logits_NBC: Tensor, log_weights_BPQ: Tensor, temperature: float, source_has_gradient: bool
+    ) -> tuple[Tensor, Tensor]:
+        _, num_students, num_sources = log_weights_BPQ.shape
+        with torch.autocast(logits_NBC.device.type, enabled=False):  # bfloat16 would lose the differences
+            log_probs_NBC = soften(logits_NBC, temperature)
+            log_students_PBC = log_probs_NBC[-num_students:]
+            mixtures_PBC, log_mixtures_PBC = mix_probs(log_weights_BPQ, log_probs_NBC[:num_sources])
+            kl_P = kl_of_probs(log_students_PBC, mixtures_PBC, log_mixtures_PBC) * temperature**2
+        ctx.save_for_backward(log_probs_NBC, log_weights_BPQ, mixtures_PBC, log_mixtures_PBC)
+        ctx.temperature, ctx.source_has_gradient = temperature, source_has_gradient
+        ctx.mark_non_differentiable(log_mixtures_PBC)
+        return kl_P, log_mixtures_PBC
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+        """Return the gradients of logits and weights.
+
+        With s the students, t the mixtures and D = log t - log s, for one sample and KL without T^2:
+        dKL/dz_student = (s - t) / T,  dKL/dw_ab = sum_c p_b (D_a + 1),  dKL/dp_b = sum_a w_ab (D_a + 1), the last
+        through softmax(z_b / T), which takes out what all classes have in common, such as the 1.
+        """
+        log_probs_NBC, log_weights_BPQ, mixtures_PBC, log_mixtures_PBC = ctx.saved_tensors
+        batch, num_students, num_sources = log_weights_BPQ.shape
+        factor_P11 = (grad_P * (ctx.temperature**2 / batch)).view(-1, 1, 1)
+        with torch.autocast(log_probs_NBC.device.type, enabled=False):
+            probs_NBC = log_probs_NBC.exp()
+            to_mixtures_PBC = (log_mixtures_PBC - log_probs_NBC[-num_students:]).mul_(factor_P11)
+            weights_BPQ, grad_weights = log_weights_BPQ.exp(), None
+            if ctx.needs_input_grad[1]:
+                products_BPQ = torch.bmm(to_mixtures_PBC.transpose(0, 1), probs_NBC[:num_sources].permute(1, 2, 0))
+                grad_weights = weights_BPQ * (products_BPQ + factor_P11.view(1, -1, 1))
+            if not ctx.needs_input_grad[0]:
+                return None, grad_weights, None, None
+            grad_NBC = torch.zeros_like(probs_NBC)
+            torch.sub(probs_NBC[-num_students:], mixtures_PBC, out=grad_NBC[-num_students:])
+            grad_NBC[-num_students:].mul_(factor_P11)
+            if ctx.source_has_gradient:
+                probs_QBC = probs_NBC[:num_sources]
+                through_QBC = torch.bmm(weights_BPQ.transpose(1, 2), to_mixtures_PBC.transpose(0, 1)).transpose(0, 1)
+                through_QBC = probs_QBC * through_QBC
+                # Less its mean first: it is large for confident peers, and the student's part would lose its digits.
+                through_QBC.addcmul_(probs_QBC, through_QBC.sum(-1, keepdim=True), value=-1)
+                grad_NBC[:num_sources] += through_QBC
+        return grad_NBC.div_(ctx.temperature), grad_weights, None, None
+
+
+def mixture_kl(
+    logits_NBC: Tensor, log_weights_BPQ: Tensor, temperature: float = 1.0, detach_sources: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Return T^2 KL(t_a || softmax(z_a / T)) of members that learn from mixtures of members (OKDDip, eq. 3 and 5).
+
+    The mixture is t_a = sum_b w_ab softmax(z_b / T). Gradients reach the students, the weights and the sources, but
+    for those of second order.
+
+    Args:
+        logits_NBC: Logits z of all members: the sources are the first Q, the students the last P.
+        log_weights_BPQ: log w_ab per sample; may be -inf.
+        temperature: T.
+        detach_sources: Whether the sources get no gradient; the weights do.
+
+    Returns:
+        The divergences, means over the batch, `P`, and log t_a, `P x B x C`, which carries no gradient.
+
+    >>> logits_PBC, half_BPQ = torch.tensor([[[0.0, 1.0]], [[1.0, 0.0]]]), torch.full((1, 2, 2), 0.5).log()
+    >>> mixture_kl(logits_PBC, half_BPQ)[0]
+    tensor([0.1201, 0.1201])
+    """
+    if logits_NBC.dtype in (torch.float16, torch.bfloat16):
+        logits_NBC, log_weights_BPQ = logits_NBC.float(), log_weights_BPQ.float()
+    return _MixtureKL.apply(logits_NBC, log_weights_BPQ, temperature, not detach_sources)  # pyrefly: ignore
+
+
 def entropy(logits: Tensor) -> Tensor:
     """Return the mean entropy of softmax(logits), in nats: `... x B x C` -> `...`.
 
@@ -311,6 +390,7 @@ __all__ = [
     "mix_log_probs",
     "mix_logits",
     "mix_probs",
+    "mixture_kl",
     "pairwise_kl",
     "peer_distance",
     "probs_with_eps",

@@ -99,3 +99,23 @@ def test_finite_differences_agree_with_the_gradients():
     assert torch.autograd.gradcheck(
         lambda s: losses.kl_from_log_probs(s, losses.soften(s, 3.0).roll(1, 0), 3.0, 1e-7), (z,)
     )
+
+
+@pytest.mark.parametrize(("students", "detach"), [(4, False), (1, False), (4, True)])
+def test_the_written_gradients_of_mixtures_are_the_derivatives(students, detach):
+    torch.manual_seed(3)
+    z_NBC = (torch.randn(4, 5, 6, dtype=torch.float64) * 2).requires_grad_()
+    log_weights = torch.randn(5, students, 3, dtype=torch.float64).log_softmax(-1).requires_grad_()
+    row = torch.rand(students, dtype=torch.float64)
+
+    def by_definition(z, log_w):
+        source = z[:3].detach() if detach else z[:3]
+        mixtures = torch.einsum("bpq,qbc->pbc", log_w.exp(), (source / 1.7).softmax(-1))
+        log_q = (z[-students:] / 1.7).log_softmax(-1)
+        return (1.7**2 * (mixtures * (mixtures.log() - log_q)).sum(-1).mean(-1) * row).sum()
+
+    loss, log_mixtures = losses.mixture_kl(z_NBC, log_weights, 1.7, detach_sources=detach)
+    expected = torch.autograd.grad(by_definition(z_NBC, log_weights), (z_NBC, log_weights))
+    for got, want in zip(torch.autograd.grad((loss * row).sum(), (z_NBC, log_weights)), expected):
+        torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-12)
+    assert not log_mixtures.requires_grad

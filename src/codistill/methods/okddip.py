@@ -28,10 +28,9 @@ from codistill.losses import (
     attention_log_weights,
     cross_entropy,
     entropy,
-    kl_of_probs,
+    mix_log_probs,
     mix_logits,
-    mix_probs,
-    probs_with_eps,
+    mixture_kl,
     soften,
 )
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
@@ -148,20 +147,14 @@ class OKDDip(Method):
             targets_B: Labels.
         """
         num_auxiliary = len(self.group)
-        log_probs_PBC = soften(z_PBC, self.temperature)  # not used where another divergence softens for itself
+        if self.variant == "paper" and self.divergence.is_plain_kl and self.detach != "all":
+            distill, targets = mixture_kl(z_PBC, log_weights, self.temperature, detach_sources=self.detach == "peers")
+            return F.pad(distill, (len(z_PBC) - len(targets), 0)), targets
         source = z_PBC[:num_auxiliary] if self.detach == "none" else z_PBC[:num_auxiliary].detach()
         if self.variant == "paper":
-            # Softened again: a gradient through a target is large for confident peers, and its sum with the student's
-            # would lose the latter's digits before log_softmax subtracts the common part.
-            probs, log_probs = mix_probs(log_weights, soften(source, self.temperature))
-            targets = log_probs
+            targets = mix_log_probs(log_weights, source, self.temperature)
         else:
             targets = soften(mix_logits(log_weights.exp(), source), self.temperature)
-            probs, log_probs = probs_with_eps(targets, self.divergence.eps)
-        if self.detach == "all":
-            probs, log_probs = probs.detach(), log_probs.detach()
-        if self.divergence.is_plain_kl:
-            distill = kl_of_probs(log_probs_PBC[-len(targets) :], probs, log_probs) * self.temperature**2
-        else:
-            distill = self.divergence(z_PBC[-len(targets) :], log_probs, targets_B)
+        taught = targets.detach() if self.detach == "all" else targets
+        distill = self.divergence(z_PBC[-len(targets) :], taught, targets_B)
         return F.pad(distill, (len(z_PBC) - len(targets), 0)), targets
