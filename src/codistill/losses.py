@@ -267,7 +267,7 @@ class _MixtureKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_P: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         """Return the gradients of logits and weights.
 
         With s the students, t the mixtures and D = log t - log s, for one sample and KL without T^2:
@@ -276,7 +276,7 @@ class _MixtureKL(torch.autograd.Function):
         """
         log_probs_NBC, log_weights_BPQ, mixtures_PBC, log_mixtures_PBC = ctx.saved_tensors
         batch, num_students, num_sources = log_weights_BPQ.shape
-        factor_P11 = (grad_P * (ctx.temperature**2 / batch)).view(-1, 1, 1)
+        factor_P11 = (grad_outputs[0] * (ctx.temperature**2 / batch)).view(-1, 1, 1)
         with torch.autocast(log_probs_NBC.device.type, enabled=False):
             probs_NBC = log_probs_NBC.exp()
             to_mixtures_PBC = (log_mixtures_PBC - log_probs_NBC[-num_students:]).mul_(factor_P11)
