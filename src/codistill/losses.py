@@ -267,7 +267,7 @@ class _MixtureKL(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:  # pyrefly: ignore
         """Return the gradients of logits and weights.
 
         With s the students, t the mixtures and D = log t - log s, for one sample and KL without T^2:
