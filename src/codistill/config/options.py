@@ -121,8 +121,8 @@ class PeerOptions:
     peers: Annotated[int | None, AT_LEAST_1] = None
     """Number of peers, the leader included; default the method's own."""
     deploy: str = "member"
-    """What is deployed and evaluated: member (the method's own), a member's number, ensemble, or an average of the
-    member's weights: ema, over all steps (of pcl its mean teacher); swa, over the last epochs."""
+    """What is deployed and evaluated: member (the method's own), its number, ensemble, or an average of its weights,
+    ema or swa (of pcl, ema is its mean teacher)."""
     ema_decay: Annotated[float | None, FROM_0_BELOW_1] = None
     """Largest decay of the average that --deploy ema deploys; it grows as (step + 1) / (step + 10). Default 0.999."""
     swa_start: Annotated[float | None, FROM_0_BELOW_1] = None
@@ -167,6 +167,9 @@ class OptimOptions:
     """Use Nesterov momentum."""
     weight_decay: Annotated[float, AT_LEAST_0] = 5e-4
     """Weight decay on every parameter, as in the papers."""
+    sam_rho: Annotated[float, AT_LEAST_0] = 0.0
+    """Sharpness-aware minimization (SAM): take each gradient at weights moved so far up the loss; 0 = off, 0.05 to 0.1
+    in the paper. Doubles the forwards and backwards."""
 
 
 @dataclass
@@ -204,8 +207,8 @@ class RunOptions:
     at most 8192; measure is an old name of auto."""
     cuda_graph: bool = True
     """On an NVIDIA GPU, record a step's forward and backward once and replay them as a CUDA graph: the same numbers,
-    without the cost of launching thousands of kernels. Not used with --mesh, --checkpoint-activations or alternating
-    updates. Turn it off for a network whose forward changes from step to step by Python code of its own."""
+    without the cost of launching thousands of kernels. Not used with --mesh, --checkpoint-activations, --sam-rho or
+    alternating updates. Turn it off for a network whose forward changes from step to step by Python code of its own."""
     checkpoint_activations: bool = False
     """Recompute the activations of a network in the backward pass instead of keeping them: less memory, a third more
     arithmetic (networks only)."""

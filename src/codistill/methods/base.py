@@ -84,6 +84,8 @@ class Method(nn.Module):
     """Whether the members' weights are averaged, which takes networks of one architecture, all in each process."""
     hybrid_has_gradient: bool = True
     """Whether the loss has a gradient by the hybrid's logits, for a method that needs them."""
+    remembers_batches: bool = False
+    """Whether `forward` in training changes the method's own state, so that it may run once per batch only."""
     holdout_fraction: float = 0.0
     """Fraction of the training set that is held out, for a method that needs it."""
     targets_checked: bool = False

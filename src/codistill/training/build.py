@@ -35,6 +35,7 @@ from codistill.training.nonfinite_guard import FiniteGuard
 from codistill.training.optim import freeze_modules, make_optimizers
 from codistill.training.previous_batch import PreviousBatch
 from codistill.training.run import Run, zero_sums
+from codistill.training.sam import check_sam
 from codistill.training.state import restore_state
 from codistill.training.step import parameters_of
 from codistill.training.step_graph import StepGraph
@@ -142,7 +143,7 @@ def can_capture_step(config: Config, method: Method, mesh: Mesh) -> bool:
     if mesh.device.type != "cuda" or mesh.world > 1 or not config.cuda_graph:
         return False
     # Recomputed activations save the random state on the host, which a capture refuses.
-    return method.update_mode == "joint" and not config.checkpoint_activations
+    return method.update_mode == "joint" and not config.checkpoint_activations and not config.sam_rho
 
 
 def adapt_to_device(config: Config, device: torch.device) -> Config:
@@ -191,6 +192,7 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
         peers.require(features="features" in method.needs, needs_full_batch=whole, exits="exits" in method.needs)
     check_weights_can_be_averaged(method, local, mesh)
     check_previous_can_be_kept(config, method, mesh)
+    check_sam(config, method)
     if isinstance(local, BranchPeers):
         local.set_rescale(method.rescale_trunk)
     if config.accumulate > 1 and (method.needs_full_batch or method.update_mode == "alternating"):

@@ -99,6 +99,8 @@ def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | Non
         return "one peer cannot be stacked"
     if config.freeze or config.head_lr_scale != 1.0:
         return "--freeze and --head-lr-scale apply to single modules, and stacked modules hold all members' parameters"
+    if config.sam_rho:
+        return "--sam-rho moves each network by its own gradient, and stacked modules hold all members' parameters"
     if method.update_mode == "alternating":
         return "alternating updates step one member at a time"
     if method.pauses_members:

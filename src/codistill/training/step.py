@@ -19,6 +19,7 @@ from codistill.distributed import MeshPeers
 from codistill.methods import TrainingStep
 from codistill.peers import NetworkPeers, PeerOutputs
 from codistill.training.run import Run
+from codistill.training.sam import compute_sam_gradients
 
 Terms = dict[str, Tensor]
 
@@ -69,7 +70,10 @@ def joint_step(
         overwrites both.
     """
     (optimizer,) = run.optimizers
-    if run.graph is None:
+    if run.config.sam_rho:
+        compute = partial(compute_gradients, run, views_VBCHW, targets_B, labels_B, weight)
+        terms, hits_P = compute_sam_gradients(run, compute)
+    elif run.graph is None:
         terms, hits_P = compute_gradients(run, views_VBCHW, targets_B, labels_B, weight)
     else:
         variant = 0 if run.previous is None else run.previous.rows

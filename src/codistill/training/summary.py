@@ -61,6 +61,8 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
         f"{config.dtype} on {where}, execution {run.execution}{', CUDA graph' if run.graph else ''}, "
         f"seed {config.seed}",
     ]
+    if config.sam_rho:
+        notes.append(f"SAM with rho {config.sam_rho:g}: every step takes two forwards and two backwards")
     notes.append(_describe_classes(run.data.classes))
     notes += [*run.data.provenance.messages, *run.notes]
     class_imbalance = run.data.imbalance(run.splits.train)
@@ -230,6 +232,7 @@ def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str
         inference = inference_cost(deployed_network(run), zeros_VBCHW[0, 0], run.peers.autocast)
         with nullcontext() if run.previous is None else run.previous.of_size(len(labels_B)):
             flops = training_flops(run.peers, run.method, forward, zeros_VBCHW, labels_B)
+        flops = 2 * flops if run.config.sam_rho else flops
         averaged = flops_of_averaging(run, zeros_VBCHW)
         flops = flops + averaged if averaged else flops
         plain = run.peers.export_member(deployed_index(run)).eval()

@@ -155,12 +155,19 @@ def _member_views(groups: list[Group]) -> list[View]:
         count = max((len(line["train"]["top1"]) for run in group.runs for line in run.lines), default=0)
         picks: list[tuple[str, Pick]] = [(f"member {p}", _member_top1(p)) for p in range(count)] if count > 1 else []
         picks += [("ensemble", _group_figure("ensemble_top1"))] if count > 1 else []
-        for kind, words in (("_ema", "mean teacher or EMA"), ("_swa", "SWA")):
+        for kind in ("_ema", "_swa"):
+            words = _name_of_averages(group)
             picks += [(f"{words} {p}", _member_top1(p, kind)) for p in range(count) if _has_averages(group, kind)]
         traces = []
         for name, pick in picks:
             for trace in _curve_traces([group], pick, band=False):
-                dash = "dash" if name == "ensemble" else "dot" if not name.startswith("member") else "solid"
+                dash = (
+                    "dash"
+                    if name == "ensemble"
+                    else "dot"
+                    if name.startswith(("mean teacher", "EMA", "SWA"))
+                    else "solid"
+                )
                 traces.append(trace | {"name": name, "group": None, "dash": dash})
         views.append(_make_view(group.label, traces, "epoch", "top-1, %"))
     return views
@@ -177,6 +184,11 @@ def _member_top1(index: int, kind: str = "") -> Pick:
 
 def _has_averages(group: Group, kind: str) -> bool:
     return any(f"{_evaluated_split(line)}{kind}" in line for run in group.runs for line in run.lines)
+
+
+def _name_of_averages(group: Group) -> str:
+    config = group.runs[0].config
+    return f"{config.deploy.upper()} of member" if config.keeps_average else "mean teacher"
 
 
 def _weight_views(groups: list[Group]) -> list[View]:
