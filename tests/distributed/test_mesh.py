@@ -56,6 +56,7 @@ QUICK = [
     (2, "okddip, branches, frozen trunk, heads' rate", False, ["data=2,peer=1"]),
     (4, "okddip", True, ["data=2,peer=2"]),
     (2, "independent, branches, EMA deployed", False, ["data=2,peer=1"]),
+    (4, "okddip, SAM", True, ["data=2,peer=2"]),
     (4, "dml, joint, SWA deployed", True, ["data=2,peer=2", "data=1,peer=4"]),
     (4, "okddip, frozen parts, heads' rate", True, ["data=1,peer=4", "data=2,peer=2", "data=4,peer=1"]),
     (4, "dml, alternating, frozen parts, heads' rate", False, ["data=1,peer=4"]),

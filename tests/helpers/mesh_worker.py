@@ -74,6 +74,7 @@ CASES = {
     "okddip, branches, frozen trunk, heads' rate": ("okddip", {}, "branches"),
     "independent, branches, EMA deployed": ("independent", {}, "branches"),
     "dml, joint, SWA deployed": ("dml", {"update": "joint"}, "networks"),
+    "okddip, SAM": ("okddip", {}, "networks"),
 }
 MORE = {
     "okddip, smoothed labels": {"label_smoothing": 0.1},
@@ -86,6 +87,7 @@ MORE = {
     "dml, alternating, frozen parts, heads' rate": {"freeze": ("conv1", "bn1"), "head_lr_scale": 3.0},
     "okddip, branches, frozen trunk, heads' rate": {"freeze": ("trunk",), "head_lr_scale": 3.0},
     "independent, branches, EMA deployed": {"deploy": "ema"},
+    "okddip, SAM": {"sam_rho": 0.05},
     "dml, joint, SWA deployed": {"deploy": "swa", "swa_start": 0.5, "mixup": 0.3},
 }
 
