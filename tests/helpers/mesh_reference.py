@@ -13,6 +13,7 @@ class ChunkNorm(nn.BatchNorm2d):
     """Normalises each of `chunks` parts of a batch as a rank would; its own statistics are the mean of theirs."""
 
     chunks = 1
+    rows_per_image = 1
 
     def forward(self, x):
         if not self.training:
@@ -20,7 +21,8 @@ class ChunkNorm(nn.BatchNorm2d):
         if self.num_batches_tracked % 4 == 0:  # ranks take their mean at the end of an epoch
             self.kept = [(self.running_mean.clone(), self.running_var.clone()) for _ in range(self.chunks)]
         parts = []
-        for part, (mean, var) in zip(x.split(share_out(len(x), self.chunks)), self.kept):
+        sizes = [self.rows_per_image * count for count in share_out(len(x) // self.rows_per_image, self.chunks)]
+        for part, (mean, var) in zip(x.split(sizes), self.kept):
             if not self.track_running_stats:
                 mean = var = None
             if len(part):
@@ -39,6 +41,7 @@ def one_process(case: str, chunks: int, peers: int):
         for norm in module.modules() if module is not None else ():
             if isinstance(norm, nn.BatchNorm2d):
                 norm.__class__, norm.chunks = ChunkNorm, chunks
+                norm.rows_per_image = t.method.rows_per_image
     return finish(t, run_steps(t, STEPS))
 
 

@@ -34,6 +34,9 @@ OPTIONS = {
     "kdcl-standardized": ("kdcl", {"standardize_logits": True}),
     "switokd-two-students": ("switokd", {"students": 2}),
     "mcl-logits": ("mcl", {"logit_weight": 1.0}),
+    "hssakd-upright": ("hssakd", {"rotations": False, "exits": 2}),
+    "hssakd-no-exits": ("hssakd", {"exits": 0}),
+    "hssakd-dkd": ("hssakd", {"divergence": "dkd", "exits": 1}),
     "independent-rescaled": ("independent", {"rescale": True}),
 }
 

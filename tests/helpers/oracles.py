@@ -385,3 +385,18 @@ def dlb(z, y, again, old, y_before, *, temperature, weight):
     rows = [(z[b], y[b]) for b in range(len(y))] + [(again[b], y_before[b]) for b in range(len(y_before))]
     total = sum(-log_softmax(row)[int(label)] for row, label in rows) / len(rows)
     return total + weight * kl(again, old.detach(), temperature)
+
+
+def hssakd(z, exits, y, *, temperature=3.0, weight=1.0, rotations=4):
+    """Sum of the losses; z is P x R x C, exits P x E x R x (rotations C), rows rotations * b + k of image b."""
+    total, fixed, fixed_exits = ZERO, z.detach(), exits.detach()
+    joint = [rotations * int(label) + k for label in y for k in range(rotations)]
+    for p in range(len(z)):
+        total = total + ce(torch.stack([z[p][rotations * b] for b in range(len(y))]), y)
+        others = [j for j in range(len(z)) if j != p]
+        total = total + weight * sum((kl(z[p], fixed[j], temperature) for j in others), ZERO) / max(len(others), 1)
+        for e in range(exits.shape[1]):
+            total = total + ce(exits[p][e], joint)
+            from_others = sum((kl(exits[p][e], fixed_exits[j][e], temperature) for j in others), ZERO)
+            total = total + weight * from_others / max(len(others), 1)
+    return total

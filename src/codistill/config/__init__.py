@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from codistill.config.config import slug as slug
     from codistill.config.contrib import CodistillationConfig as CodistillationConfig
     from codistill.config.contrib import DLBConfig as DLBConfig
+    from codistill.config.contrib import HSSAKDConfig as HSSAKDConfig
     from codistill.config.contrib import MCLConfig as MCLConfig
     from codistill.config.contrib import SwitOKDConfig as SwitOKDConfig
     from codistill.config.method_base import DivergenceConfig as DivergenceConfig
@@ -42,7 +43,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "checks": "images_per_class mesh_shape parse_normalize",
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
-        "contrib": "CodistillationConfig DLBConfig MCLConfig SwitOKDConfig",
+        "contrib": "CodistillationConfig DLBConfig HSSAKDConfig MCLConfig SwitOKDConfig",
         "method_base": "DivergenceConfig MethodConfig TeacherConfig",
         "methods": (
             "CLILRConfig DMLConfig IndependentConfig KDCLConfig KDConfig METHODS OKDDipConfig ONEConfig PCLConfig "

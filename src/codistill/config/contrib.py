@@ -130,3 +130,26 @@ class DLBConfig(DivergenceConfig):
     """T (a guess: the released script has no default)."""
     weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the distillation term, alpha (a guess as well)."""
+
+
+@dataclass(kw_only=True)
+class HSSAKDConfig(DivergenceConfig):
+    """HSSAKD (Yang et al., IJCAI 2021): exits learn class and rotation, and from the other networks' exits."""
+
+    name: ClassVar[str] = "hssakd"
+    default_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 1
+    topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
+
+    exits: Annotated[int, AT_LEAST_0] = 3
+    """Exits of each network: copies of its later stages in training. 3 in the source's ResNets; 0 is an ablation."""
+    rotations: bool = True
+    """Train on each image in four rotations, which exits tell apart; without, they learn the classes alone."""
+    temperature: Annotated[float, ABOVE_0] = 3.0
+    """T, with the gradient scaled by T^2; 3 in the authors' code."""
+    weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the distillation terms; 1 in the authors' code."""
+
+    def num_exits(self) -> int:
+        """Return the exits of every network."""
+        return self.exits

@@ -9,7 +9,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from codistill.config.contrib import CodistillationConfig, DLBConfig, MCLConfig, SwitOKDConfig
+from codistill.config.contrib import CodistillationConfig, DLBConfig, HSSAKDConfig, MCLConfig, SwitOKDConfig
 from codistill.config.method_base import DivergenceConfig, MethodConfig, TeacherConfig, Topology
 from codistill.config.ranges import (
     ABOVE_0,
@@ -236,6 +236,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         SwitOKDConfig,
         MCLConfig,
         DLBConfig,
+        HSSAKDConfig,
     )
 }
 """Every method's config, by its name."""

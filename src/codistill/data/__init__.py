@@ -22,6 +22,8 @@ if TYPE_CHECKING:
     from codistill.data.loader import LoaderOptions as LoaderOptions
     from codistill.data.mixup import Mixer as Mixer
     from codistill.data.normalization import with_normalization as with_normalization
+    from codistill.data.rotations import NUM_ROTATIONS as NUM_ROTATIONS
+    from codistill.data.rotations import rotate_images as rotate_images
     from codistill.data.splits import Splits as Splits
     from codistill.data.splits import make_splits as make_splits
 
@@ -39,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "loader": "Augmentation Loader LoaderOptions",
         "mixup": "Mixer",
         "normalization": "with_normalization",
+        "rotations": "NUM_ROTATIONS rotate_images",
         "splits": "Splits make_splits",
     },
 )

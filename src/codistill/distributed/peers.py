@@ -47,6 +47,7 @@ class MeshPeers(Peers):
         self.trained_counts = [count for *_, count in of_all]
         """Trained parameters of every member, exits included."""
         self.features = self.exits = self.needs_full_batch = False
+        self.rows_per_image = 1
         self.only_logits = False
         """Whether only logits are gathered in training (mean teachers)."""
 
@@ -98,9 +99,17 @@ class MeshPeers(Peers):
         twin.members, twin._local = local.members, (local,)
         return twin
 
-    def require(self, *, features: bool, needs_full_batch: bool, exits: bool = False) -> None:
-        """Say what a method needs besides logits of the rank's rows: features, exits, outputs for the full batch."""
+    def require(self, *, features: bool, needs_full_batch: bool, exits: bool = False, rows_per_image: int = 1) -> None:
+        """Say what a method needs besides logits of the rank's rows.
+
+        Args:
+            features: The features.
+            needs_full_batch: The outputs for the full batch.
+            exits: The exits.
+            rows_per_image: Rows of the outputs for each image of the batch.
+        """
         self.features, self.needs_full_batch, self.exits = features, needs_full_batch, exits
+        self.rows_per_image = rows_per_image
 
     def forward(self, views_VBCHW: Tensor) -> PeerOutputs:
         """Run the local members on their views; return all peers' outputs, those of other ranks as constants.
@@ -186,9 +195,9 @@ class MeshPeers(Peers):
 
     def gather_rows(self, x_BN: Tensor) -> Tensor:
         """Return the rows of all data ranks, in the order of the batch: `B x N` of this rank's rows -> `B x N`."""
-        mesh = self.mesh
-        local = x_BN[: mesh.rows[mesh.data_index]]
-        return torch.cat(mesh.all_gather(local, "data", mesh.rows, [x_BN.shape[1]] * mesh.num_data))
+        mesh, rows = self.mesh, [self.rows_per_image * count for count in self.mesh.rows]
+        local = x_BN[: rows[mesh.data_index]]
+        return torch.cat(mesh.all_gather(local, "data", rows, [x_BN.shape[1]] * mesh.num_data))
 
     def _gather_batch(self, outputs: PeerOutputs, *, features: bool) -> PeerOutputs:
         """All-gather the outputs for the rows of all data ranks."""

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from codistill.methods.cl_ilr import CLILR as CLILR
     from codistill.methods.contrib.codistillation import Codistillation as Codistillation
     from codistill.methods.contrib.dlb import DLB as DLB
+    from codistill.methods.contrib.hssakd import HSSAKD as HSSAKD
     from codistill.methods.contrib.mcl import MCL as MCL
     from codistill.methods.contrib.switokd import SwitOKD as SwitOKD
     from codistill.methods.divergence import Divergence as Divergence
@@ -35,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
         "contrib.codistillation": "Codistillation",
         "contrib.dlb": "DLB",
         "contrib.mcl": "MCL",
+        "contrib.hssakd": "HSSAKD",
         "contrib.switokd": "SwitOKD",
         "divergence": "Divergence",
         "dml": "DML",

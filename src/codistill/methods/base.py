@@ -24,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill.config import METHODS, DivergenceConfig, MethodConfig
+from codistill.data import NUM_ROTATIONS
 from codistill.losses import sigmoid_ramp
 from codistill.methods.training_step import TrainingStep
 from codistill.peers import PeerOutputs, Peers
@@ -97,7 +98,8 @@ class Method(nn.Module):
         self.needs: frozenset[str] = frozenset()
         """What the training loop must provide: features, trunk, views, ema, teacher, holdout, hybrid (the logits of
         the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views), exits,
-        previous (the outputs for the images of the step before, `PeerOutputs.previous`)."""
+        previous (the outputs for the images of the step before, `PeerOutputs.previous`),
+        rotations (rows 4 b to 4 b + 3 of all outputs are of image b, see `codistill.data.rotate_images`)."""
         self.deployed = 0
         """Index of the member that is deployed, declared before training."""
         self.group = tuple(range(num_peers))
@@ -171,6 +173,11 @@ class Method(nn.Module):
             return self.num_peers + ("hybrid" in self.needs)
         return 2 if "previous" in self.needs else 1
 
+    @property
+    def rows_per_image(self) -> int:
+        """Rows of the outputs for each image and label: 1, or 4 rotations, of which the first is upright."""
+        return NUM_ROTATIONS if "rotations" in self.needs else 1
+
     def hybrid_shares(self) -> Tensor | None:
         """Return the members' shares in the hybrid's weights, `P`, the same tensor at every step; None: 1/P each."""
         return None
@@ -205,9 +212,21 @@ class Method(nn.Module):
         if not self.targets_checked:
             arguments = {**dict(zip(("outputs", "targets_B"), args)), **kwargs}
             if isinstance(arguments.get("outputs"), PeerOutputs) and "targets_B" in arguments:
-                check_targets(arguments["outputs"].logits_PBC, arguments["targets_B"])
+                check_targets(
+                    self._upright(arguments["outputs"].logits_PBC, arguments["targets_B"]), arguments["targets_B"]
+                )
             self.targets_checked = True
         return super().__call__(*args, **kwargs)
+
+    def _upright(self, logits_PBC: Tensor, targets: Any) -> Tensor:
+        """Return the logits of the images as they are, without those of their rotations."""
+        count = self.rows_per_image
+        if count > 1 and isinstance(targets, Tensor) and targets.dim() and logits_PBC.shape[1] != count * len(targets):
+            raise InputError(
+                f"{self.name} needs each image in {count} rotations; give codistill.data.rotate_images(images) to the "
+                "peers"
+            )
+        return logits_PBC[:, ::count]
 
     def check(self, outputs: PeerOutputs) -> None:
         """Raise InputError if `outputs` lacks something that the method needs; the message says how to provide it."""
@@ -318,7 +337,7 @@ def check_first_terms(method: Method) -> None:
 
 def _check_needs(method: Method) -> None:
     """Raise InputError if the method asks the training loop for something that does not exist."""
-    known = {"views", "holdout", "previous", *_NEEDED_OUTPUTS}
+    known = {"views", "holdout", "previous", "rotations", *_NEEDED_OUTPUTS}
     if unknown := sorted(set(method.needs) - known):
         raise InputError(f"method {method.name} needs {', '.join(unknown)}; it may need {', '.join(sorted(known))}")
 

@@ -7,6 +7,7 @@ from codistill.methods.base import Method, PeerInfo, check_first_terms
 from codistill.methods.cl_ilr import CLILR
 from codistill.methods.contrib.codistillation import Codistillation
 from codistill.methods.contrib.dlb import DLB
+from codistill.methods.contrib.hssakd import HSSAKD
 from codistill.methods.contrib.mcl import MCL
 from codistill.methods.contrib.switokd import SwitOKD
 from codistill.methods.dml import DML
@@ -21,7 +22,7 @@ from codistill.utils import InputError
 
 CLASSES: dict[str, type[Method]] = {
     method.name: method
-    for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL, Codistillation, SwitOKD, MCL, DLB)
+    for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL, Codistillation, SwitOKD, MCL, DLB, HSSAKD)
 }
 
 

@@ -188,11 +188,17 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
     method = build_method(config.method, peers, config.seed)
     method.targets_checked = True  # the data set's labels are checked when it is loaded
     if isinstance(peers, MeshPeers):
-        whole = method.needs_full_batch
-        peers.require(features="features" in method.needs, needs_full_batch=whole, exits="exits" in method.needs)
+        peers.require(
+            features="features" in method.needs,
+            needs_full_batch=method.needs_full_batch,
+            exits="exits" in method.needs,
+            rows_per_image=method.rows_per_image,
+        )
     check_weights_can_be_averaged(method, local, mesh)
     check_previous_can_be_kept(config, method, mesh)
     check_sam(config, method)
+    if method.update_mode == "alternating" and method.needs & {"exits", "rotations"}:
+        raise InputError(f"{method.name} needs exits or rotations in a step of all members; set update_mode to joint")
     if isinstance(local, BranchPeers):
         local.set_rescale(method.rescale_trunk)
     if config.accumulate > 1 and (method.needs_full_batch or method.update_mode == "alternating"):

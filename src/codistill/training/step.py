@@ -15,6 +15,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from codistill.data import rotate_images
 from codistill.distributed import MeshPeers
 from codistill.methods import TrainingStep
 from codistill.peers import NetworkPeers, PeerOutputs
@@ -134,9 +135,10 @@ def compute_gradients(
         fractions.append(len(labels) / len(labels_B))
         weighted_loss(run, terms["loss"], fractions[-1]).backward(inputs=parameters)
         microbatch_terms.append({name: value.detach() for name, value in terms.items()})
-        hits.append((outputs.logits_PBC.detach().argmax(-1) == labels).sum(-1))
         if run.previous is not None:  # then the batch is one part
             run.previous.store(views, targets, outputs.logits_PBC)
+        upright_PBC = outputs.logits_PBC.detach()[:, :: run.method.rows_per_image]
+        hits.append((upright_PBC.argmax(-1) == labels).sum(-1))
     reduce_gradients(run, parameters)
     terms = combine_microbatches(microbatch_terms, fractions)
     return terms, hits[0] if count == 1 else torch.stack(hits).sum(0)
@@ -179,7 +181,14 @@ def alternating_step(
 
 
 def forward_all(run: Run, views_VBCHW: Tensor) -> PeerOutputs:
-    """Forward all peers, and the EMA and external teachers and the averaged weights that the method needs."""
+    """Forward all peers, and the EMA and external teachers and the averaged weights that the method needs.
+
+    Args:
+        run: What is trained.
+        views_VBCHW: One view, or those that the method needs; rotated here, where it needs rotations.
+    """
+    if "rotations" in run.method.needs:
+        views_VBCHW = rotate_images(views_VBCHW)
     own_views = views_VBCHW[: run.peers.num_peers]  # the hybrid's comes after those of the members
     outputs = run.peers(own_views) if run.previous is None else run.previous(run.peers, views_VBCHW)
     if run.ema is not None:

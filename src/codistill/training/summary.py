@@ -101,6 +101,7 @@ def _warn_of_size(run: Run) -> None:
     if size <= LARGEST_SMALL_SIZE or not small or run.mesh.world > 1:
         return
     image = torch.zeros(1, 1, run.data.channels, size, size, device=run.device, dtype=DTYPES[config.dtype])
+    image = image.expand(1, run.method.rows_per_image, *image.shape[2:])
     megabytes = activation_bytes(run.peers, image) / 1e6
     warnings.warn(
         f"{small[0]} is made for images of about 32 x 32: at {size} x {size} the activations of all peers take about "
