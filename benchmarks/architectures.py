@@ -157,7 +157,8 @@ def two_steps(name: str, size: int, method: str, topology: str, folder: Path) ->
     Raises:
         MachineError: a loss or a gradient was not finite.
     """
-    values = {"peers": 3 if method == "okddip" else 2, "batch_size": 4, "epochs": 1, "lr": 0.001, "val_fraction": 0.0}
+    peers = METHODS[method].max_peers or (3 if method == "okddip" else 2)
+    values = {"peers": peers, "batch_size": 4, "epochs": 1, "lr": 0.001, "val_fraction": 0.0}
     chosen = method_config(method)
     if isinstance(chosen, CodistillationConfig):
         chosen.burn_in_epochs = 0  # the only epoch distills

@@ -80,13 +80,12 @@ class DivergenceConfig(MethodConfig):
     """What methods have in common whose students learn from a target."""
 
     divergence: Literal["kl", "dkd", "dist", "reverse_kl", "js", "mse"] = "kl"
-    """How a student is compared with its target: the method's own KL, decoupled KL, correlation, KL(student || target),
+    """What compares student and target: the method's own KL, decoupled KL, correlation, KL(student || target),
     Jensen-Shannon, or squared differences of centered logits."""
     standardize_logits: bool = False
-    """Standardize the logits of student and target before they are softened, so that only their order of sizes counts
-    and not their scale."""
+    """Standardize the logits of student and target before they are softened, so that their scale does not count."""
     divergence_weights: Annotated[tuple[float, ...], EACH_AT_LEAST_0] = ()
-    """The two weights of dkd (own class, the others; default 1 8) or of dist (classes, samples; default 1 1)."""
+    """Weights of dkd (own class, others; 1 8) or dist (classes, samples; 1 1)."""
 
     def check(self, options: Options) -> None:
         """Refuse soft labels for dkd, and weights that a divergence does not have."""

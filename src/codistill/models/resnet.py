@@ -4,8 +4,6 @@ This file imports torch alone: `codistill export` writes it beside the weights, 
 Sizes from 8 x 8 up; any number of input channels.
 """
 
-from typing import Any
-
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -107,8 +105,7 @@ class ResNet(nn.Module):
 
     def further_stage(self) -> nn.Module:
         """Return one more stage, as deep and as wide as the last and with stride 1 (HSSAKD's last exit)."""
-        block: Any = type(self.layer3[0])
-        stage = self._stage(block, self.num_features // block.expansion, len(self.layer3), 1)
+        stage = self._stage(type(self.layer3[0]), 64, len(self.layer3), 1)
         _initialize(stage)
         return stage
 
