@@ -76,7 +76,7 @@ def main() -> None:
             totals.append(flops_of_run(cell.config, name))
             print(f"{table}: {cell.label}: {totals[-1]:.3g}", file=sys.stderr, flush=True)
         folder = "imagenet" if "imagenet" in plan.published["data"].lower() else "data"
-        command = f"codistill reproduce {table} --seeds 1 --dtype bfloat16 --data-dir {folder}"
+        command = f"codistill reproduce {table} --protocol paper --seeds 1 --dtype bfloat16 --data-dir {folder}"
         hours = " | ".join(f"{sum(totals) / rate[dtype] / 3600:,.1f}" for dtype in rate)
         rows.append(f"| `{command}` | {len(totals)} | {sum(totals) / 1e15:,.0f} | {hours} |")
     print("| command | runs | training, PFLOPs | hours, bfloat16 | hours, float32 |\n|---|--:|--:|--:|--:|")

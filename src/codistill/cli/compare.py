@@ -15,6 +15,8 @@ from codistill.reproduce import (
     comparison_rows,
     comparison_title,
     describe_comparison,
+    differences_to_baselines,
+    draw_gains,
     list_failures,
     plan_comparison,
     run_grid,
@@ -57,6 +59,8 @@ def compare(methods: list[str], config: CompareConfig) -> int:
     write_comparison(cells, config, folder, rows, summary)  # before printing, which may fail
     print_rows(rows, comparison_title(config))
     out.print(LEGEND)
+    for line in draw_gains(differences_to_baselines(cells)):
+        out.print(line, no_wrap=True)
     for sentence in summary:
         out.print(sentence)
     out.print(f"{time.perf_counter() - start:.0f} s in total; runs and table in {folder}")

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from codistill.reproduce.comparison import describe_comparison as describe_comparison
     from codistill.reproduce.comparison import plan_comparison as plan_comparison
     from codistill.reproduce.comparison import write_comparison as write_comparison
+    from codistill.reproduce.gain_plot import draw_gains as draw_gains
     from codistill.reproduce.grid import list_failures as list_failures
     from codistill.reproduce.grid import run_grid as run_grid
     from codistill.reproduce.plan import Plan as Plan
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from codistill.reproduce.recipes.demo import demo as demo
     from codistill.reproduce.report.page import write_report as write_report
     from codistill.reproduce.statistics import comparison_rows as comparison_rows
+    from codistill.reproduce.statistics import differences_to_baselines as differences_to_baselines
     from codistill.reproduce.statistics import summarize_comparison as summarize_comparison
     from codistill.reproduce.table_figures import make_figures as make_figures
     from codistill.reproduce.table_folder import make_executor as make_executor
@@ -41,13 +43,14 @@ __getattr__, __dir__ = lazy_names(
             "add_earlier_rows check_comparison_folder check_options comparison_folder comparison_title "
             "describe_comparison plan_comparison write_comparison"
         ),
+        "gain_plot": "draw_gains",
         "grid": "list_failures run_grid",
         "plan": "Plan make_plan",
         "published_tables": "load_published_tables",
         "recipes": "TABLES",
         "recipes.demo": "METHODS demo",
         "report.page": "write_report",
-        "statistics": "comparison_rows summarize_comparison",
+        "statistics": "comparison_rows differences_to_baselines summarize_comparison",
         "table_figures": "make_figures",
         "table_folder": "make_executor prepare_table_folder raise_failures write_table",
         "table_rows": "make_table_rows table_notes",

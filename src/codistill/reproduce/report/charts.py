@@ -33,7 +33,10 @@ def make_charts(section: Section) -> list[Chart]:
         ("Reliability", f"{pooled}; above the diagonal: underconfident, below: overconfident.", _reliability_views),
         ("Confusion", f"{pooled}, deployed member; each row is a true class, in %.", _confusion_views),
     ]
-    charts = [_make_chart(title, note, views(groups)) for title, note, views in known]
+    charts = [
+        _make_chart("Gain", "Over the baseline of equal cost, paired; bars: 95 % intervals.", [_gain_view(section)])
+    ]
+    charts += [_make_chart(title, note, views(groups)) for title, note, views in known]
     return [chart for chart in charts if chart["views"]]
 
 
@@ -225,6 +228,20 @@ def _flatten_weights(weights: list[Any]) -> tuple[list[str], list[float]]:
 
 # ----------------------------------------------------------------------------------------------------------------------
 # Results of finished runs
+
+
+def _gain_view(section: Section) -> View:
+    traces: list[Trace] = []
+    for label, gain in section.gains.items():
+        if not (math.isfinite(gain.mean) and math.isfinite(gain.half_width)):
+            continue
+        bars = {"type": "data", "array": [round(gain.half_width, 3)], "visible": True}
+        hover = f"%{{y:+.2f}} ± {gain.half_width:.2f}, n = {gain.count}<extra>%{{fullData.name}}</extra>"
+        point = {"x": [escape_name(label)], "y": [round(gain.mean, 3)], "error_y": bars, "hovertemplate": hover}
+        kind = {"type": "scatter", "mode": "markers", "marker": {"size": 11}, "name": escape_name(label)}
+        traces.append({**kind, **point, "group": label})
+    zero = {"yaxis": {"zeroline": True, "rangemode": "tozero"}, "xaxis": {"type": "category"}}
+    return _make_view("deployed member", traces, "", "gain, points of test top-1", **zero)
 
 
 def _cost_views(groups: list[Group]) -> list[View]:

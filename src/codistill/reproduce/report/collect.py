@@ -11,7 +11,12 @@ from pathlib import Path
 from codistill.config import Config
 from codistill.reproduce.command_line import format_command
 from codistill.reproduce.grid import Cell
-from codistill.reproduce.statistics import comparison_rows, format_mean_std
+from codistill.reproduce.statistics import (
+    Difference,
+    comparison_rows,
+    differences_to_baselines,
+    format_mean_std,
+)
 from codistill.reproduce.table_figures import make_figures
 from codistill.reproduce.table_folder import read_plan
 from codistill.reproduce.table_rows import cost_columns, make_table_rows, network_label, table_notes
@@ -55,6 +60,8 @@ class Section:
     notes: list[str]
     groups: list[Group]
     failures: list[str] = field(default_factory=list)
+    gains: dict[str, Difference] = field(default_factory=dict)
+    """Paired differences to the baselines of equal cost, by group."""
 
 
 def read_run(path: Path) -> RunData:
@@ -153,9 +160,9 @@ def _comparison_section(path: Path, grid_info: GridInfo) -> Section:
         "Test set, last epoch, deployed member; differences are paired over seeds with the independent member that "
         "began with the same weights, ± 95 % t-interval, n.s. = not significant (Holm's correction over the table).",
     ]
-    return Section(
-        "Comparison", grid_info.get("title", ""), comparison_rows(cells), False, notes, groups, _read_failures(path)
-    )
+    title, rows = grid_info.get("title", ""), comparison_rows(cells)
+    gains = {label: d for label, d in differences_to_baselines(cells).items() if d is not None}
+    return Section("Comparison", title, rows, False, notes, groups, _read_failures(path), gains)
 
 
 def _runs_section(runs: list[RunData]) -> Section:
