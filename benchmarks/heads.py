@@ -2,11 +2,13 @@
 
     git worktree add ../before 844e2fa
     OMP_NUM_THREADS=1 python benchmarks/heads.py --against ../before/src --plot docs/heads.svg [--rounds 5]
+    OMP_NUM_THREADS=1 python benchmarks/heads.py --against ../before/src --allocator default
 
 Forward and backward of a method's losses on random logits, batch 128, float32, one thread. Each checkout has a process
-of its own, which keeps freed memory as in training; they work in turn. Time is the process's CPU time: the table holds
-the median of each and the median of the rounds' ratios. The largest tensor is that of any operator's output, forward
-and backward, over the size of all peers' logits P x B x C.
+of its own, which keeps freed memory as in training; with `--allocator default` the C library returns large blocks and
+clears them anew each time, as in a plain script, and only the cells that it affects most are measured. They work in
+turn. Time is the process's CPU time: the table holds the median of each and the median of the rounds' ratios. The
+largest tensor is that of any operator's output, forward and backward, over the size of all peers' logits P x B x C.
 """
 
 from __future__ import annotations
@@ -121,8 +123,12 @@ def work() -> None:
 class Worker:
     """A process that runs the heads of one checkout."""
 
-    def __init__(self, source: Path) -> None:
-        environment = os.environ | KEEP_FREED | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+    def __init__(self, source: Path, allocator: str) -> None:
+        environment = (
+            os.environ
+            | (KEEP_FREED if allocator == "kept" else {})
+            | {"PYTHONPATH": str(source), "OMP_NUM_THREADS": "1"}
+        )
         command = [sys.executable, __file__, "--work"]
         self.process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
@@ -231,6 +237,7 @@ def main() -> int:
     parser.add_argument("--against", type=Path, help="src folder of the other checkout")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--plot", type=Path)
+    parser.add_argument("--allocator", choices=("kept", "default"), default="kept")
     parser.add_argument("--work", action="store_true", help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.work:
@@ -240,9 +247,12 @@ def main() -> int:
         parser.error("give the src folder of another checkout: --against ../before/src")
     from codistill.utils.tables import markdown
 
-    ours, theirs = Worker(Path(__file__).parent.parent / "src"), Worker(options.against.resolve())
+    sources = Path(__file__).parent.parent / "src", options.against.resolve()
+    ours, theirs = (Worker(source, options.allocator) for source in sources)
     cells: list[Cell] = [(label, 4, 100) for label in METHODS]
     cells += [(label, 16, 1_000) for label in METHODS if label != "kdcl linear"]  # its solver takes seconds there
+    if options.allocator == "default":
+        cells = [(label, 16, 1_000) for label in CURVES]
     if options.plot:
         cells += [(label, p, PEERS_AT) for label in CURVES for p in PEERS]
         cells += [(label, CLASSES_AT, c) for label in CURVES for c in CLASSES]

@@ -140,7 +140,7 @@ class Own(Method):
             "        super().__init__(num_peers)\n"
             "        self.needs = frozenset({'trunc'})\n"
             "    def forward",
-            "method own needs trunc; it may need ema, features, holdout, teacher, trunk, views",
+            "method own needs trunc; it may need ema, exits, features, holdout, hybrid, ",
         ),
         (
             "    def forward",
