@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from codistill.peers import BranchPeers as BranchPeers
     from codistill.peers import NetworkPeers as NetworkPeers
     from codistill.peers import PeerOutputs as PeerOutputs
+    from codistill.peers import TwinPeers as TwinPeers
     from codistill.training import load_run as load_run
     from codistill.training import train as train
     from codistill.utils import InputError as InputError
@@ -28,7 +29,7 @@ _load, __dir__ = lazy_names(
     {
         "config": "Config",
         "data": "ImageSet",
-        "peers": "BranchPeers NetworkPeers PeerOutputs",
+        "peers": "BranchPeers NetworkPeers PeerOutputs TwinPeers",
         "training": "load_run train",
         "utils": "InputError MachineError",
     },
@@ -52,6 +53,7 @@ __all__ = [
     "MachineError",
     "NetworkPeers",
     "PeerOutputs",
+    "TwinPeers",
     "load_run",
     "losses",
     "methods",

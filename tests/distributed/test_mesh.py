@@ -48,6 +48,7 @@ QUICK = [
     (2, "hssakd", False, ["data=1,peer=2"]),
     (2, "hssakd, dist", False, ["data=2,peer=1"]),
     (2, "hssakd, two parts", False, ["data=2,peer=1"]),
+    (2, "cosub", True, ["data=2,peer=1"]),
     (2, "okddip, smoothed labels", False, ["data=2,peer=1"]),
     (2, "okddip, two parts", False, ["data=2,peer=1"]),
     (2, "one, okddip_code, branches", False, ["data=2,peer=1"]),
@@ -76,6 +77,8 @@ def everything():
         for case, (_, _, topology) in CASES.items()
         for mesh, sync in meshes
         if topology == "networks" or mesh_shape(mesh)[1] == 1
+        # Twins' BatchNorm sees the rows of both at once, which the reference does not divide as ranks do.
+        if topology != "twins" or sync
     ]
 
 

@@ -66,6 +66,7 @@ CASES = {
     "hssakd": ("hssakd", {}, "networks"),
     "hssakd, dist": ("hssakd", {"divergence": "dist", "temperature": 1.0}, "networks"),
     "hssakd, two parts": ("hssakd", {"exits": 1}, "networks"),
+    "cosub": ("cosub", {"own_views": True}, "twins"),
     "okddip, smoothed labels": ("okddip", {}, "networks"),
     "cl_ilr, two parts, mixed": ("cl_ilr", {}, "networks"),
     "okddip, two parts": ("okddip", {}, "networks"),

@@ -37,6 +37,8 @@ OPTIONS = {
     "hssakd-upright": ("hssakd", {"rotations": False, "exits": 2}),
     "hssakd-no-exits": ("hssakd", {"exits": 0}),
     "hssakd-dkd": ("hssakd", {"divergence": "dkd", "exits": 1}),
+    "cosub-ce": ("cosub", {"loss": "ce"}),
+    "cosub-own-views": ("cosub", {"own_views": True}),
     "independent-rescaled": ("independent", {"rescale": True}),
 }
 
@@ -55,7 +57,10 @@ every = pytest.mark.parametrize(("name", "options", "topology"), CASES + EXTRA)
 def config(name, options, topology, **more) -> Config:
     method = dataclasses.replace(method_config(name), **options)
     peers = 1 if name == "kd" and topology == "networks" else min(3, method.max_peers or 3)
-    return tiny(**{"method": method, "topology": topology, "peers": peers, "batch_size": 12} | more)
+    values = {"method": method, "topology": topology, "peers": peers, "batch_size": 12}
+    if topology == "twins":
+        values |= {"model": "tiny_network:Dropping"}  # twins differ by what is random
+    return tiny(**values | more)
 
 
 def teacher_for(name):

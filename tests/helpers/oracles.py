@@ -400,3 +400,32 @@ def hssakd(z, exits, y, *, temperature=3.0, weight=1.0, rotations=4):
             from_others = sum((kl(exits[p][e], fixed_exits[j][e], temperature) for j in others), ZERO)
             total = total + weight * from_others / max(len(others), 1)
     return total
+
+
+def bce(z, targets):
+    """Mean over rows and classes of -[t log sigmoid(z) + (1 - t) log(1 - sigmoid(z))]."""
+    total = ZERO
+    for row, labels in zip(z, targets):
+        for v, t in zip(row, labels):
+            total = total - t * torch.log(1 / (1 + torch.exp(-v))) - (1 - t) * torch.log(1 / (1 + torch.exp(v)))
+    return total / targets.numel()
+
+
+def cosub(z, targets, *, loss, weight):
+    """1/4 sum_i [L(z_i, Y) + weight L(z_i, sg of the other twin's probabilities)]; Y is B x C."""
+
+    def soft(i, rows):
+        total = ZERO
+        for row, labels in zip(z[i], rows):
+            total = total - sum(t * lp for t, lp in zip(labels, log_softmax(row)))
+        return total / len(rows)
+
+    terms = []
+    for i in (0, 1):
+        other = z[1 - i].detach()
+        if loss == "bce":
+            terms += [bce(z[i], targets), weight * bce(z[i], 1 / (1 + torch.exp(-other)))]
+        else:
+            fixed = torch.stack([torch.stack([torch.exp(v) for v in log_softmax(row)]) for row in other])
+            terms += [soft(i, targets), weight * soft(i, fixed)]
+    return sum(terms) / 4

@@ -15,3 +15,11 @@ class Tiny(nn.Module):
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.head(self.norm(self.hidden(self.pool(x_BCHW).flatten(1))).relu())
+
+
+class Dropping(Tiny):
+    """The same with dropout before the classifier."""
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        hidden = self.norm(self.hidden(self.pool(x_BCHW).flatten(1))).relu()
+        return self.head(nn.functional.dropout(hidden, 0.3, self.training))

@@ -34,7 +34,7 @@ def test_steps_are_finite_and_members_stay_different(name, options, topology):
     for terms in steps(t):
         assert terms["loss"].isfinite()
     assert t.guard.check_finite() is None
-    if t.peers.num_peers > 1:
+    if t.peers.num_peers > 1 and topology != "twins":  # those are one network
         t.peers.eval()
         with torch.no_grad():
             probs = t.peers(next(t.loader.epoch(1))[0][:1]).logits_PBC.softmax(-1)

@@ -32,7 +32,8 @@ def test_two_steps_run_under_a_method(index, tmp_path):
 
 
 def test_the_rotation_covers_methods_and_architectures():
-    assert {method for method, _ in ROTATION[: len(CASES)]} == set(METHODS)
+    expected = {name for name, config in METHODS.items() if config.topologies != ("twins",)}  # most cases draw nothing
+    assert {method for method, _ in ROTATION[: len(CASES)]} == expected
     assert len({name.partition(",")[0] for name, _ in CASES}) >= 20
 
 

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from codistill.config.config import ReproduceConfig as ReproduceConfig
     from codistill.config.config import slug as slug
     from codistill.config.contrib import CodistillationConfig as CodistillationConfig
+    from codistill.config.contrib import CosubConfig as CosubConfig
     from codistill.config.contrib import DLBConfig as DLBConfig
     from codistill.config.contrib import HSSAKDConfig as HSSAKDConfig
     from codistill.config.contrib import MCLConfig as MCLConfig
@@ -43,7 +44,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "checks": "images_per_class mesh_shape parse_normalize",
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
-        "contrib": "CodistillationConfig DLBConfig HSSAKDConfig MCLConfig SwitOKDConfig",
+        "contrib": "CodistillationConfig CosubConfig DLBConfig HSSAKDConfig MCLConfig SwitOKDConfig",
         "method_base": "DivergenceConfig MethodConfig TeacherConfig",
         "methods": (
             "CLILRConfig DMLConfig IndependentConfig KDCLConfig KDConfig METHODS OKDDipConfig ONEConfig PCLConfig "

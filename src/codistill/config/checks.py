@@ -51,8 +51,9 @@ def check_peers(options: Options, peers: int) -> None:
     """
     method, topology = options.method, options.topology
     if topology not in method.topologies:
-        reason = "needs a trunk, so it " if topology == "networks" else ""
-        raise InputError(f"{method.name} {reason}works on {method.topologies[0]} only; drop --topology {topology}")
+        reason = "needs a trunk, so it " if topology == "networks" and "branches" in method.topologies else ""
+        only = " and ".join(method.topologies)
+        raise InputError(f"{method.name} {reason}works on {only} only; drop --topology {topology}")
     if peers < method.min_peers:
         raise InputError(f"--peers is {peers}; {method.name} needs at least {method.min_peers}{method.min_peers_note}")
     if peers > MAX_PEERS:
@@ -64,6 +65,8 @@ def check_peers(options: Options, peers: int) -> None:
         raise InputError(f"--model is given {len(options.model)} times for --peers {peers}; give one, or one per peer")
     if topology == "branches" and len(options.model) > 1:
         raise InputError("--topology branches takes one --model: branches share a trunk; use --topology networks")
+    if topology == "twins":
+        _check_twins(options)
     method.check(options)
     _check_branching(options, peers)
     if method.num_exits():
@@ -71,6 +74,13 @@ def check_peers(options: Options, peers: int) -> None:
     if options.checkpoint_activations and (topology == "branches" or options.execution == "stacked"):
         why = "branches share a trunk" if topology == "branches" else "--execution stacked runs them as one"
         raise InputError(f"--checkpoint-activations runs each network again by itself, but {why}; drop one of the two")
+
+
+def _check_twins(options: Options) -> None:
+    if len(options.model) > 1:
+        raise InputError("--topology twins takes one --model: twins are one network, run twice")
+    if options.deploy == "ensemble":
+        raise InputError("--deploy ensemble: twins are one network, which is deployed as it is; drop it")
 
 
 def _check_exits(options: Options) -> None:
@@ -120,6 +130,11 @@ def check_mesh(options: Options, peers: int) -> None:
         raise InputError(
             f"--mesh {options.mesh}: branches share a trunk, so they cannot be spread over the axis peer; "
             f"give --mesh data={data * peer}, or --topology networks"
+        )
+    if peer > 1 and options.topology == "twins":
+        raise InputError(
+            f"--mesh {options.mesh}: twins are one network, so they cannot be spread over the axis peer; "
+            f"give --mesh data={data * peer}"
         )
     if peers % peer:
         raise InputError(

@@ -6,7 +6,7 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
-from codistill.config.method_base import DivergenceConfig, Topology
+from codistill.config.method_base import DivergenceConfig, MethodConfig, Topology
 from codistill.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1
 from codistill.utils import InputError
 
@@ -153,3 +153,34 @@ class HSSAKDConfig(DivergenceConfig):
     def num_exits(self) -> int:
         """Return the exits of every network."""
         return self.exits
+
+
+@dataclass(kw_only=True)
+class CosubConfig(MethodConfig):
+    """Co-training of submodels (Touvron et al., CVPR 2023): two draws of a network's drop path teach each other."""
+
+    name: ClassVar[str] = "cosub"
+    default_peers: ClassVar[int] = 2
+    min_peers: ClassVar[int] = 2
+    max_peers: ClassVar[int | None] = 2
+    topologies: ClassVar[tuple[Topology, ...]] = ("twins",)
+
+    loss: Literal["bce", "ce"] = "bce"
+    """bce: binary cross-entropy of every class, as in the code; ce: softmax cross-entropy, as in the abstract."""
+    weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of learning from the other draw, relative to the labels."""
+    threshold_labels: bool = False
+    """Make every class that a mixed label contains a full label of its own (the code's --bce-loss); with bce only."""
+    own_views: bool = False
+    """Augment every image separately for each draw, which needs no drop path (not in the source)."""
+
+    def check(self, options: Options) -> None:
+        """Refuse thresholds for what is no mixed label."""
+        super().check(options)
+        if self.threshold_labels and self.loss == "ce":
+            raise InputError("--method.threshold-labels makes labels that sum to more than 1; add --method.loss bce")
+        if self.threshold_labels and options.label_smoothing:
+            raise InputError(
+                "--label-smoothing gives every class a part of the label, and --method.threshold-labels makes each of "
+                "them 1; drop one of the two"
+            )

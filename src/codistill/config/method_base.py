@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from codistill.config.options import Options
 
 
-Topology = Literal["networks", "branches"]
+Topology = Literal["networks", "branches", "twins"]
 
 
 @dataclass(kw_only=True)

@@ -9,7 +9,14 @@ import dataclasses
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Literal
 
-from codistill.config.contrib import CodistillationConfig, DLBConfig, HSSAKDConfig, MCLConfig, SwitOKDConfig
+from codistill.config.contrib import (
+    CodistillationConfig,
+    CosubConfig,
+    DLBConfig,
+    HSSAKDConfig,
+    MCLConfig,
+    SwitOKDConfig,
+)
 from codistill.config.method_base import DivergenceConfig, MethodConfig, TeacherConfig, Topology
 from codistill.config.ranges import (
     ABOVE_0,
@@ -237,6 +244,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         MCLConfig,
         DLBConfig,
         HSSAKDConfig,
+        CosubConfig,
     )
 }
 """Every method's config, by its name."""

@@ -112,7 +112,8 @@ class PeerOptions:
     """How many peers there are, what they share, and which of them is deployed."""
 
     topology: Topology | None = None
-    """Whole networks as peers, or branches on one shared trunk; default the method's own."""
+    """Whole networks as peers, branches on one shared trunk, or twins, one network run twice on a batch; default the
+    method's own."""
     branch_at: tuple[str, ...] = ()
     """Path of the first module that every branch has its own copy of; several paths make a tree. Default: the place
     that the paper uses."""

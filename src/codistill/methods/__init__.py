@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from codistill.methods.base import takes_options as takes_options
     from codistill.methods.cl_ilr import CLILR as CLILR
     from codistill.methods.contrib.codistillation import Codistillation as Codistillation
+    from codistill.methods.contrib.cosub import Cosub as Cosub
     from codistill.methods.contrib.dlb import DLB as DLB
     from codistill.methods.contrib.hssakd import HSSAKD as HSSAKD
     from codistill.methods.contrib.mcl import MCL as MCL
@@ -34,6 +35,7 @@ __getattr__, __dir__ = lazy_names(
         "base": "Method PeerInfo Terms combine_terms takes_options",
         "cl_ilr": "CLILR",
         "contrib.codistillation": "Codistillation",
+        "contrib.cosub": "Cosub",
         "contrib.dlb": "DLB",
         "contrib.mcl": "MCL",
         "contrib.hssakd": "HSSAKD",

@@ -6,6 +6,7 @@ from codistill.config import METHODS, MethodConfig
 from codistill.methods.base import Method, PeerInfo, check_first_terms
 from codistill.methods.cl_ilr import CLILR
 from codistill.methods.contrib.codistillation import Codistillation
+from codistill.methods.contrib.cosub import Cosub
 from codistill.methods.contrib.dlb import DLB
 from codistill.methods.contrib.hssakd import HSSAKD
 from codistill.methods.contrib.mcl import MCL
@@ -22,7 +23,10 @@ from codistill.utils import InputError
 
 CLASSES: dict[str, type[Method]] = {
     method.name: method
-    for method in (Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL, Codistillation, SwitOKD, MCL, DLB, HSSAKD)
+    for method in (
+        *(Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL),
+        *(Codistillation, SwitOKD, MCL, DLB, HSSAKD, Cosub),
+    )
 }
 
 

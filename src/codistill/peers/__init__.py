@@ -1,4 +1,4 @@
-"""Several members that see the same inputs: whole networks, or branches on one trunk."""
+"""Several members that see the same inputs: whole networks, branches on one trunk, or twins."""
 
 from typing import TYPE_CHECKING
 
@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from codistill.peers.split_head import SplitMember as SplitMember
     from codistill.peers.stacked import MERGED_CHANNELS as MERGED_CHANNELS
     from codistill.peers.stacked import StackedPeers as StackedPeers
+    from codistill.peers.twins import TwinPeers as TwinPeers
 
 __getattr__, __dir__ = lazy_names(
     __name__,
@@ -50,5 +51,6 @@ __getattr__, __dir__ = lazy_names(
         "shared_trunk": "SharedModule",
         "split_head": "SplitMember",
         "stacked": "MERGED_CHANNELS StackedPeers",
+        "twins": "TwinPeers",
     },
 )

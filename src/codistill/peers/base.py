@@ -69,7 +69,7 @@ class Runner(Protocol):
 
 
 class Peers(nn.Module):
-    """Base of `NetworkPeers` and `BranchPeers`: `members`, one `SplitMember` each."""
+    """Base of `NetworkPeers`, `BranchPeers` and `TwinPeers`: `members`, one `SplitMember` each."""
 
     members: nn.ModuleList
     num_classes: int

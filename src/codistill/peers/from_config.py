@@ -7,6 +7,7 @@ from codistill.models import resolve
 from codistill.peers.base import Peers
 from codistill.peers.branches import BranchPeers
 from codistill.peers.networks import NetworkPeers
+from codistill.peers.twins import TwinPeers
 
 
 def build_peers(
@@ -24,6 +25,8 @@ def build_peers(
         return NetworkPeers(
             chosen, len(members), num_classes, first=first, same_start=same_start, exits=exits, **kwargs
         )
+    if config.topology == "twins":
+        return TwinPeers(specs[0], config.peers, num_classes, **kwargs)
     return BranchPeers(
         specs[0], config.peers, num_classes, branch_at=config.branch_at, fan_out=config.fan_out, **kwargs
     )

@@ -54,14 +54,18 @@ def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
     chosen = [method_config(name) for name in dict.fromkeys(methods) if name != "independent"]
     _check_methods(chosen, asked)
     cells = [Cell("one plain network", _row_config(shared, method_config("independent"), "networks", peers=1))]
-    for topology in ("networks", "branches"):
+    for topology in ("networks", "branches", "twins"):
         if asked is None:  # every method on the topology of its paper
             wanted = [method for method in chosen if method.topologies[0] == topology]
         else:
             wanted = [m for m in chosen if asked in (topology, "both") and topology in m.topologies]
-        alone = [method for method in wanted if method.max_peers == 1]
-        wanted = [method for method in wanted if method.max_peers != 1]
-        cells += [Cell(f"{m.name} {topology}", _row_config(shared, m, topology, 1), cells[0].label) for m in alone]
+        alone = [method for method in wanted if topology == "twins" or method.max_peers == 1]
+        wanted = [method for method in wanted if method not in alone]
+        for method in alone:
+            row = _row_config(shared, method, topology, 2 if topology == "twins" else 1)
+            cells.append(Cell(f"{method.name} {topology}", row, cells[0].label))
+        if topology == "twins":
+            continue
         if wanted or asked in (topology, "both") or (not chosen and topology == "networks" and asked is None):
             baseline = f"independent {topology}"
             cells.append(Cell(baseline, _row_config(shared, method_config("independent"), topology, peers)))
@@ -83,9 +87,9 @@ def _check_methods(methods: list[MethodConfig], topology: str | None) -> None:
 def _row_config(shared: dict, method: MethodConfig, topology: str, peers: int) -> Config:
     """Return one row's config; a single network is the first model, without branch points."""
     values = shared | {"peers": peers}
-    if topology == "networks":
+    if topology != "branches":
         values |= {"branch_at": (), "fan_out": ()}
-    if peers == 1:
+    if peers == 1 or topology == "twins":
         values["model"] = shared["model"][:1]
         values["execution"] = "auto" if shared["execution"] == "stacked" else shared["execution"]
     return Config(method=dataclasses.replace(method), topology=topology, **values)  # type: ignore[arg-type]

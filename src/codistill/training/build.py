@@ -25,6 +25,7 @@ from codistill.peers import (
     Peers,
     SnapshotTeacher,
     TailAverage,
+    TwinPeers,
     build_peers,
     check_mixable,
 )
@@ -40,7 +41,7 @@ from codistill.training.state import restore_state
 from codistill.training.step import parameters_of
 from codistill.training.step_graph import StepGraph
 from codistill.training.teacher import load_teacher
-from codistill.training.trial import try_networks
+from codistill.training.trial import check_twins_differ, try_networks
 from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device
 
 
@@ -84,6 +85,8 @@ def build_run(
         shape = (data.channels, data.image_size, data.image_size)
         config, notes = try_networks(config, peers.local, teacher, shape)
     loader = build_loader(config, data, splits, method, mesh)
+    if for_training and isinstance(peers.local, TwinPeers) and "views" not in method.needs:
+        check_twins_differ(peers.local, loader.sample_batch()[0][:16])
     ema, average = build_ema(peers, method, len(loader)), build_average(config, peers, len(loader))
     copies = [copy for copy in (ema, average) if copy is not None]
     frozen = freeze_modules(peers.local, config.freeze)

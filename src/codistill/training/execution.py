@@ -97,6 +97,8 @@ def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | Non
     """Return why these peers cannot be stacked, None if nothing is known against it."""
     if peers.num_peers == 1:
         return "one peer cannot be stacked"
+    if config.topology == "twins":
+        return "twins are one network, which runs on the rows of both at once"
     if config.freeze or config.head_lr_scale != 1.0:
         return "--freeze and --head-lr-scale apply to single modules, and stacked modules hold all members' parameters"
     if config.sam_rho:

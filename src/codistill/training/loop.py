@@ -414,7 +414,7 @@ def evaluate_test_set(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
 def describe_out_of_memory(run: Run, folder: RunFolder, error: Exception) -> MachineError:
     """Return the error for a run that ran out of memory; its files are complete."""
     config, progress = run.config, run.progress
-    can_recompute = config.topology == "networks" and run.execution == "loop" and not config.checkpoint_activations
+    can_recompute = config.topology != "branches" and run.execution == "loop" and not config.checkpoint_activations
     fix = "--checkpoint-activations, which takes less and gives the same" if can_recompute else "more free memory"
     return MachineError(
         f"{out_of_memory(error)} is out of memory at epoch {progress.epoch}, step {progress.step}; the checkpoints in "

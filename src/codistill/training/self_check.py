@@ -107,7 +107,7 @@ def compute_figures(name: str, topology: str, device: torch.device) -> Figures:
 
 def _build_fixed_run(name: str, topology: str, device: torch.device) -> Run:
     """Return a run of resnet8 on made images, with fixed weights."""
-    method = METHODS[name]()
+    method = METHODS[name](**({"own_views": True} if topology == "twins" else {}))  # resnet8 has no drop path
     single = isinstance(method, TeacherConfig) and topology == "networks"
     config = Config(
         method,

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from codistill.config import Config
 from codistill.models import MODELS
-from codistill.peers import Peers, eval_mode, train_mode
+from codistill.peers import Peers, TwinPeers, eval_mode, frozen_batchnorm_stats, train_mode
 from codistill.runs import restore_rng, rng_state
 from codistill.utils import InputError, first_line, out_of_memory
 
@@ -100,3 +100,33 @@ def _run_backward(peers: Peers, images_BCHW: Tensor) -> None:
     parameters = [p for p in peers.parameters() if p.requires_grad]
     loss = peers(images_BCHW).logits_PBC.float().square().sum()
     torch.autograd.grad(loss, parameters, allow_unused=True)
+
+
+def check_twins_differ(twins: TwinPeers, images_BCHW: Tensor) -> None:
+    """Run the network in training mode with two random states, and compare; nothing is left of it.
+
+    Any difference counts that is not the device's own: where layers begin near 0 (layer scale), drop path changes
+    little.
+
+    Args:
+        twins: On their device.
+        images_BCHW: Some training images.
+
+    Raises:
+        InputError: nothing is random in the network, so that twins that see the same images are the same.
+    """
+    random_states, logits = rng_state(), []
+    try:
+        with torch.no_grad(), train_mode(twins), frozen_batchnorm_stats(twins):
+            for seed in (0, 1, 0):
+                torch.manual_seed(seed)
+                logits.append(twins.member(0)(images_BCHW)[1])
+    finally:
+        restore_rng(random_states)
+    first, other, again = logits
+    if (first - other).abs().max() > (first - again).abs().max():
+        return
+    raise InputError(
+        "--model: nothing is random in this network, so twins that see the same images are the same; give one with "
+        "drop path or dropout (as in --model timm:resnet18,drop_path_rate=0.1), or --method.own-views"
+    )
