@@ -81,6 +81,7 @@ def test_drop_path_of_a_library_network_is_random():
     options = {"num_classes": 10, "in_channels": 3, "image_size": 32}
     batch = torch.randn(16, 3, 32, 32, generator=torch.Generator().manual_seed(1))
     check_twins_differ(TwinPeers("timm:test_convnext,drop_path_rate=0.1", **options), batch)
+    check_twins_differ(TwinPeers("timm:test_resnet,drop_path_rate=0.1", **options), batch)  # its blocks begin at 0
     with pytest.raises(InputError, match="nothing is random"):
         check_twins_differ(TwinPeers("timm:test_convnext", **options), batch)
 
