@@ -6,12 +6,12 @@ from torch import Tensor, nn
 class Tiny(nn.Module):
     """Pooled pixels, a hidden layer with BatchNorm, a classifier."""
 
-    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+    def __init__(self, num_classes: int = 10, in_channels: int = 1, width: int = 6) -> None:
         super().__init__()
         self.pool = nn.AdaptiveAvgPool2d(2)
-        self.hidden = nn.Linear(4 * in_channels, 6)
-        self.norm = nn.BatchNorm1d(6)
-        self.head = nn.Linear(6, num_classes)
+        self.hidden = nn.Linear(4 * in_channels, width)
+        self.norm = nn.BatchNorm1d(width)
+        self.head = nn.Linear(width, num_classes)
 
     def forward(self, x_BCHW: Tensor) -> Tensor:
         return self.head(self.norm(self.hidden(self.pool(x_BCHW).flatten(1))).relu())

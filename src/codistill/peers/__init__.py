@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from codistill.peers.hybrid import hybrid_network as hybrid_network
     from codistill.peers.hybrid import mix_members as mix_members
     from codistill.peers.inputs import Inputs as Inputs
+    from codistill.peers.inputs import Views as Views
     from codistill.peers.inputs import call_network as call_network
     from codistill.peers.inputs import device_of as device_of
     from codistill.peers.inputs import map_tensors as map_tensors
@@ -45,7 +46,7 @@ __getattr__, __dir__ = lazy_names(
         "ema": "MeanTeacher SnapshotTeacher",
         "from_config": "build_peers",
         "hybrid": "check_mixable fuse_members hybrid_logits hybrid_network mix_members",
-        "inputs": "Inputs call_network device_of map_tensors",
+        "inputs": "Inputs Views call_network device_of map_tensors",
         "modes": "copy_module eval_mode frozen_batchnorm_stats train_mode",
         "networks": "NetworkPeers",
         "shared_trunk": "SharedModule",

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from codistill.training.loaders import test_loader as test_loader
     from codistill.training.loop import Result as Result
     from codistill.training.loop import train as train
+    from codistill.training.peer_training import PeerTraining as PeerTraining
     from codistill.training.reporter import Reporter as Reporter
     from codistill.training.run import Run as Run
     from codistill.training.self_check import CheckRow as CheckRow
@@ -35,6 +36,7 @@ __getattr__, __dir__ = lazy_names(
         "dry_run": "describe_dry_run",
         "loaders": "curve_loader load_images make_loader test_loader",
         "loop": "Result train",
+        "peer_training": "PeerTraining",
         "reporter": "Reporter",
         "run": "Run",
         "self_check": "CheckRow check_machine",

@@ -23,7 +23,6 @@ from codistill.peers import (
     MovingAverage,
     NetworkPeers,
     Peers,
-    SnapshotTeacher,
     TailAverage,
     TwinPeers,
     build_peers,
@@ -34,6 +33,7 @@ from codistill.training.execution import choose_execution, stack_peers
 from codistill.training.loaders import load_images, make_loader
 from codistill.training.nonfinite_guard import FiniteGuard
 from codistill.training.optim import freeze_modules, make_optimizers
+from codistill.training.peer_step import make_mean_teacher
 from codistill.training.previous_batch import PreviousBatch
 from codistill.training.run import Run, zero_sums
 from codistill.training.sam import check_sam
@@ -87,7 +87,7 @@ def build_run(
     loader = build_loader(config, data, splits, method, mesh)
     if for_training and isinstance(peers.local, TwinPeers) and "views" not in method.needs:
         check_twins_differ(peers.local, loader.sample_batch()[0][:16])
-    ema, average = build_ema(peers, method, len(loader)), build_average(config, peers, len(loader))
+    ema, average = make_mean_teacher(peers, method, len(loader)), build_average(config, peers, len(loader))
     copies = [copy for copy in (ema, average) if copy is not None]
     frozen = freeze_modules(peers.local, config.freeze)
     frozen += [module for copy in copies for module in copy.counterparts(peers, frozen)]
@@ -256,14 +256,6 @@ def build_previous(
         return None
     soft = bool(config.label_smoothing or config.mixup or config.cutmix)
     return PreviousBatch(peers, loader, image_CHW, soft_labels=soft)
-
-
-def build_ema(peers: Peers, method: Method, steps_per_epoch: int) -> MeanTeacher | None:
-    """Return the teachers made of the peers' earlier weights, None for a method without them."""
-    if "ema" not in method.needs:
-        return None
-    interval = method.snapshot_interval(steps_per_epoch)
-    return SnapshotTeacher(peers, interval) if interval else MeanTeacher(peers, method.ema_decay)
 
 
 def build_average(config: Config, peers: Peers, steps_per_epoch: int) -> MeanTeacher | None:

@@ -8,17 +8,15 @@ Shapes: P peers, V views (1, or one per peer), B batch, C classes.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from codistill.data import rotate_images
 from codistill.distributed import MeshPeers
 from codistill.methods import TrainingStep
 from codistill.peers import NetworkPeers, PeerOutputs
+from codistill.training.peer_step import forward_with_teachers, keep_inactive, take_turns
 from codistill.training.run import Run
 from codistill.training.sam import compute_sam_gradients
 
@@ -82,38 +80,11 @@ def joint_step(
         terms, hits_P = run.graph(compute, views_VBCHW, targets_B, labels_B, weight, variant)
     run.guard.update_flag(terms)
     if run.guard.should_step():
-        with keep_inactive(run, terms.get("active_P") if run.method.pauses_members else None):
+        members = [(p, run.peers.local.member(k)) for k, p in enumerate(run.mesh.local_members)]
+        with keep_inactive(members, optimizer, terms.get("active_P") if run.method.pauses_members else None):
             optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     return terms, hits_P
-
-
-@contextmanager
-def keep_inactive(run: Run, active_P: Tensor | None) -> Iterator[None]:
-    """Put back the weights and the optimizer's state of members that are not active after the steps made within.
-
-    Chosen on the device, like `FiniteGuard.rollback_if_bad`; costs a copy of the parameters and of the state. A weight
-    of 0 would not do: decay and momentum move a member whose gradient is 0.
-
-    Args:
-        run: What is trained.
-        active_P: Who steps, on the device; None: everyone.
-    """
-    if active_P is None:
-        yield
-        return
-    (optimizer,) = run.optimizers
-    changed = []
-    for k, p in enumerate(run.mesh.local_members):
-        for parameter in run.peers.local.member(k).parameters():
-            if parameter.requires_grad:
-                changed += [(p, x) for x in (parameter, *optimizer.state[parameter].values())]
-    with torch.no_grad():
-        before = [x.clone() for _, x in changed]
-    yield
-    with torch.no_grad():
-        for (p, x), old in zip(changed, before):
-            x.copy_(torch.where(active_P[p], x, old))
 
 
 def compute_gradients(
@@ -147,22 +118,12 @@ def compute_gradients(
 def alternating_step(
     run: Run, views_VBCHW: Tensor, targets_B: Tensor, labels_B: Tensor, weight: float
 ) -> tuple[Terms, Tensor]:
-    """Update one member after the other, each against the current outputs of all; its figures are those of its turn.
-
-    A member's outputs change by its own update alone, so each runs twice at most: with gradient for its own turn, and
-    after its update for the members whose turn is later.
-    """
+    """Update one member after the other (see `take_turns`); a member's figures are those of its turn."""
     assert isinstance(run.peers, NetworkPeers | MeshPeers)  # branches are never updated in turn
     live = forward_all(run, views_VBCHW)
-    outputs = dataclasses.replace(
-        live, logits_PBC=live.logits_PBC.detach().clone(), features=[f.detach() for f in live.features]
-    )
     losses, distill_terms, hits = [], [], []
     with run.guard.rollback_if_bad():
-        for p in range(run.peers.num_peers):
-            if p:
-                run.peers.refresh(outputs, views_VBCHW, p - 1)
-            terms = run.method(with_live_member(outputs, live, p), targets_B, weight)
+        for p, terms in enumerate(take_turns(run.peers, run.method, live, views_VBCHW, targets_B, weight)):
             is_local = p in run.mesh.local_members
             optimizer = run.optimizers[p - run.mesh.local_members.start] if is_local else None
             if optimizer is not None:
@@ -187,21 +148,10 @@ def forward_all(run: Run, views_VBCHW: Tensor) -> PeerOutputs:
         run: What is trained.
         views_VBCHW: One view, or those that the method needs; rotated here, where it needs rotations.
     """
-    if "rotations" in run.method.needs:
-        views_VBCHW = rotate_images(views_VBCHW)
-    own_views = views_VBCHW[: run.peers.num_peers]  # the hybrid's comes after those of the members
-    outputs = run.peers(own_views) if run.previous is None else run.previous(run.peers, views_VBCHW)
-    if run.ema is not None:
-        outputs.ema_logits_PBC = run.ema(own_views).logits_PBC
-    if "hybrid" in run.method.needs:
-        with torch.set_grad_enabled(torch.is_grad_enabled() and run.method.hybrid_has_gradient):
-            outputs.hybrid_logits_BC = run.peers.hybrid_logits(views_VBCHW[-1], run.method.hybrid_shares())
-    if run.teacher is not None:
-        autocast = run.peers.autocast
-        with torch.no_grad(), torch.autocast(run.device.type, autocast, enabled=autocast is not None):
-            outputs.teacher_logits_BC = run.teacher(views_VBCHW[0]).to(outputs.logits_PBC.dtype)
-            if run.peers.training and run.method.needs_full_batch and isinstance(run.peers, MeshPeers):
-                outputs.teacher_logits_BC = run.peers.gather_rows(outputs.teacher_logits_BC)
+    outputs = forward_with_teachers(run.peers, run.method, views_VBCHW, run.ema, run.teacher, run.previous)
+    gathers = run.peers.training and run.method.needs_full_batch
+    if outputs.teacher_logits_BC is not None and gathers and isinstance(run.peers, MeshPeers):
+        outputs.teacher_logits_BC = run.peers.gather_rows(outputs.teacher_logits_BC)
     return outputs
 
 
@@ -238,13 +188,6 @@ def combine_microbatches(microbatch_terms: list[Terms], fractions: list[float]) 
         elif first.dim() < 2:  # a number, or one per peer
             combined[name] = torch.stack([value * fraction for value, fraction in zip(values, fractions)]).sum(0)
     return combined
-
-
-def with_live_member(outputs: PeerOutputs, live: PeerOutputs, p: int) -> PeerOutputs:
-    """Return the current outputs, member p's with the graph of its forward."""
-    z_PBC, features = outputs.logits_PBC, [live.features[p] if q == p else f for q, f in enumerate(outputs.features)]
-    logits_PBC = torch.cat((z_PBC[:p], live.logits_PBC[p : p + 1], z_PBC[p + 1 :]))
-    return dataclasses.replace(outputs, logits_PBC=logits_PBC, features=features)
 
 
 def add_to_sums(run: Run, terms: Terms, hits_P: Tensor, count: int) -> None:

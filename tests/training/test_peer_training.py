@@ -1,0 +1,172 @@
+"""`PeerTraining` in a loop of ten lines: the same losses and weights as codistill's own training step, in float64."""
+
+import io
+
+import pytest
+import torch
+
+from codistill.methods import DML, KD, KDCL, PCL, Codistillation, Independent, SwitOKD
+from codistill.peers import BranchPeers, NetworkPeers
+from codistill.training import PeerTraining
+from codistill.utils import InputError
+from helpers.common import close
+from helpers.reference_loop import CASES, EPOCHS, NAMES, make_optimizer, train_reference
+
+
+def run_loop(training, optimizer, reference, epochs):
+    losses = []
+    training.train()
+    for epoch in epochs:
+        weight = training.method.weight_at(epoch)
+        for views, targets in reference.batches:
+            if training.method.update_mode == "alternating":
+                turns = []
+                for loss, parameters in training.take_turns(views, targets, weight):
+                    optimizer.zero_grad()
+                    loss.backward(inputs=parameters)
+                    optimizer.step()
+                    turns.append(loss.item())
+                losses.append(sum(turns))
+                continue
+            terms = training(views, targets, weight)
+            optimizer.zero_grad()
+            terms["loss"].backward()
+            with training.keep_inactive(optimizer):
+                optimizer.step()
+            training.end_step()
+            losses.append(terms["loss"].item())
+        if reference.holdout:
+            training.update_on_holdout(reference.holdout)
+    return losses
+
+
+def build(reference):
+    training = PeerTraining(reference.peers, reference.method, reference.teacher, len(reference.batches))
+    return training.double(), make_optimizer(training.trained_parameters())
+
+
+@pytest.mark.parametrize(("name", "options", "topology"), CASES, ids=NAMES)
+def test_equals_the_own_training_step(name, options, topology):
+    reference = train_reference(name, options, topology)
+    training, optimizer = build(reference)
+    losses = run_loop(training, optimizer, reference, range(EPOCHS))
+    close(torch.tensor(losses), torch.tensor(reference.losses))
+    for ours, theirs in zip(training.peers.state_dict().values(), reference.trained.state_dict().values(), strict=True):
+        close(ours.double(), theirs.double())
+
+
+@pytest.mark.parametrize("name", ["pcl", "codistillation"])
+def test_continues_from_its_state_dict(name):
+    case = next(case for case in CASES if case[0] == name)
+    reference = train_reference(*case)
+    first, optimizer = build(reference)
+    run_loop(first, optimizer, reference, [0])
+    file = io.BytesIO()
+    torch.save({"training": first.state_dict(), "optimizer": optimizer.state_dict()}, file)
+    file.seek(0)
+    saved = torch.load(file)
+    second, optimizer = build(train_reference(*case))
+    second.load_state_dict(saved["training"])
+    optimizer.load_state_dict(saved["optimizer"])
+    assert second.steps_done == len(reference.batches)
+    losses = run_loop(second, optimizer, reference, [1])
+    close(torch.tensor(losses), torch.tensor(reference.losses[len(reference.batches) :]))
+
+
+def test_the_student_is_plain_and_the_deployed_member():
+    reference = train_reference("pcl", {"ema_decay": 0.9}, "branches")
+    training, optimizer = build(reference)
+    run_loop(training, optimizer, reference, range(EPOCHS))
+    student, images = training.student(), reference.batches[0][0][0]
+    assert type(student).__name__ == "Tiny"
+    assert not student.training
+    assert {type(m).__module__.partition(".")[0] for m in student.modules()} == {"torch", "tiny_network"}
+    close(student(images), reference.student(images))
+    training.eval()
+    close(training(images), reference.student(images))
+    mean = training.student("ema")
+    assert (mean(images) - student(images)).abs().max() > 1e-6
+    assert training.student("ensemble")(images).exp().sum(-1).allclose(torch.ones(1, dtype=torch.float64))
+
+
+def test_the_loss_is_computed_outside_autocast():
+    peers = NetworkPeers("resnet8", 2, 10, in_channels=1, image_size=8)
+    training = PeerTraining(peers, KDCL(2, own_views=False))
+    with torch.autocast("cpu", torch.bfloat16):
+        terms = training(torch.randn(4, 1, 8, 8), torch.arange(4))
+    assert {terms["loss"].dtype, terms["targets_PBC"].dtype} == {torch.float32}
+
+
+def test_a_pausing_member_stays_though_the_optimizer_has_no_state_yet(peers):
+    method = SwitOKD(2)
+    method.learns = lambda z_PBC, targets_B: torch.zeros(1, 1, dtype=torch.bool)  # expert mode: only the student steps
+    training = PeerTraining(peers, method)
+    optimizer = torch.optim.AdamW(training.trained_parameters(), lr=0.1)
+    before = [[q.clone() for q in peers.member(p).parameters()] for p in range(2)]
+    training(torch.randn(4, 1, 8, 8), torch.arange(4))["loss"].backward()
+    with training.keep_inactive(optimizer):
+        optimizer.step()
+    teacher, student = ([*peers.member(p).parameters()] for p in range(2))
+    assert all(torch.equal(q, old) for q, old in zip(teacher, before[0]))
+    assert all(not value.any() for q in teacher for value in optimizer.state[q].values())
+    assert not any(torch.equal(q, old) for q, old in zip(student, before[1]))
+    assert optimizer.state[student[0]]["step"] == 1
+
+
+class Recording(Independent):
+    """Writes down the steps that it is told of."""
+
+    def before_step(self, peers, step):
+        self.places.append(("before", step.number, step.epoch, step.ends_epoch, step.good))
+
+    def after_step(self, peers, step):
+        self.places.append(("after", step.number, step.epoch, step.ends_epoch, bool(step.good)))
+
+
+def test_the_method_is_told_of_steps_once_each(peers):
+    method = Recording(2)
+    method.places = []
+    training = PeerTraining(peers, method, steps_per_epoch=2)
+    for _ in range(3):
+        for _ in range(2):  # two batches a step
+            training(torch.randn(4, 1, 8, 8), torch.arange(4))
+        training.end_step()
+    places = [(0, 0, False), (1, 0, True), (2, 1, False)]
+    assert method.places == [x for p in places for x in (("before", *p, None), ("after", *p, True))]
+    with pytest.raises(InputError, match="acts at certain steps of an epoch; give `steps_per_epoch`"):
+        PeerTraining(peers, method)(torch.randn(4, 1, 8, 8), torch.arange(4))
+
+
+@pytest.fixture
+def peers():
+    return NetworkPeers("tiny_network:Tiny", 2, 10, in_channels=1, image_size=8)
+
+
+def test_one_view_for_a_method_that_needs_more(peers):
+    training = PeerTraining(peers, PCL(2, [6, 6], 10))
+    with pytest.raises(InputError, match="pcl trains on a view of its own for every peer; give a list of 2 inputs"):
+        training(torch.randn(4, 1, 8, 8), torch.arange(4))
+    views = [torch.randn(4, 1, 8, 8)] * 2
+    assert training(views, torch.arange(4))["loss_P"].shape == (2,)
+
+
+def test_what_a_method_needs_is_asked_for(peers):
+    with pytest.raises(InputError, match="kd needs a trained teacher; give a network as `teacher`"):
+        PeerTraining(peers, KD(2))
+    branches = BranchPeers("tiny_network:Tiny", 2, 10, branch_at="norm", in_channels=1, image_size=8)
+    with pytest.raises(InputError, match=r'dml updates one member after the other, .*build it with update="joint"'):
+        PeerTraining(branches, DML(2))
+    with pytest.raises(InputError, match="codistillation has no mean teachers"):
+        PeerTraining(peers, Codistillation(2)).student("ema")
+
+
+def test_loops_that_split_a_batch(peers):
+    alternating, whole, any_loop = DML(2), DML(2, update="joint", divergence="dist"), DML(2, update="joint")
+    for method, reason in ((alternating, "updates one member after the other"), (whole, "needs the whole batch")):
+        training = PeerTraining(peers, method)
+        training.check_loop(1, 1)
+        with pytest.raises(InputError, match=f"dml {reason}.*2 processes"):
+            training.check_loop(2, 1)
+        with pytest.raises(InputError, match=f"dml {reason}.*4 batches a step"):
+            training.check_loop(1, 4)
+    PeerTraining(peers, any_loop).check_loop(2, 4)
