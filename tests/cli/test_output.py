@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from codistill.cli.console import RichReporter, progress_bar
+from codistill.cli.console import RichReporter, TimeLeft, progress_bar
 from codistill.cli.output import SafeStream
 
 HELP = [sys.executable, "-m", "codistill", "list", "data"]
@@ -59,6 +59,40 @@ def test_bar_count_and_time_are_seen_at_80_columns(terminal):
     assert "-:--:--" in last
     assert "loss 1.234" in last
     assert "❌" not in last
+
+
+LINE = {"epoch": 0, "train": {"loss": 1.5, "top1": [80.0, 81.0]}}
+
+
+def test_the_time_left_is_seen_at_80_columns_in_the_first_epoch(terminal, monkeypatch):
+    now = iter([0.0, 90.0])
+    monkeypatch.setattr("codistill.cli.console.err", terminal)
+    monkeypatch.setattr(TimeLeft.__init__, "__defaults__", (lambda: next(now),))
+    reporter = RichReporter()
+    reporter.begin([], 300, 150, 0)
+    reporter.step(0, 50, 1.3)
+    reporter.step(0, 125, 1.234)
+    reporter.stop()
+    last = next(line for line in reversed(terminal.file.getvalue().splitlines()) if "epochs" in line)
+    assert "0/300" in last
+    assert "14:57:30" in last  # half an epoch in 90 s, and 299 1/6 epochs are left
+    assert "loss 1.234" in last
+
+
+def test_without_a_terminal_a_line_ends_in_the_time_left(monkeypatch):
+    plain = Console(file=io.StringIO(), width=160)
+    now = iter([0.0, 60.0, 100.0])
+    monkeypatch.setattr("codistill.cli.console.err", plain)
+    monkeypatch.setattr(TimeLeft.__init__, "__defaults__", (lambda: next(now),))
+    reporter = RichReporter()
+    reporter.begin([], 13, 5, 10)
+    reporter.step(10, 5, 1.5)
+    for epoch in (10, 11, 12):
+        reporter.epoch(LINE | {"epoch": epoch})
+    reporter.stop()
+    ends = ["", "  0:01:00 left", ""]  # nothing is known at the first report, and nothing is left at the last
+    lines = [f"epoch {n}: loss 1.500  train 80.0 81.0{end}" for n, end in zip((11, 12, 13), ends, strict=True)]
+    assert plain.file.getvalue().splitlines() == lines
 
 
 def test_the_cursor_is_shown_again_however_a_run_ends(terminal, monkeypatch):

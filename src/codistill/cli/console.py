@@ -4,11 +4,20 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, Task, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    Task,
+    TextColumn,
+    TimeRemainingColumn,
+)
 from rich.table import Column, Table
 from rich.text import Text
 
@@ -40,14 +49,19 @@ def new_table(title: str | None) -> Table:
     return Table(title=None if title is None else on_one_line(title), title_justify="left")
 
 
-def progress_bar(console: Console) -> Progress:
-    """Return the progress bar of all commands; it is shown only in a terminal."""
+def progress_bar(console: Console, time_left: ProgressColumn | None = None) -> Progress:
+    """Return the progress bar of all commands; it is shown only in a terminal.
+
+    Args:
+        console: Where it is shown.
+        time_left: The column of the time left; default rich's own estimate.
+    """
     whole = lambda: Column(no_wrap=True, min_width=7)  # noqa: E731 - never narrowed; what is too long is the note
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(20, table_column=Column(no_wrap=True, min_width=20)),
         MofNCompleteColumn(table_column=whole()),
-        TimeRemainingColumn(table_column=whole()),
+        TimeRemainingColumn(table_column=whole()) if time_left is None else time_left,
         _NoteColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=False)),
     )
     return Progress(*columns, console=console, disable=not console.is_terminal)
@@ -74,8 +88,37 @@ def show_progress(items: Sequence[Any], description: str) -> Iterator[Any]:
             bar.advance(task)
 
 
+class TimeLeft:
+    """Estimates the time that a run still takes, from its mean speed since the first report.
+
+    The first report is the base: what comes before it is set-up, and the rest of an epoch where a run is resumed.
+    rich's own estimate counts whole epochs within the last 30 seconds, so that it never knows a run of long epochs.
+
+    >>> clock = iter([0.0, 30.0])
+    >>> time_left = TimeLeft(epochs=10, clock=lambda: next(clock))
+    >>> time_left.words(4.5), time_left.words(5.5)
+    ('-:--:--', '0:02:15')
+    """
+
+    UNKNOWN = "-:--:--"
+
+    def __init__(self, epochs: int, clock: Callable[[], float] = time.monotonic) -> None:
+        self._epochs, self._clock = epochs, clock
+        self._base: tuple[float, float] | None = None
+
+    def words(self, done: float) -> str:
+        """Return hours, minutes and seconds left after `done` epochs, of which a part counts too."""
+        if self._base is None:
+            self._base = done, self._clock()
+        start, began = self._base
+        if done <= start:
+            return self.UNKNOWN
+        seconds = round((self._clock() - began) / (done - start) * (self._epochs - done))
+        return f"{seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}"
+
+
 class RichReporter(Reporter):
-    """A progress bar over the epochs, with the loss and the accuracy of what is deployed and of the ensemble.
+    """A progress bar over the epochs, with the time left, the loss, and the accuracy of the student and the ensemble.
 
     Where there is no terminal, every epoch is a line.
     """
@@ -86,22 +129,30 @@ class RichReporter(Reporter):
         """Print the notes and start the bar."""
         for note in notes:
             err.print(note, style="dim")
-        self.bar = progress_bar(err)
-        self.task = self.bar.add_task("epochs", total=epochs, completed=start, note="")
+        self.epochs, self.steps = epochs, steps
+        self.time_left = TimeLeft(epochs)
+        column = Column(no_wrap=True, min_width=7)
+        self.bar = progress_bar(err, TextColumn("{task.fields[left]}", style="progress.remaining", table_column=column))
+        self.task = self.bar.add_task("epochs", total=epochs, completed=start, note="", left=TimeLeft.UNKNOWN)
         self.bar.start()
 
     def step(self, epoch: int, step: int, loss: float) -> None:
         """Show the loss."""
         if self.bar is not None:
-            self.bar.update(self.task, note=f"loss {loss:.3f}")
+            done = epoch + step / self.steps
+            left = self.time_left.words(done)
+            self.bar.update(self.task, completed=done, note=f"loss {loss:.3f}", left=left)
 
     def epoch(self, line: EpochLine) -> None:
         """Advance, and show accuracies."""
         note = f"loss {line['train']['loss']:.3f}  {_describe_accuracies(line)}"
+        done = line["epoch"] + 1
         if self.bar is not None:
-            self.bar.update(self.task, completed=line["epoch"] + 1, note=note)
+            left = self.time_left.words(done)
+            self.bar.update(self.task, completed=done, note=note, left=left)
+            note += f"  {left} left" if done < self.epochs and left != TimeLeft.UNKNOWN else ""
         if not err.is_terminal:
-            err.print(f"epoch {line['epoch'] + 1}: {note}")
+            err.print(f"epoch {done}: {note}")
 
     def end(self, result: RunResult) -> None:
         """Stop the bar."""
