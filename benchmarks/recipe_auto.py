@@ -81,7 +81,9 @@ def _pixels(data: str, folder: Path) -> tuple[Any, Any]:
     else:
         with np.load(folder / "cifar100.npz") as archive:
             images, labels = _halve(archive["x_train"]), archive["y_train"]
-        kept = labels < 10 if data == "cifar16" else labels < TUNE_CLASSES if data == "first" else labels >= TUNE_CLASSES
+        kept = (
+            labels < 10 if data == "cifar16" else labels < TUNE_CLASSES if data == "first" else labels >= TUNE_CLASSES
+        )
         images, labels = images[kept], labels[kept] - (TUNE_CLASSES if data == TUNE_CELL else 0)
     order = np.random.default_rng(0).permutation(len(labels))
     return images[order], np.asarray(labels, dtype=np.int64)[order]
@@ -132,7 +134,9 @@ def train_run(job: Job, folder: Path) -> dict[str, Any]:
             checkpoint_every_epochs=10**6,
         )
         auto, _ = choose_recipe(config, job.images)
-        paper = choose_recipe(config, job.images, given=("epochs", "lr", "weight_decay", "schedule", "warmup_epochs"))[0]
+        paper = choose_recipe(config, job.images, given=("epochs", "lr", "weight_decay", "schedule", "warmup_epochs"))[
+            0
+        ]
         began = time.process_time()
         result = train(paper if job.row == PAPER else auto, data=draw_images(job.data, job.images, job.seed, folder))
         config, steps = result.training.config, len(result.training.loader)
@@ -201,7 +205,9 @@ def interval(values: list[float]) -> tuple[float, float]:
     return fmean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
 
 
-def compare_rows(records: list[dict[str, Any]], data: str, images: int, ours: str, theirs: str) -> dict[str, str] | None:
+def compare_rows(
+    records: list[dict[str, Any]], data: str, images: int, ours: str, theirs: str
+) -> dict[str, str] | None:
     """Return the row of the table that compares two recipes on the seeds that both have; None for fewer than two."""
     both = [
         {r["seed"]: r for r in records if (r["data"], r["images"], r["row"]) == (data, images, row)}

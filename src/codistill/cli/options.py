@@ -41,6 +41,8 @@ class EvaluateOptions:
     """Also print recall, precision and the most frequent wrong guess of the deployed student for every class."""
     confusion: str | None = None
     """Also write the deployed student's confusion matrix to this CSV file."""
+    contact_sheet: str | None = None
+    """Also write the deployed student's most confident mistakes, with their images and file names, to this PNG file."""
     calibrate: bool = False
     """Fit a temperature on the run's validation part, keep it for `predict`, and print calibration with and without."""
     json: bool = False
@@ -87,6 +89,9 @@ class ReportOptions:
     """File to write (also -o)."""
     title: str | None = None
     """Heading of the page; default the name of what it shows."""
+    contact_sheets: bool = False
+    """Also show, of the first run of each row, the deployed student's most confident mistakes on test images, which
+    become part of the page. Needs the images, and loads the networks."""
 
 
 @dataclass

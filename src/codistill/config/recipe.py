@@ -18,7 +18,7 @@ AnyConfig = TypeVar("AnyConfig", bound=Config)
 CHOSEN = ("epochs", "batch_size", "lr", "schedule", "warmup_epochs", "weight_decay")
 """The options that the recipe chooses, each unless it is given."""
 FULL_BATCH = 128
-"""The papers' batch size, for which the learning rates below hold; they are scaled with the square root of the batch."""
+"""The papers' batch size, for which the learning rates below hold; others scale them with their square root."""
 LEAST_STEPS = 6
 """Full batches that an epoch has at least; a smaller set gets smaller batches, down to `LEAST_BATCH`."""
 LEAST_BATCH = 8

@@ -6,6 +6,7 @@ in every epoch.
 
 from __future__ import annotations
 
+import os
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -136,7 +137,15 @@ def _resident_fields(
     fields |= {"num_val": num_val, "pad": max(1, images[0].shape[1] // 8)}
     # Of the files that could be read: splits are drawn over those.
     hashes = np.concatenate([d.hashes for d in decoded[: len(decoded) - 1]])
-    return fields, Provenance(_checksum([d.part for d in decoded]), messages, content_hashes=hashes)
+    paths = [_paths(d.part) for d in decoded]
+    file_names = {"training": np.concatenate(paths[: len(paths) - 1]), "test": paths[-1]}
+    checksum = _checksum([d.part for d in decoded])
+    return fields, Provenance(checksum, messages, content_hashes=hashes, file_names=file_names)
+
+
+def _paths(part: Part) -> np.ndarray:
+    """Return the paths of a part's files, as bytes of equal width."""
+    return np.char.add(os.fsencode(os.path.join(part.files.root, "")), part.files.names)
 
 
 @dataclass(frozen=True)

@@ -5,8 +5,9 @@ Shapes: N images, H height, W width, C channels.
 
 from __future__ import annotations
 
+import os
 import zlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +37,8 @@ class Provenance:
     """Why the run's own images are missing, where noise of their shape replaces them."""
     content_hashes: np.ndarray | None = field(default=None, repr=False, compare=False)
     """A hash of each training image's file (`hash_content`), where the files were decoded into memory."""
+    file_names: Mapping[str, np.ndarray] | None = field(default=None, repr=False, compare=False)
+    """The files' paths by part (training, test), as bytes, where the files were decoded into memory."""
 
 
 @dataclass(frozen=True)
@@ -146,6 +149,23 @@ class ImageSet:
     def image_size(self) -> int:
         """Height (and width) of the images."""
         return self.x_train.shape[1]
+
+    def name_image(self, part: str, index: int) -> str:
+        """Return an image's file, or its number where it is in no file of its own.
+
+        Args:
+            part: training or test.
+            index: Its position there.
+
+        >>> pixels = np.zeros((2, 8, 8, 1), dtype=np.uint8)
+        >>> ImageSet("npz:a.npz", pixels, np.arange(2), pixels, np.arange(2), ("a", "b")).name_image("test", 1)
+        'test image 1'
+        """
+        images = self.x_test if part == "test" else self.x_train
+        if isinstance(images, LazyImages):
+            return images.path(index)
+        names = self.provenance.file_names
+        return f"{part} image {index}" if names is None else os.fsdecode(names[part][index])
 
     def with_channels(self, channels: int) -> ImageSet:
         """Return the set with gray images repeated to 3 channels, or color images made gray (ITU-R 601) for 1."""

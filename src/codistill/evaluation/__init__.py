@@ -10,6 +10,13 @@ if TYPE_CHECKING:
     from codistill.evaluation.calibration import confusion_matrix as confusion_matrix
     from codistill.evaluation.calibration import fit_temperature as fit_temperature
     from codistill.evaluation.calibration import write_confusion as write_confusion
+    from codistill.evaluation.contact_sheet import SHOWN_MISTAKES as SHOWN_MISTAKES
+    from codistill.evaluation.contact_sheet import Mistake as Mistake
+    from codistill.evaluation.contact_sheet import check_sheet_path as check_sheet_path
+    from codistill.evaluation.contact_sheet import collect_mistakes as collect_mistakes
+    from codistill.evaluation.contact_sheet import draw_contact_sheet as draw_contact_sheet
+    from codistill.evaluation.contact_sheet import png_bytes as png_bytes
+    from codistill.evaluation.contact_sheet import write_contact_sheet as write_contact_sheet
     from codistill.evaluation.cost import forward_flops as forward_flops
     from codistill.evaluation.cost import inference_cost as inference_cost
     from codistill.evaluation.cost import plain_training_flops as plain_training_flops
@@ -22,6 +29,9 @@ __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "calibration": "calibration_figures class_rows confusion_matrix fit_temperature write_confusion",
+        "contact_sheet": (
+            "SHOWN_MISTAKES Mistake check_sheet_path collect_mistakes draw_contact_sheet png_bytes write_contact_sheet"
+        ),
         "cost": "forward_flops inference_cost plain_training_flops training_flops",
         "evaluate": "evaluate_peers",
         "metrics": "NUM_BINS PeerMetrics",

@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from codistill.training.loaders import test_loader as test_loader
     from codistill.training.loop import Result as Result
     from codistill.training.loop import train as train
+    from codistill.training.mistakes import find_mistakes as find_mistakes
+    from codistill.training.mistakes import find_test_mistakes as find_test_mistakes
     from codistill.training.peer_training import PeerTraining as PeerTraining
     from codistill.training.reporter import Reporter as Reporter
     from codistill.training.run import Run as Run
@@ -37,6 +39,7 @@ __getattr__, __dir__ = lazy_names(
         "loaders": "curve_loader load_images make_loader test_loader",
         "loop": "Result train",
         "peer_training": "PeerTraining",
+        "mistakes": "find_mistakes find_test_mistakes",
         "reporter": "Reporter",
         "run": "Run",
         "self_check": "CheckRow check_machine",

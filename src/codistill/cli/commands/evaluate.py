@@ -11,7 +11,15 @@ from codistill.cli.console import err, members_table, out, print_rows, show_prog
 from codistill.cli.options import EvaluateOptions, Parsed
 from codistill.data import Loader, count_trained_images, load_external_test_set
 from codistill.deploy import calibrate_student
-from codistill.evaluation import calibration_figures, class_rows, confusion_matrix, write_confusion
+from codistill.evaluation import (
+    SHOWN_MISTAKES,
+    calibration_figures,
+    check_sheet_path,
+    class_rows,
+    confusion_matrix,
+    write_confusion,
+    write_contact_sheet,
+)
 from codistill.runs import read_trained_hashes
 from codistill.training import (
     Run,
@@ -19,6 +27,7 @@ from codistill.training import (
     deployed_name,
     deployed_scores,
     evaluate_run,
+    find_mistakes,
     load_run,
     load_without_images,
     make_loader,
@@ -31,6 +40,8 @@ def run(parsed: Parsed) -> int:
     """Evaluate, and print a table or JSON."""
     options: EvaluateOptions = parsed.options
     folder = Path(parsed.positionals[0])
+    if options.contact_sheet:
+        check_sheet_path(Path(options.contact_sheet))  # before anything is loaded
     set_progress_display(show_progress)
     if options.data is not None and not options.calibrate:  # the run's own images are not needed
         trained = load_without_images(folder, options.device, checkpoint=options.checkpoint)
@@ -74,10 +85,10 @@ def _load_images(trained: Run, options: EvaluateOptions, folder: Path) -> Loader
 
 
 def _extra_metrics(trained: Run, loader: Loader, options: EvaluateOptions, folder: Path) -> dict[str, Any]:
-    """Return what --per-class, --confusion and --calibrate ask for, and write the files that they name."""
-    if not (options.per_class or options.confusion or options.calibrate):
+    """Return what --per-class, --confusion, --contact-sheet and --calibrate ask for, and write the files they name."""
+    if not (options.per_class or options.confusion or options.contact_sheet or options.calibrate):
         return {}
-    logits_NC, labels_N = deployed_scores(trained, loader)
+    logits_NC, labels_N = scores = deployed_scores(trained, loader)
     classes = trained.data.classes
     extra: dict[str, Any] = {}
     if options.per_class or options.confusion:
@@ -87,6 +98,14 @@ def _extra_metrics(trained: Run, loader: Loader, options: EvaluateOptions, folde
         if options.confusion:
             write_confusion(Path(options.confusion), confusion, classes)
             extra["confusion"] = options.confusion
+    if options.contact_sheet:
+        part = "other" if options.data is not None else options.split
+        mistakes = find_mistakes(trained, loader, scores, part, SHOWN_MISTAKES)
+        write_contact_sheet(Path(options.contact_sheet), mistakes)
+        extra["contact_sheet"] = options.contact_sheet
+        extra["mistakes"] = [
+            {"image": m.name, "true": m.true, "predicted": m.predicted, "probability": m.probability} for m in mistakes
+        ]
     if options.calibrate:
         temperature = calibrate_student(trained, folder, options.checkpoint)
         extra["calibration"] = [calibration_figures(logits_NC, labels_N, t) for t in (1.0, temperature)]
@@ -103,6 +122,8 @@ def _print_extra_metrics(extra: dict[str, Any], name: str) -> None:
             for c in extra["calibration"]
         ]
         print_rows(rows, f"{name}, without and with the temperature fitted on validation (kept for predict)")
+    if "contact_sheet" in extra:
+        out.print(f"the {len(extra['mistakes'])} most confident mistakes of {name}: {extra['contact_sheet']}")
     if "confusion" in extra:
         out.print(f"confusion matrix: {extra['confusion']}")
 

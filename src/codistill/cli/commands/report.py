@@ -12,6 +12,8 @@ from codistill.reproduce import write_report
 def run(parsed: Parsed) -> int:
     """Write the page, and print what it shows."""
     options: ReportOptions = parsed.options
-    summary = write_report([Path(name) for name in parsed.positionals], Path(options.out), options.title)
+    summary = write_report(
+        [Path(name) for name in parsed.positionals], Path(options.out), options.title, options.contact_sheets
+    )
     out.print(f"wrote {options.out}: {summary}")
     return 0

@@ -41,13 +41,14 @@ _PAGE = """<!doctype html>
 """
 
 
-def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
+def write_report(paths: list[Path], out: Path, title: str | None = None, contact_sheets: bool = False) -> str:
     """Write the page and return a summary: its sections, runs and size.
 
     Args:
         paths: Run folders, and folders of grids or tables.
         out: The file.
         title: The page's heading.
+        contact_sheets: Show the worst mistakes of the first run of each row, as images in the page.
 
     Raises:
         InputError: a folder contains no runs, or plotly is not installed.
@@ -70,7 +71,10 @@ def write_report(paths: list[Path], out: Path, title: str | None = None) -> str:
         js=_read_asset("page.js"),
         plotly=get_plotlyjs(),
         data=json.dumps(finite_or_null(data), allow_nan=False).replace("<", "\\u003c"),  # no name can end the script
-        body="\n".join(_section_html(section, number) for number, section in enumerate(sections)),
+        body="\n".join(
+            _section_html(section, number, _mistakes_html(section) if contact_sheets else "")
+            for number, section in enumerate(sections)
+        ),
     )
     write_text(out, page)
     runs = sum(len(group.runs) for section in sections for group in section.groups)
@@ -81,8 +85,14 @@ def _read_asset(name: str) -> str:
     return resources.files("codistill.reproduce.report").joinpath(name).read_text()
 
 
-def _section_html(section: Section, number: int) -> str:
-    """Return a section's HTML: results, group buttons, charts, costs, commands."""
+def _mistakes_html(section: Section) -> str:
+    from codistill.reproduce.report.mistakes import mistakes_html  # which imports torch
+
+    return mistakes_html(section)
+
+
+def _section_html(section: Section, number: int, mistakes: str) -> str:
+    """Return a section's HTML: results, group buttons, charts, mistakes (given as HTML), costs, commands."""
     names = [column for column in section.rows[0] if column in _NAME_COLUMNS]
     networks = {row.get("network", "") for row in section.rows}
     if len(networks) == 1 and len(names) > 1:
@@ -99,6 +109,7 @@ def _section_html(section: Section, number: int) -> str:
             _table_html([{name: row[name] for name in (head, *results)} for row in rows], section.lower_is_better),
             _failures_html(section.failures),
             f'<div class="chips" id="chips-{number}"></div><div class="charts" id="charts-{number}"></div>',
+            mistakes,
             "<h2>Costs of training and deployment</h2>",
             _table_html(_unique_costs([{name: row[name] for name in (head, *costs)} for row in rows]), False),
             f'<details open><summary>Notes</summary><ul class="soft">{notes}</ul></details>',
