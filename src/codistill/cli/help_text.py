@@ -36,6 +36,10 @@ MAIN = frozenset(
     }
 )
 """The options that --help shows, beside the method's own."""
+_RECIPE = (
+    "auto: choose epochs, batch size, lr, schedule and weight decay by the number of images, but not what is given; "
+    "paper: 300 epochs at 0.1. Default auto for folder: and npz:, unless --epochs or --lr is given."
+)
 _TRAIN_ONLY = {
     "--config": "A config file (TOML or JSON) or a run folder to take options from; those given here replace its own.",
     "--seeds": "Train seeds 0 to N - 1, in OUT/seed0, OUT/seed1, ...",
@@ -64,6 +68,8 @@ def format_help(config: Config, usage: str, *, complete: bool) -> str:
     for title, section in docs.items():
         shown = [name for name in section if name in fields and (complete or name in MAIN)]
         rows = [(_flag(name), fields[name], section[name]) for name in shown]
+        if title == "optimization":
+            rows = [("--recipe", None, _RECIPE), *rows]
         if title == "run" and not comparison:
             rows += [(flag, None, text) for flag, text in _TRAIN_ONLY.items()]
         lines += _format_section(title, rows) if rows else []

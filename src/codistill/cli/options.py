@@ -246,6 +246,10 @@ class Parsed:
     seeds: int | None = None
     dry_run: bool = False
     """Whether `train` only says what it would do (--dry-run)."""
+    recipe: str | None = None
+    """auto or paper (--recipe); None: not given."""
+    given: frozenset[str] = frozenset()
+    """Names of the options that were given."""
 
 
 def parse(command: str, argv: Sequence[str]) -> Parsed:
@@ -273,6 +277,9 @@ def parse(command: str, argv: Sequence[str]) -> Parsed:
     rest = ["--help" if word == "--help-all" else word for word in rest]
     if command == "train":
         return _parse_train(positionals, rest, name)
+    if command == "compare":
+        recipe, rest = _pop_recipe(rest)
+        return Parsed(positionals, _parse_options(spec.options(), rest, name), recipe=recipe, given=_given(rest))
     return Parsed(positionals, _parse_options(spec.options(), rest, name))
 
 
@@ -288,6 +295,8 @@ def _parse_train(positionals: list[str], argv: list[str], name: str) -> Parsed:
     """Read --config first, then the method's name, whose options are --method.NAME, then the other options."""
     path, argv = _pop_option(argv, "--config")
     seeds, argv = _pop_option(argv, "--seeds")
+    recipe, argv = _pop_recipe(argv)
+    recipe = "paper" if recipe is None and path is not None else recipe  # the file says all
     dry_run, argv = "--dry-run" in argv, [word for word in argv if word != "--dry-run"]
     config = Config.from_file(path) if path is not None else Config()
     if not positionals and path is None:
@@ -303,7 +312,21 @@ def _parse_train(positionals: list[str], argv: list[str], name: str) -> Parsed:
     options = _parse_options(config, argv, name)
     if path is not None:
         check_imports(options.network_names(), f"--config {path}")
-    return Parsed(positionals, options, int(seeds) if seeds else None, dry_run)
+    return Parsed(positionals, options, int(seeds) if seeds else None, dry_run, recipe, _given(argv))
+
+
+def _pop_recipe(argv: list[str]) -> tuple[str | None, list[str]]:
+    """Return the value of --recipe, and the command line without it."""
+    recipe, argv = _pop_option(argv, "--recipe")
+    if recipe not in (None, "auto", "paper"):
+        raise InputError(f"--recipe {recipe} must be auto or paper")
+    return recipe, argv
+
+
+def _given(argv: Sequence[str]) -> frozenset[str]:
+    """Return the names of the options in a command line, as fields of the config."""
+    words = rename_old_flags([word for word in argv if word.startswith("--")])
+    return frozenset(word.removeprefix("--").split("=")[0].replace("-", "_") for word in words)
 
 
 def _pop_option(argv: list[str], flag: str) -> tuple[str | None, list[str]]:
@@ -403,7 +426,7 @@ def _reject_unknown(word: str, default: Any) -> None:
         raise InputError(f'"{word}" belongs to no option; options begin with --')
     names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(default)} - {"--method"}
     if isinstance(default, Config):
-        names |= {"--config", "--seeds", "--dry-run"}
+        names |= {"--config", "--seeds", "--dry-run", "--recipe"}
         method = method_config(default.method) if isinstance(default.method, str) else default.method
         names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(method)}
     raise InputError(f'unknown option "{word}"{suggest(word.split("=")[0], names)}')

@@ -38,6 +38,7 @@ if TYPE_CHECKING:
     from codistill.config.ranges import ABOVE_0 as ABOVE_0
     from codistill.config.ranges import AT_LEAST_0 as AT_LEAST_0
     from codistill.config.ranges import FROM_0_TO_1 as FROM_0_TO_1
+    from codistill.config.recipe import RECIPE_OPTIONS as RECIPE_OPTIONS
     from codistill.config.recipe import choose_recipe as choose_recipe
 
 __getattr__, __dir__ = lazy_names(
@@ -53,6 +54,6 @@ __getattr__, __dir__ = lazy_names(
         ),
         "old_names": "rename_old_flags",
         "ranges": "ABOVE_0 AT_LEAST_0 FROM_0_TO_1",
-        "recipe": "choose_recipe",
+        "recipe": "RECIPE_OPTIONS choose_recipe",
     },
 )

@@ -15,7 +15,7 @@ from codistill.config.config import Config
 
 AnyConfig = TypeVar("AnyConfig", bound=Config)
 
-CHOSEN = ("epochs", "batch_size", "lr", "schedule", "warmup_epochs", "weight_decay")
+RECIPE_OPTIONS = ("epochs", "batch_size", "lr", "schedule", "warmup_epochs", "weight_decay")
 """The options that the recipe chooses, each unless it is given."""
 FULL_BATCH = 128
 """The papers' batch size, for which the learning rates below hold; others scale them with their square root."""
@@ -46,7 +46,7 @@ def choose_recipe(config: AnyConfig, images: int, given: Collection[str] = ()) -
     (100, 64, 0.071, 'cosine')
     """
     pretrained = config.pretrained or config.weights is not None
-    values = {name: getattr(config, name) for name in given if name in CHOSEN}
+    values = {name: getattr(config, name) for name in given if name in RECIPE_OPTIONS}
     batch = values.setdefault("batch_size", choose_batch_size(images))
     steps = math.ceil(images / batch)
     values.setdefault("epochs", choose_epochs(images, steps, pretrained=pretrained))

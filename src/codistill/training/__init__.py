@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from codistill.training.mistakes import find_mistakes as find_mistakes
     from codistill.training.mistakes import find_test_mistakes as find_test_mistakes
     from codistill.training.peer_training import PeerTraining as PeerTraining
+    from codistill.training.recipe import apply_recipe as apply_recipe
     from codistill.training.reporter import Reporter as Reporter
     from codistill.training.run import Run as Run
     from codistill.training.self_check import CheckRow as CheckRow
@@ -40,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "loop": "Result train",
         "peer_training": "PeerTraining",
         "mistakes": "find_mistakes find_test_mistakes",
+        "recipe": "apply_recipe",
         "reporter": "Reporter",
         "run": "Run",
         "self_check": "CheckRow check_machine",

@@ -11,8 +11,9 @@ def run_command(name: str, parsed: Parsed) -> int:
     """Import a command's module and run it; only then is torch imported."""
     if name == "compare":
         from codistill.cli.compare import compare
+        from codistill.cli.recipe import options_with_recipe
 
-        return compare(parsed.positionals, parsed.options)
+        return compare(parsed.positionals, options_with_recipe(parsed))
     if name == "reproduce":
         from codistill.cli.reproduce import reproduce
 

@@ -6,6 +6,7 @@ import dataclasses
 
 from codistill.cli.console import RichReporter, members_table, out, show_progress
 from codistill.cli.options import Parsed
+from codistill.cli.recipe import options_with_recipe
 from codistill.config import Config
 from codistill.distributed import shutdown
 from codistill.training import Result, describe_dry_run, train
@@ -15,11 +16,12 @@ from codistill.utils import set_progress_display
 def run(parsed: Parsed) -> int:
     """Train the runs one after the other; the first rank of a mesh prints each run's test figures."""
     set_progress_display(show_progress)
+    options = options_with_recipe(parsed)
     if parsed.dry_run:
-        for line in describe_dry_run(parsed.options):
+        for line in describe_dry_run(options):
             out.print(line, highlight=False, markup=False)
         return 0
-    for config in _configs_of_seeds(parsed.options, parsed.seeds):
+    for config in _configs_of_seeds(options, parsed.seeds):
         reporter = RichReporter()
         try:
             result = train(config, reporter)
