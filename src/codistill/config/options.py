@@ -183,7 +183,7 @@ class MeshOptions:
     """Normalize by the statistics of the whole batch, over all processes of the axis `data`, instead of each process's
     part."""
     collective_timeout: Annotated[float, AT_LEAST_1_SECOND] = 600.0
-    """Seconds that a process waits for another one before the job ends."""
+    """Seconds that a process waits for another one, and for a batch of image files, before the job ends."""
 
 
 @dataclass

@@ -7,28 +7,24 @@ Shapes: N images, V views, B batch, C channels, H height, W width.
 
 from __future__ import annotations
 
-import atexit
-import multiprocessing
-import signal
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, Sampler
+from torch.utils.data import DataLoader, Dataset
 
+from codistill.data.decoding_workers import PlannedBatches, SampleRef, SentBatch, receive, send, start_loader
 from codistill.data.lazy_images import LazyImages
 from codistill.data.loader import Augmentation, Loader, LoaderOptions
-from codistill.utils import InputError, MachineError, UnreadableError, first_line
+from codistill.utils import InputError, UnreadableError
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
 
-SampleRef = tuple[int, int, int]
-"""Epoch, position in it, and index of the sample at that position."""
 NUM_SAMPLE_IMAGES = 8
 """Images that are decoded for a sample batch, and repeated to its size."""
 
@@ -57,7 +53,7 @@ class Decoder(Dataset):
     def __len__(self) -> int:
         return len(self.files)
 
-    def __getitems__(self, samples: list[SampleRef]) -> tuple[Tensor, dict[str, str], list[int]]:
+    def __getitems__(self, samples: list[SampleRef]) -> tuple[SentBatch | np.ndarray, dict[str, str], list[int]]:
         """Return `V x B x H x W x C`, uint8, the files that could not be read, with the reason, and places left out.
 
         Errors are returned as values: an exception of a worker would arrive as a traceback.
@@ -74,7 +70,7 @@ class Decoder(Dataset):
                 continue
             for v, view in enumerate(self.views):
                 pixels_VBHWC[v, b] = self._make_view(image, (self.seed, epoch, position, view))
-        return torch.from_numpy(np.delete(pixels_VBHWC, bad, 1) if bad else pixels_VBHWC), unreadable, bad
+        return send(np.delete(pixels_VBHWC, bad, 1) if bad else pixels_VBHWC), unreadable, bad
 
     def _open_or_replace(self, index: int, unreadable: dict[str, str]) -> Any:
         """Decode a file, or with `skip_corrupt` the next readable one of its class; None where there is none.
@@ -106,36 +102,6 @@ class Decoder(Dataset):
         return self.files.squared(image)
 
 
-class _PlannedBatches(Sampler):
-    """The samples of each batch, as the main process plans them."""
-
-    def __init__(self) -> None:
-        self.planned: Iterable[list[SampleRef]] = ()
-
-    def __iter__(self) -> Iterator[list[SampleRef]]:
-        return iter(self.planned)
-
-
-def _identity(batch: Any) -> Any:
-    return batch
-
-
-def _ignore_signals(_worker: int) -> None:
-    """Ignore signals in a worker: they reach the whole process group, and the main process still needs its batches."""
-    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
-        if hasattr(signal, name):
-            signal.signal(getattr(signal, name), signal.SIG_IGN)
-
-
-def _end_workers() -> None:
-    """Kill the workers when this process ends; multiprocessing would send a signal that they ignore."""
-    if hasattr(signal, "SIGCHLD"):
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler would report a worker that ended as a failure
-    for child in multiprocessing.active_children():
-        if child.daemon:
-            child.kill()
-
-
 class FileLoader(Loader):
     """Batches of image files.
 
@@ -148,6 +114,7 @@ class FileLoader(Loader):
         workers: Processes that decode; 0 decodes in this one.
         skip_corrupt: Whether a file that cannot be read is replaced by the next one of its class, and counted; where
             nothing is augmented, for evaluation, it is left out.
+        timeout: Seconds that the workers have for one batch.
     """
 
     def __init__(
@@ -160,9 +127,10 @@ class FileLoader(Loader):
         *,
         workers: int = 0,
         skip_corrupt: bool = False,
+        timeout: float = 600.0,
     ) -> None:
         super().__init__(labels, mean, std, options)
-        self.files, self.workers = files, workers
+        self.files, self.workers, self.timeout = files, workers, timeout
         self._decoder_labels, self._skip_corrupt = labels, skip_corrupt
         self._loader: DataLoader | None = None
 
@@ -176,16 +144,18 @@ class FileLoader(Loader):
 
         Raises:
             UnreadableError: a file cannot be read and is not replaced.
-            MachineError: a worker was killed.
+            DecodingError: a worker was killed, or no batch came within `timeout` seconds.
+            SignalReceived: a signal arrived while a batch was waited for that does not come.
         """
         order_N, draws = self._draw_epoch(epoch)
         device_order_N = None if order_N is None else order_N.to(self.device)
         loader = self._start_workers()
-        assert isinstance(loader.batch_sampler, _PlannedBatches)
+        assert isinstance(loader.batch_sampler, PlannedBatches)
         loader.batch_sampler.planned = (
             self._sample_refs(epoch, order_N, self._local_slice(batch)) for batch in self._batch_slices(start)
         )
-        for batch, (pixels_VBHWC, unreadable, bad) in zip(self._batch_slices(start), _iterate(loader)):
+        batches = receive(loader, self.timeout)
+        for batch, (pixels_VBHWC, unreadable, bad) in zip(self._batch_slices(start), batches):
             self._count_unreadable(unreadable)
             local_draws = {name: d[self._local_views, self._local_slice(batch)] for name, d in draws.items()}
             moved = pixels_VBHWC.to(self.device, non_blocking=True)
@@ -201,8 +171,9 @@ class FileLoader(Loader):
         """Return a few images, repeated to the size of a batch; see `Loader.sample_batch`."""
         order_N, _ = self._draw_epoch(0)
         samples = self._sample_refs(0, order_N, self._local_slice(next(self._batch_slices(0))))
-        pixels_VBHWC, unreadable, _ = self._make_decoder().__getitems__(samples[:NUM_SAMPLE_IMAGES])
+        pixels, unreadable, _ = self._make_decoder().__getitems__(samples[:NUM_SAMPLE_IMAGES])
         self._count_unreadable(unreadable)
+        pixels_VBHWC = torch.as_tensor(pixels)  # no worker: an array
         if not pixels_VBHWC.shape[1]:
             raise UnreadableError(next(iter(unreadable.values())))
         repeated = torch.arange(len(samples)) % pixels_VBHWC.shape[1]
@@ -220,19 +191,10 @@ class FileLoader(Loader):
         """Return the workers' loader; that of a training set is kept from epoch to epoch."""
         if self._loader is not None:
             return self._loader
-        atexit.unregister(_end_workers)
-        atexit.register(_end_workers)  # last in, first out: before multiprocessing waits for its children
-        loader = DataLoader(
-            self._make_decoder(),
-            batch_sampler=_PlannedBatches(),
-            num_workers=self.workers,
-            collate_fn=_identity,
-            worker_init_fn=_ignore_signals,
-            pin_memory=self.device.type == "cuda",
-            generator=torch.Generator(),  # of its own: the DataLoader draws from it in every epoch
-            persistent_workers=self.workers > 0 and self.options.augmentation is not None,
-        )
-        if self.options.augmentation is not None:
+        pin = self.device.type == "cuda"
+        persistent = self.options.augmentation is not None
+        loader = start_loader(self._make_decoder(), self.workers, pin_memory=pin, persistent=persistent)
+        if persistent:
             self._loader = loader
         return loader
 
@@ -272,20 +234,3 @@ class FileLoader(Loader):
                     judged = self.options.augmentation is None
                     what = "it is left out" if judged else "the next one of its class replaces it"
                     warnings.warn(f"{cause}; {what} ({count} so far)", stacklevel=3)
-
-
-def _iterate(loader: DataLoader) -> Iterator[Any]:
-    """Yield the batches of the workers.
-
-    Raises:
-        MachineError: a worker was killed, most often for lack of memory.
-    """
-    try:
-        yield from loader
-    except RuntimeError as error:
-        if "DataLoader worker" not in str(error):
-            raise
-        raise MachineError(
-            f"a process that decodes images was killed ({first_line(error).rstrip('. ')}), perhaps for lack of memory "
-            "(in /dev/shm too); give a smaller --data-workers (0: none) or --batch-size"
-        ) from None

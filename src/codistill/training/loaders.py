@@ -110,7 +110,8 @@ def make_loader(
     if not isinstance(images, LazyImages):
         return DeviceLoader(images, labels, data.mean, data.std, options)
     workers = num_decoding_processes(config)
-    return FileLoader(images, labels, data.mean, data.std, options, workers=workers, skip_corrupt=config.skip_corrupt)
+    how = {"skip_corrupt": config.skip_corrupt, "timeout": config.collective_timeout}
+    return FileLoader(images, labels, data.mean, data.std, options, workers=workers, **how)
 
 
 def evaluation_batch(batch_size: int, image_size: int, device: torch.device) -> int:

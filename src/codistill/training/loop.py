@@ -8,10 +8,8 @@ Shapes: P peers, V views, B batch, C classes.
 from __future__ import annotations
 
 import dataclasses
-import re
 import time
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -28,11 +26,17 @@ from codistill.peers import Peers
 from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker, find_tracker, write_trained_hashes
 from codistill.training.averaging import recompute_statistics
 from codistill.training.build import build_run, load_run
+from codistill.training.early_ends import (
+    check_finite,
+    checkpoint_on_missing_images,
+    describe_out_of_memory,
+    save_checkpoint,
+)
 from codistill.training.loaders import curve_loader, test_loader
 from codistill.training.optim import learning_rate_at, set_learning_rate
 from codistill.training.reporter import Reporter
 from codistill.training.run import Run, zero_sums
-from codistill.training.state import checkpoint_state, restore_state
+from codistill.training.state import restore_state
 from codistill.training.step import forward_all, is_per_sample, train_step
 from codistill.training.student import deployed_network
 from codistill.training.summary import (
@@ -51,7 +55,6 @@ from codistill.utils import (
     SignalReceived,
     Stopped,
     StoppedEarly,
-    UnreadableError,
     catch_signals,
     keep_freed_memory,
     out_of_memory,
@@ -239,7 +242,7 @@ def fit(run: Run, folder: RunFolder, reporter: Reporter, tracker: Tracker) -> No
         while progress.epoch < config.epochs:
             if progress.step == 0:
                 progress.sums = zero_sums(run)
-            with checkpoint_on_unreadable(run, folder):
+            with checkpoint_on_missing_images(run, folder):
                 run_epoch(run, folder, reporter, caught)
                 line = end_epoch(run, curve)
             is_best = progress.best_validation is not None and progress.best_validation["epoch"] == progress.epoch
@@ -340,64 +343,6 @@ def evaluate_curve(run: Run, curve: Loader) -> dict[str, Any]:
     return line
 
 
-def check_finite(run: Run, folder: RunFolder) -> None:
-    """Read the guard's flag (waits for the device); if it is set, write a checkpoint of the good steps and raise.
-
-    Raises:
-        MachineError: the loss or a gradient was not finite.
-    """
-    bad = run.guard.check_finite()
-    if bad is None:
-        return
-    steps_done, terms = bad
-    progress = run.progress
-    progress.epoch, progress.step = divmod(steps_done, len(run.loader))
-    save_checkpoint(run, folder)
-    if run.mesh.rank:
-        raise OtherRankFailedError(1)
-    values = ", ".join(f"{name} {value:.4g}" for name, value in terms.items())
-    raise MachineError(
-        f"the loss stopped being finite at epoch {progress.epoch}, step {progress.step} ({values}); the weights before "
-        f"it are kept in {folder.checkpoint_path}; lower --lr (now {learning_rate_at(run.config, progress.epoch):g}) "
-        "or add --warmup-epochs, or skip such steps with --skip-nonfinite N --resume auto"
-    )
-
-
-def save_checkpoint(run: Run, folder: RunFolder, *, last: bool = True, best: bool = False) -> None:
-    """Write best.pt (if `best`) and then last.pt (if `last`); all ranks wait until they are written."""
-    if not (last or best):
-        return
-    state = checkpoint_state(run) or {}
-
-    def write() -> None:
-        if best:
-            folder.save_best(state)
-        if last:
-            folder.save(state)
-
-    run.mesh.run_on_main_rank(write)
-
-
-@contextmanager
-def checkpoint_on_unreadable(run: Run, folder: RunFolder) -> Iterator[None]:
-    """Where an image file cannot be read, write a checkpoint of the steps before it, unless only one rank knows.
-
-    Raises:
-        InputError: an image file cannot be read.
-    """
-    try:
-        yield
-    except UnreadableError as error:
-        if run.mesh.world == 1:
-            check_finite(run, folder)
-            save_checkpoint(run, folder)
-        reason = re.sub(r"; \w+ or remove it$", "", str(error))
-        raise InputError(
-            f"{reason}; fix it, or let others replace such files with "
-            f"--skip-corrupt, and continue from {folder.checkpoint_path} with --resume auto"
-        ) from None
-
-
 def evaluate_test_set(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     """Evaluate on the test set; return the contents of result.json and of details.json."""
     memory = peak_megabytes(run.device)
@@ -409,15 +354,3 @@ def evaluate_test_set(run: Run) -> tuple[dict[str, Any], dict[str, Any]]:
     figures = run_result(run, members.compute(), None if averages is None else averages.compute())
     figures["cost"] = {"training_peak_mb": memory, **measure_cost(run, partial(forward_all, run))}
     return figures, collect_details(run, members, averages)
-
-
-def describe_out_of_memory(run: Run, folder: RunFolder, error: Exception) -> MachineError:
-    """Return the error for a run that ran out of memory; its files are complete."""
-    config, progress = run.config, run.progress
-    can_recompute = config.topology != "branches" and run.execution == "loop" and not config.checkpoint_activations
-    fix = "--checkpoint-activations, which takes less and gives the same" if can_recompute else "more free memory"
-    return MachineError(
-        f"{out_of_memory(error)} is out of memory at epoch {progress.epoch}, step {progress.step}; the checkpoints in "
-        f"{folder.path} are kept: continue with --resume auto and {fix}, or train again with a lower --batch-size or "
-        "--peers"
-    )

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from codistill.utils.device import reset_peak_memory as reset_peak_memory
     from codistill.utils.device import synchronize as synchronize
     from codistill.utils.environ import environment_number as environment_number
+    from codistill.utils.errors import DecodingError as DecodingError
     from codistill.utils.errors import InputError as InputError
     from codistill.utils.errors import MachineError as MachineError
     from codistill.utils.errors import OtherRankFailedError as OtherRankFailedError
@@ -56,6 +57,7 @@ if TYPE_CHECKING:
     from codistill.utils.signals import SignalReceived as SignalReceived
     from codistill.utils.signals import catch_signals as catch_signals
     from codistill.utils.signals import ignore_interrupt as ignore_interrupt
+    from codistill.utils.signals import pending_signal as pending_signal
     from codistill.utils.signals import raise_on_signals as raise_on_signals
     from codistill.utils.tables import Rows as Rows
     from codistill.utils.tables import comma_separated as comma_separated
@@ -79,7 +81,7 @@ __getattr__, __dir__ = lazy_names(
         ),
         "environ": "environment_number",
         "errors": (
-            "InputError MachineError OtherRankFailedError Stopped StoppedEarly UnreadableError "
+            "DecodingError InputError MachineError OtherRankFailedError Stopped StoppedEarly UnreadableError "
             "describe_unexpected explain_failure first_line on_one_line out_of_memory suggest"
         ),
         "files": (
@@ -90,7 +92,7 @@ __getattr__, __dir__ = lazy_names(
         "progress": "set_progress_display track",
         "safe_load": "check_npz_sizes find_outside_links load_tensors",
         "shares": "share_out",
-        "signals": "SignalReceived catch_signals ignore_interrupt raise_on_signals",
+        "signals": "SignalReceived catch_signals ignore_interrupt pending_signal raise_on_signals",
         "tables": "Rows comma_separated escape_csv escape_json escape_markdown latex looks_numeric markdown",
     },
 )

@@ -7,6 +7,7 @@ traceback is written to a file.
 from __future__ import annotations
 
 import difflib
+import errno
 import shlex
 import sys
 import tempfile
@@ -27,6 +28,10 @@ class UnreadableError(InputError):
 
 class MachineError(RuntimeError):
     """The machine or the run failed (disk full, out of memory, non-finite loss); one sentence (exit code 1)."""
+
+
+class DecodingError(MachineError):
+    """The processes that decode images failed in the middle of a run; training then writes a checkpoint first."""
 
 
 class OtherRankFailedError(RuntimeError):
@@ -96,6 +101,8 @@ def explain_failure(error: Exception) -> tuple[str | None, int]:
     if type(error) is RuntimeError and "deterministic implementation" in str(error):
         operation = str(error).split(" does not")[0]
         return f"--deterministic: {operation} has no deterministic kernel on this device; drop --deterministic", 2
+    if isinstance(error, OSError) and error.errno in (errno.EMFILE, errno.ENFILE):
+        return "too many files are open; raise the limit (ulimit -n 1024), or give fewer --data-workers or --workers", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", 1
     return None, 1

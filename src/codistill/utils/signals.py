@@ -9,6 +9,9 @@ import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+_caught: list[list[str]] = []
+"""The lists of `catch_signals` that are being filled, the innermost last."""
+
 
 class SignalReceived(BaseException):
     """A signal arrived where nothing has to be written before the process ends; the message is its name."""
@@ -24,8 +27,17 @@ def catch_signals() -> Iterator[list[str]]:
             raise KeyboardInterrupt
         caught.append(signal.Signals(number).name)
 
-    with _handlers(record_signal, "SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
-        yield caught
+    _caught.append(caught)
+    try:
+        with _handlers(record_signal, "SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+            yield caught
+    finally:
+        _caught.pop()
+
+
+def pending_signal() -> str | None:
+    """Return the name of a signal that `catch_signals` has recorded and that has not ended anything yet."""
+    return next((caught[0] for caught in _caught if caught), None)
 
 
 @contextmanager
