@@ -67,6 +67,7 @@ CASES = {
     "hssakd, dist": ("hssakd", {"divergence": "dist", "temperature": 1.0}, "networks"),
     "hssakd, two parts": ("hssakd", {"exits": 1}, "networks"),
     "cosub": ("cosub", {"own_views": True}, "twins"),
+    "okdph": ("okdph", {"shares": "dirichlet", "fusion": 0.3, "interval": 2}, "networks"),
     "okddip, smoothed labels": ("okddip", {}, "networks"),
     "cl_ilr, two parts, mixed": ("cl_ilr", {}, "networks"),
     "okddip, two parts": ("okddip", {}, "networks"),

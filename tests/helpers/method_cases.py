@@ -39,6 +39,8 @@ OPTIONS = {
     "hssakd-dkd": ("hssakd", {"divergence": "dkd", "exits": 1}),
     "cosub-ce": ("cosub", {"loss": "ce"}),
     "cosub-own-views": ("cosub", {"own_views": True}),
+    "okdph-authors": ("okdph", {"variant": "authors", "interval": 1}),
+    "okdph-dirichlet": ("okdph", {"shares": "dirichlet", "label_weight": 0.5}),
     "independent-rescaled": ("independent", {"rescale": True}),
 }
 

@@ -429,3 +429,12 @@ def cosub(z, targets, *, loss, weight):
             fixed = torch.stack([torch.stack([torch.exp(v) for v in log_softmax(row)]) for row in other])
             terms += [soft(i, targets), weight * soft(i, fixed)]
     return sum(terms) / 4
+
+
+def okdph(z, hybrid, y, *, label_weight, weight, temperature):
+    """sum_k w CE_k + b KL(z_k <- mean of all logits and the hybrid's), and (1 - w) CE of the hybrid once."""
+    mean = (sum(z[k].detach() for k in range(len(z))) + hybrid.detach()) / (len(z) + 1)
+    total = (1 - label_weight) * ce(hybrid, y)
+    for k in range(len(z)):
+        total = total + label_weight * ce(z[k], y) + weight * kl(z[k], mean, temperature)
+    return total

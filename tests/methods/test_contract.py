@@ -58,7 +58,6 @@ def test_every_trained_number_moves_and_teachers_do_not(name, options, topology)
 def test_a_members_own_loss_reaches_whom_it_should(name, options, topology):
     t = build(name, options, topology, dtype="float64")
     views, targets = next(t.loader.epoch(0))
-    outputs = t.peers(views[: t.peers.num_peers])
     outputs = forward_all(t, views)
     logits = outputs.logits_PBC.detach().requires_grad_()
     outputs.logits_PBC = logits
@@ -112,7 +111,6 @@ def test_order_of_peers_does_not_matter(name, options, topology):
         return  # its leader has a place; test_okddip.py permutes the others
     t = build(name, options, topology, dtype="float64")
     views, targets = next(t.loader.epoch(0))
-    outputs = t.peers(views[: t.peers.num_peers])
     outputs = forward_all(t, views)
     outputs.logits_PBC = outputs.logits_PBC.detach()
     before = t.method(outputs, targets)["loss"]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from codistill.config.contrib import DLBConfig as DLBConfig
     from codistill.config.contrib import HSSAKDConfig as HSSAKDConfig
     from codistill.config.contrib import MCLConfig as MCLConfig
+    from codistill.config.contrib import OKDPHConfig as OKDPHConfig
     from codistill.config.contrib import SwitOKDConfig as SwitOKDConfig
     from codistill.config.method_base import DivergenceConfig as DivergenceConfig
     from codistill.config.method_base import MethodConfig as MethodConfig
@@ -46,7 +47,7 @@ __getattr__, __dir__ = lazy_names(
     {
         "checks": "images_per_class mesh_shape parse_normalize",
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
-        "contrib": "CodistillationConfig CosubConfig DLBConfig HSSAKDConfig MCLConfig SwitOKDConfig",
+        "contrib": "CodistillationConfig CosubConfig DLBConfig HSSAKDConfig MCLConfig OKDPHConfig SwitOKDConfig",
         "method_base": "DivergenceConfig MethodConfig TeacherConfig",
         "methods": (
             "CLILRConfig DMLConfig IndependentConfig KDCLConfig KDConfig METHODS OKDDipConfig ONEConfig PCLConfig "

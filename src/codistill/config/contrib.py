@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, ClassVar, Literal, Self
 
 from codistill.config.method_base import DivergenceConfig, MethodConfig, Topology
-from codistill.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1
+from codistill.config.ranges import ABOVE_0, AT_LEAST_0, AT_LEAST_1, FROM_0_TO_1
 from codistill.utils import InputError
 
 if TYPE_CHECKING:
@@ -183,4 +183,41 @@ class CosubConfig(MethodConfig):
             raise InputError(
                 "--label-smoothing gives every class a part of the label, and --method.threshold-labels makes each of "
                 "them 1; drop one of the two"
+            )
+
+
+@dataclass(kw_only=True)
+class OKDPHConfig(DivergenceConfig):
+    """OKDPH (Zhang et al., CVPR 2023): students that are mixed and fused in weight space."""
+
+    name: ClassVar[str] = "okdph"
+    default_peers: ClassVar[int] = 2
+    topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
+    same_start: ClassVar[bool] = True
+
+    variant: Literal["paper", "authors"] = "paper"
+    """paper: the hybrid's loss reaches the students, and fusion is with the mean after the step; authors: it does not,
+    and fusion is with the mean before the step."""
+    shares: Literal["equal", "dirichlet"] = "equal"
+    """The students' shares in the hybrid: equal, or drawn anew at every step."""
+    label_weight: Annotated[float, FROM_0_TO_1] = 0.8
+    """w, the weight of the students' cross-entropy, 1 - w that of the hybrid's; 0.8 for ResNet-110, 1 for ResNet-32."""
+    weight: Annotated[float, AT_LEAST_0] = 0.8
+    """b, the weight of the distillation terms; 0.8 for ResNet-110, 0.5 for ResNet-32."""
+    temperature: Annotated[float, ABOVE_0] = 4.0
+    """T."""
+    fusion: Annotated[float, FROM_0_TO_1] = 0.5
+    """g, how far the students move to the hybrid in a fusion; 0.5 for ResNet-110, 1 for ResNet-32."""
+    interval: Annotated[int, AT_LEAST_1] = 5
+    """Steps (or epochs) from one fusion to the next."""
+    interval_unit: Literal["steps", "epochs"] = "steps"
+    """What `interval` counts."""
+
+    def check(self, options: Options) -> None:
+        """Refuse images that are all the same for every student, which would stay copies of one."""
+        super().check(options)
+        if not (options.augment or options.cutout):
+            raise InputError(
+                "--no-augment shows all students the same images, and okdph's begin with the same weights, so they "
+                "would stay copies; drop it"
             )

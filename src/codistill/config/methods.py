@@ -15,6 +15,7 @@ from codistill.config.contrib import (
     DLBConfig,
     HSSAKDConfig,
     MCLConfig,
+    OKDPHConfig,
     SwitOKDConfig,
 )
 from codistill.config.method_base import DivergenceConfig, MethodConfig, TeacherConfig, Topology
@@ -245,6 +246,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         DLBConfig,
         HSSAKDConfig,
         CosubConfig,
+        OKDPHConfig,
     )
 }
 """Every method's config, by its name."""

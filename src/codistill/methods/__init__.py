@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from codistill.methods.contrib.dlb import DLB as DLB
     from codistill.methods.contrib.hssakd import HSSAKD as HSSAKD
     from codistill.methods.contrib.mcl import MCL as MCL
+    from codistill.methods.contrib.okdph import OKDPH as OKDPH
     from codistill.methods.contrib.switokd import SwitOKD as SwitOKD
     from codistill.methods.divergence import Divergence as Divergence
     from codistill.methods.dml import DML as DML
@@ -39,6 +40,7 @@ __getattr__, __dir__ = lazy_names(
         "contrib.dlb": "DLB",
         "contrib.mcl": "MCL",
         "contrib.hssakd": "HSSAKD",
+        "contrib.okdph": "OKDPH",
         "contrib.switokd": "SwitOKD",
         "divergence": "Divergence",
         "dml": "DML",

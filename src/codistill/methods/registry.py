@@ -10,6 +10,7 @@ from codistill.methods.contrib.cosub import Cosub
 from codistill.methods.contrib.dlb import DLB
 from codistill.methods.contrib.hssakd import HSSAKD
 from codistill.methods.contrib.mcl import MCL
+from codistill.methods.contrib.okdph import OKDPH
 from codistill.methods.contrib.switokd import SwitOKD
 from codistill.methods.dml import DML
 from codistill.methods.independent import Independent
@@ -25,7 +26,7 @@ CLASSES: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL),
-        *(Codistillation, SwitOKD, MCL, DLB, HSSAKD, Cosub),
+        *(Codistillation, SwitOKD, MCL, DLB, HSSAKD, Cosub, OKDPH),
     )
 }
 
