@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from codistill.evaluation.cost import plain_training_flops as plain_training_flops
     from codistill.evaluation.cost import training_flops as training_flops
     from codistill.evaluation.evaluate import evaluate_peers as evaluate_peers
+    from codistill.evaluation.evaluate import score_network as score_network
     from codistill.evaluation.metrics import NUM_BINS as NUM_BINS
     from codistill.evaluation.metrics import PeerMetrics as PeerMetrics
 
@@ -33,7 +34,7 @@ __getattr__, __dir__ = lazy_names(
             "SHOWN_MISTAKES Mistake check_sheet_path collect_mistakes draw_contact_sheet png_bytes write_contact_sheet"
         ),
         "cost": "forward_flops inference_cost plain_training_flops training_flops",
-        "evaluate": "evaluate_peers",
+        "evaluate": "evaluate_peers score_network",
         "metrics": "NUM_BINS PeerMetrics",
     },
 )

@@ -9,13 +9,13 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from statistics import median
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
 from codistill.methods import Method
-from codistill.peers import NetworkPeers, PeerOutputs, Peers, eval_mode
+from codistill.peers import Inputs, NetworkPeers, PeerOutputs, Peers, call_network, device_of, eval_mode, map_tensors
 from codistill.utils import allocated_bytes, peak_megabytes, reset_peak_memory, synchronize
 
 if TYPE_CHECKING:
@@ -25,8 +25,8 @@ if TYPE_CHECKING:
 def training_flops(
     peers: Peers,
     method: Method,
-    forward: Callable[[Tensor], PeerOutputs],
-    views_VBCHW: Tensor,
+    forward: Callable[[Any], PeerOutputs],
+    inputs: Inputs | list[Inputs],
     targets_B: Tensor,
 ) -> float:
     """Return the FLOPs of one step per sample: forward of all (mean and trained teachers too) and backward.
@@ -37,71 +37,81 @@ def training_flops(
         peers: All members.
         method: What trains them.
         forward: Forwards the peers and teachers, as the training step does.
-        views_VBCHW: Images.
+        inputs: What the peers take, one view or one per peer.
         targets_B: Their labels.
     """
     counter = _count_flops()
     with eval_mode(peers), eval_mode(method), counter:
-        outputs = forward(views_VBCHW)
+        outputs = forward(inputs)
         method(outputs, targets_B, 1.0)["loss"].backward()
         if method.update_mode == "alternating" and isinstance(peers, NetworkPeers):  # all but the last run again
             current = PeerOutputs(outputs.logits_PBC.detach().clone(), [])
             for p in range(peers.num_peers - 1):
-                peers.refresh(current, views_VBCHW, p)
+                peers.refresh(current, inputs, p)
     for module in (peers, method):
         module.zero_grad(set_to_none=True)
     return counter.get_total_flops() / len(targets_B)
 
 
-def plain_training_flops(network: nn.Module, image_CHW: Tensor) -> float:
-    """Return the FLOPs of one pass, forward and backward, of a plain network per image: the unit of training costs.
+def plain_training_flops(network: nn.Module, sample: Inputs) -> float:
+    """Return the FLOPs of one pass, forward and backward, of a plain network per sample: the unit of training costs.
 
     Args:
         network: In evaluation mode, and not needed for anything else.
-        image_CHW: An image.
+        sample: One sample of what it takes, without the batch (`C x H x W` for images).
     """
     counter = _count_flops()
     network.requires_grad_(True)
     with counter:
-        network(image_CHW.expand(2, *image_CHW.shape).contiguous()).sum().backward()
+        call_network(network, repeat_sample(sample, 2)).sum().backward()
     return counter.get_total_flops() / 2
 
 
-def forward_flops(peers: Peers, views_VBCHW: Tensor) -> float:
+def forward_flops(peers: Peers, inputs: Inputs | list[Inputs]) -> float:
     """Return the FLOPs of a forward of all members per sample."""
     counter = _count_flops()
     with torch.no_grad(), eval_mode(peers), counter:
-        peers(views_VBCHW)
-    return counter.get_total_flops() / views_VBCHW.shape[1]
+        outputs = peers(inputs)
+    return counter.get_total_flops() / outputs.logits_PBC.shape[1]
 
 
-def inference_cost(
-    student: nn.Module, image_CHW: Tensor, autocast: torch.dtype | None = None
-) -> dict[str, float | None]:
-    """Return FLOPs per image, latency per image at batch 1 and 64 in milliseconds, and a GPU's peak memory in MiB.
+def inference_cost(student: nn.Module, sample: Inputs, autocast: torch.dtype | None = None) -> dict[str, float | None]:
+    """Return FLOPs per sample, latency per sample at batch 1 and 64 in milliseconds, and a GPU's peak memory in MiB.
 
     Args:
         student: In evaluation mode.
-        image_CHW: An image on the device to measure.
+        sample: One sample of what it takes, without the batch (`C x H x W` for images), on the device to measure.
         autocast: Dtype of autocast, if any.
+
+    >>> inference_cost(nn.Linear(4, 2), torch.zeros(4))["flops_an_image"]
+    16
     """
-    device = image_CHW.device
-    one_BCHW, batch_BCHW = image_CHW.unsqueeze(0), image_CHW.expand(64, *image_CHW.shape).contiguous()
+    device = device_of(sample)
+    one, batch = repeat_sample(sample, 1), repeat_sample(sample, 64)
     counter = _count_flops()
     in_autocast = torch.autocast(device.type, autocast, enabled=autocast is not None)
     with torch.no_grad(), in_autocast, counter:  # in inference mode the counter breaks parametrized modules
-        student(one_BCHW)
+        call_network(student, one)
     with torch.inference_mode(), in_autocast:
         other_bytes = allocated_bytes(device) - sum(x.nbytes for x in (*student.parameters(), *student.buffers()))
         reset_peak_memory(device)
-        latency_batch1 = _measure_milliseconds(student, one_BCHW)
-        latency_batch64 = _measure_milliseconds(student, batch_BCHW) / len(batch_BCHW)
+        latency_batch1 = _measure_milliseconds(student, one)
+        latency_batch64 = _measure_milliseconds(student, batch) / 64
     return {
         "flops_an_image": counter.get_total_flops(),
         "ms_an_image": round(latency_batch1, 4),
         "ms_an_image_of_64": round(latency_batch64, 4),
         "peak_mb": (peak_megabytes(device) or 0.0) - other_bytes / 2**20 if device.type == "cuda" else None,
     }
+
+
+def repeat_sample(sample: Inputs, count: int) -> Inputs:
+    """Return a batch of `count` equal samples.
+
+    >>> repeat_sample((torch.zeros(3), torch.zeros(2, 5)), 4)[1].shape
+    torch.Size([4, 2, 5])
+    """
+    return map_tensors(lambda x: x.expand(count, *x.shape).contiguous(), sample)
 
 
 def _count_flops() -> FlopCounterMode:
@@ -111,12 +121,12 @@ def _count_flops() -> FlopCounterMode:
     return FlopCounterMode(display=False)
 
 
-def _measure_milliseconds(student: nn.Module, x_BCHW: Tensor) -> float:
+def _measure_milliseconds(student: nn.Module, inputs: Inputs) -> float:
     """Return the median time of 5 forwards, after one to warm up."""
     times = []
     for _ in range(6):
         started = time.perf_counter()
-        student(x_BCHW)
-        synchronize(x_BCHW.device)
+        call_network(student, inputs)
+        synchronize(device_of(inputs))
         times.append(time.perf_counter() - started)
     return 1000 * median(times[1:])

@@ -2,38 +2,91 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
+
 import torch
+from torch import Tensor, nn
 
 from codistill.data import Loader
 from codistill.distributed import Mesh, MeshPeers
 from codistill.evaluation.fold_batchnorm import folded_for_evaluation
 from codistill.evaluation.metrics import PeerMetrics
 from codistill.methods import Method
-from codistill.peers import Peers, eval_mode
+from codistill.peers import Inputs, Peers, call_network, eval_mode, map_tensors
+from codistill.utils import InputError
 
 MANY_PIXELS_ON_GPU = 500_000_000
 """Pixels of a data set below which a GPU evaluates it in less time than the host needs to fold the networks."""
 
 
-def evaluate_peers(peers: Peers, method: Method, loader: Loader, mesh: Mesh, *, detail: bool = False) -> PeerMetrics:
+def evaluate_peers(
+    peers: Peers,
+    method: Method,
+    loader: Loader | Iterable[tuple[Inputs, Tensor]],
+    mesh: Mesh | None = None,
+    *,
+    detail: bool = False,
+) -> PeerMetrics:
     """Run every member and the method's ensemble over a data set and return the metrics of all its samples.
 
     Args:
-        peers: What is evaluated, in evaluation mode.
+        peers: What is evaluated; modes are put back.
         method: It makes the ensemble.
-        loader: The samples; on a mesh, those of this data rank.
-        mesh: The ranks, whose metrics are added.
+        loader: The samples: a loader of images (on a mesh, of this data rank's), or pairs of what the peers take and
+            the labels `B`, which are moved to the peers' device.
+        mesh: The ranks, whose metrics are added, if there are several.
         detail: Also accumulate a confusion matrix.
+
+    >>> from codistill.methods import Independent
+    >>> from codistill.peers import NetworkPeers
+    >>> rows, labels = torch.eye(2), torch.tensor([0, 1])
+    >>> network = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Identity())
+    >>> network[0].weight.data = torch.tensor([[1.0, 0.0], [2.0, 0.0]])  # always class 1
+    >>> peers = NetworkPeers([network], example=rows)
+    >>> evaluate_peers(peers, Independent(1), [(rows, labels)]).compute()["top1"]
+    [50.0]
     """
-    metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, loader.device, detail)
+    own = isinstance(loader, Loader)
+    device = loader.device if own else next(peers.parameters()).device
+    metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, device, detail)
     with eval_mode(peers), eval_mode(method), torch.inference_mode():
-        folded = fold_members(peers, loader)
-        for views_VBCHW, targets_B in loader.epoch():
-            outputs = folded(views_VBCHW)
+        folded = fold_members(peers, loader) if own else peers
+        for inputs, targets_B in loader.epoch() if own else _move_batches(loader, device):
+            outputs = folded(inputs)
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
-    if mesh.num_data > 1:
+    if mesh is not None and mesh.num_data > 1:
         metrics.add_up(mesh.sum_along_data)
     return metrics
+
+
+def score_network(network: nn.Module, batches: Iterable[tuple[Inputs, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Return a plain network's logits, `N x C` in float64 on the CPU, and the labels, `N`; for the calibration figures.
+
+    Args:
+        network: A deployed student, say; its modes are put back.
+        batches: Pairs of what it takes (a mapping as its keywords, a tuple as its arguments) and the labels, which are
+            moved to its device.
+
+    Raises:
+        InputError: there is no batch.
+
+    >>> from codistill.evaluation import confusion_matrix
+    >>> confusion_matrix(*score_network(nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))]))
+    [[1, 1], [0, 0]]
+    """
+    parameter = next(network.parameters(), None)
+    device = torch.device("cpu") if parameter is None else parameter.device
+    with eval_mode(network), torch.inference_mode():
+        pairs = [(call_network(network, x).cpu().double(), y.cpu()) for x, y in _move_batches(batches, device)]
+    if not pairs:
+        raise InputError("there is no batch to evaluate; give pairs of inputs and labels (an iterator runs only once)")
+    scores, labels = zip(*pairs)
+    return torch.cat(scores), torch.cat(labels)
+
+
+def _move_batches(batches: Iterable[tuple[Inputs, Tensor]], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
+    for inputs, targets_B in batches:
+        yield map_tensors(lambda x: x.to(device), inputs), targets_B.to(device)
 
 
 def fold_members(peers: Peers, loader: Loader) -> Peers:

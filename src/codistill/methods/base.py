@@ -27,7 +27,7 @@ from codistill.config import METHODS, DivergenceConfig, MethodConfig
 from codistill.data import NUM_ROTATIONS
 from codistill.losses import sigmoid_ramp
 from codistill.methods.training_step import TrainingStep
-from codistill.peers import PeerOutputs, Peers
+from codistill.peers import Inputs, PeerOutputs, Peers
 from codistill.utils import InputError
 
 Terms = dict[str, Tensor]
@@ -303,15 +303,18 @@ def check_targets(logits_PBC: Tensor, targets: Any) -> None:
 
 
 class Ensemble(nn.Module):
-    """Peers and their method, as a network from images to the ensemble's log-probabilities."""
+    """Peers and their method, as a network from what the peers take to the ensemble's log-probabilities.
+
+    It takes a mapping or tuple of tensors as one argument, as the peers do.
+    """
 
     def __init__(self, peers: Peers, method: Method) -> None:
         super().__init__()
         self.peers, self.method = peers, method
 
-    def forward(self, x_BCHW: Tensor) -> Tensor:
+    def forward(self, inputs: Inputs) -> Tensor:
         """Return `B x C` log-probabilities."""
-        return self.method.ensemble(self.peers(x_BCHW))
+        return self.method.ensemble(self.peers(inputs))
 
 
 def _import_name(cls: type) -> str:

@@ -62,6 +62,10 @@ class PeerTraining(nn.Module):
                 f"{method.name} updates one member after the other, and branches share a trunk; build it with "
                 'update="joint"'
             )
+        if "rotations" in method.needs and peers.num_input_axes != 4:
+            raise InputError(
+                f"{method.name} turns images, and these peers take other inputs; build it with rotations=False"
+            )
         if "previous" in method.needs:
             raise InputError(
                 f"{method.name} sees the images of the step before again, which codistill's own loop keeps; train it "

@@ -32,6 +32,7 @@ from codistill.losses import cross_entropy
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
 from codistill.methods.divergence import Divergence
 from codistill.peers import PeerOutputs
+from codistill.utils import InputError
 
 
 class HSSAKD(Method):
@@ -42,6 +43,9 @@ class HSSAKD(Method):
         exit_dims: Widths of every peer's exits (`Peers.exit_dims`); none where `exits=0`.
         num_classes: Classes C.
         options: The fields of `HSSAKDConfig`.
+
+    Raises:
+        InputError: a network has another number of exits.
 
     >>> outputs = PeerOutputs(torch.zeros(2, 4, 10), [], exits=[[torch.zeros(4, 16)], [torch.zeros(4, 16)]])
     >>> method = HSSAKD(num_peers=2, exit_dims=[(16,), (16,)], num_classes=10, exits=1)
@@ -57,6 +61,12 @@ class HSSAKD(Method):
         self, num_peers: int, exit_dims: Sequence[Sequence[int]], num_classes: int, options: HSSAKDConfig
     ) -> None:
         super().__init__(num_peers)
+        for widths in exit_dims if options.exits else ():
+            if len(widths) != options.exits:
+                raise InputError(
+                    f"hssakd learns at {options.exits} exits of each network, and a network has {len(widths)}; build "
+                    f"the peers with exits={options.exits}, or the method with exits={len(widths)}"
+                )
         self.num_exits = options.exits
         self.needs = frozenset(
             ({"exits"} if options.exits else set()) | ({"rotations"} if options.rotations else set())
