@@ -6,7 +6,7 @@ Shapes: P peers, B batch, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, overload
 
 import torch
@@ -86,6 +86,8 @@ class PeerTraining(nn.Module):
         self.register_buffer("good", torch.ones((), dtype=torch.bool), persistent=False)  # no step is refused here
         self.register_state_dict_pre_hook(_write_steps)
         self.register_load_state_dict_post_hook(_read_steps)
+        self.last_logits_BC: Tensor | None = None
+        """The deployed member's logits of the last training batch, without their graph."""
         self._active_P: Tensor | None = None
         self._prepared: int | None = None
 
@@ -154,6 +156,7 @@ class PeerTraining(nn.Module):
         outputs = self._outputs(views)
         with torch.autocast(device_of(views[0]).type, enabled=False):
             terms = self.method(outputs, targets_B, weight)
+        self.last_logits_BC = outputs.logits_PBC[self.method.deployed].detach()
         self._active_P = terms.get("active_P") if self.method.pauses_members else None
         return terms
 
@@ -194,6 +197,29 @@ class PeerTraining(nn.Module):
         """
         members = [(p, self.peers.member(p)) for p in range(self.peers.num_peers)]
         return keep_inactive(members, optimizer, self._active_P)
+
+    def attach(self, optimizer: torch.optim.Optimizer) -> None:
+        """Let each step of an optimizer end the training step, where another library makes it; nothing else does then.
+
+        Args:
+            optimizer: Over `trained_parameters()`; its hooks are used.
+
+        Raises:
+            InputError: the method steps more than once a batch.
+        """
+        if self.method.update_mode == "alternating":
+            raise InputError(f"{self.method.name} steps once for each member; use take_turns")
+        pausing = ExitStack()
+
+        def before(*_: Any) -> None:
+            pausing.enter_context(self.keep_inactive(optimizer))
+
+        def after(*_: Any) -> None:
+            pausing.close()
+            self.end_step()
+
+        optimizer.register_step_pre_hook(before)
+        optimizer.register_step_post_hook(after)
 
     def end_step(self) -> None:
         """Let the method and the mean teachers change weights after an optimizer step, and count it."""

@@ -1,0 +1,132 @@
+"""Peers as a module of Lightning.
+
+Optimization is manual, because a method may step one member after the other, let members pause in a step, and move mean
+teachers after it. What follows from that: the optimizer and its schedule are given here, Lightning's own gradient
+clipping and accumulation are off (it says so), and precision, devices, loggers, callbacks and checkpoints are
+Lightning's. A checkpoint holds peers, method and mean teachers, so that `trainer.fit(..., ckpt_path=...)` continues
+exactly. Several processes average their gradients as usual; each has its own part of a batch, and a method that needs
+the whole one is refused.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from codistill.evaluation import PeerMetrics
+from codistill.methods import Method
+from codistill.peers import Peers
+from codistill.training import PeerTraining
+from codistill.utils import InputError
+
+try:
+    from lightning import LightningModule
+except ImportError:
+    raise InputError("codistill.integrations.PeerModule needs: pip install lightning") from None
+
+
+class PeerModule(LightningModule):
+    """Trains peers in a Lightning `Trainer`; batches are pairs of inputs and class numbers.
+
+    Logged by epoch: `train_loss`, and on validation data `val_top1`, `val_nll` (of the deployed member) and
+    `val_ensemble_top1`.
+
+    Args:
+        peers: `NetworkPeers` or `BranchPeers`.
+        method: Built for them.
+        optimizer: Builds the optimizer from the parameters.
+        scheduler: Builds a learning rate schedule from the optimizer; it steps once an epoch.
+        teacher: A trained network, for kd.
+
+    Raises:
+        InputError: the method lacks a teacher or cannot train these peers (see `PeerTraining`).
+    """
+
+    def __init__(
+        self,
+        peers: Peers,
+        method: Method,
+        optimizer: Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer],
+        scheduler: Callable[[torch.optim.Optimizer], Any] | None = None,
+        teacher: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.automatic_optimization = False
+        self.peer_training = PeerTraining(peers, method, teacher)
+        self._build_optimizer, self._build_scheduler = optimizer, scheduler
+        self._metrics: PeerMetrics | None = None
+
+    def configure_optimizers(self) -> Any:
+        """Return the optimizer over peers and method, and its schedule."""
+        optimizer = self._build_optimizer(self.peer_training.trained_parameters())
+        return optimizer if self._build_scheduler is None else ([optimizer], [self._build_scheduler(optimizer)])
+
+    def on_fit_start(self) -> None:
+        """Check that the method can be trained with so many processes.
+
+        Raises:
+            InputError: it needs the whole batch, or steps more than once a batch.
+        """
+        self.peer_training.check_loop(self.trainer.world_size, 1)
+
+    def on_train_start(self) -> None:
+        """Tell the method how many steps an epoch has."""
+        self.peer_training.set_steps_per_epoch(int(self.trainer.num_training_batches))
+
+    def training_step(self, batch: tuple[Any, Tensor], batch_index: int) -> Tensor:
+        """Do one step of the method and return its loss."""
+        inputs, targets_B = batch
+        optimizer: Any = self.optimizers()
+        weight = self.peer_training.method.weight_at(self.current_epoch)
+        if self.peer_training.method.update_mode == "alternating":
+            total = torch.zeros((), device=self.device)
+            for loss, parameters in self.peer_training.take_turns(inputs, targets_B, weight):
+                optimizer.zero_grad()
+                self.manual_backward(loss, inputs=parameters)
+                optimizer.step()
+                total = total + loss.detach()
+        else:
+            total = self.peer_training(inputs, targets_B, weight)["loss"]
+            optimizer.zero_grad()
+            self.manual_backward(total)
+            with self.peer_training.keep_inactive(optimizer.optimizer):
+                optimizer.step()
+            self.peer_training.end_step()
+        self.log("train_loss", total.detach(), on_step=False, on_epoch=True, sync_dist=True)
+        return total.detach()
+
+    def on_train_epoch_end(self) -> None:
+        """Step the schedule."""
+        scheduler: Any = self.lr_schedulers()
+        if scheduler is not None:
+            scheduler.step()
+
+    def on_validation_epoch_start(self) -> None:
+        """Begin new figures."""
+        peers, method = self.peer_training.peers, self.peer_training.method
+        self._metrics = PeerMetrics(peers.num_peers, peers.num_classes, method.group, self.device)
+
+    def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
+        """Add a batch to the figures."""
+        assert self._metrics is not None
+        inputs, targets_B = batch
+        outputs = self.peer_training.peers(inputs)
+        self._metrics.update(outputs.logits_PBC, targets_B, self.peer_training.method.ensemble(outputs))
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the figures of the deployed member and of the ensemble."""
+        assert self._metrics is not None
+        figures, deployed = self._metrics.compute(), self.peer_training.method.deployed
+        logged = {"val_top1": figures["top1"][deployed], "val_nll": figures["nll"][deployed]}
+        self.log_dict(logged | {"val_ensemble_top1": figures["ensemble_top1"]}, prog_bar=True, sync_dist=True)
+
+    def forward(self, inputs: Any) -> Tensor:
+        """Return the deployed member's logits, `B x C`."""
+        return self.peer_training(inputs)
+
+    def student(self) -> nn.Module:
+        """Return the one plain network that is deployed: a copy in evaluation mode."""
+        return self.peer_training.student()
