@@ -76,6 +76,11 @@ def _run_command(argv: list[str] | None) -> int:
 
         print(", ".join(f"{name} {version(name)}" for name in ("codistill", "torch")))  # read without importing torch
         return 0
+    if argv[0] == "_complete":  # called by the scripts of `codistill completion`
+        from codistill.cli.completion import complete
+
+        print("\n".join(complete(argv[1:])))
+        return 0
     show_traceback = TRACEBACK_FLAG in argv or os.environ.get("CODISTILL_TRACEBACK", "0") not in ("", "0")
     argv = [word for word in argv if word != TRACEBACK_FLAG]
     try:

@@ -128,6 +128,11 @@ class CheckOptions:
     """Device to check."""
 
 
+@dataclass
+class CompletionOptions:
+    """Print a shell's completion script."""
+
+
 @dataclass(frozen=True)
 class Command:
     """A command: its positional arguments, what it does, and its options."""
@@ -219,6 +224,14 @@ COMMANDS = {
         "options only",
         *(0, 0),
         "check --device cpu",
+    ),
+    "completion": Command(
+        "bash|zsh|fish",
+        "print the completion script of a shell",
+        CompletionOptions,
+        "one of bash, zsh and fish",
+        *(1, 1),
+        "completion bash",
     ),
     "demo": Command(
         "",

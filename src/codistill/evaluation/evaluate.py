@@ -41,7 +41,7 @@ def evaluate_peers(
     >>> from codistill.peers import NetworkPeers
     >>> rows, labels = torch.eye(2), torch.tensor([0, 1])
     >>> network = torch.nn.Sequential(torch.nn.Linear(2, 2, bias=False), torch.nn.Identity())
-    >>> network[0].weight.data = torch.tensor([[1.0, 0.0], [2.0, 0.0]])  # always class 1
+    >>> network[0].weight.data = torch.tensor([[0.0, 0.0], [1.0, 1.0]])  # always class 1
     >>> peers = NetworkPeers([network], example=rows)
     >>> evaluate_peers(peers, Independent(1), [(rows, labels)]).compute()["top1"]
     [50.0]
