@@ -6,10 +6,13 @@ import json
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from codistill.cli.main import main
 from codistill.data.decode import open_upright, read_pixels
+from codistill.deploy.predict import Predictor
+from codistill.runs import DataInfo
 from codistill.utils.errors import InputError
 from helpers.folders import write_folder
 
@@ -112,3 +115,19 @@ def test_transparent_places_are_white_and_palettes_are_colours(tmp_path):
     assert open_upright(tmp_path / "palette.png")[1] is False
     Image.new("L", (4, 4), 7).save(tmp_path / "gray.png")
     assert open_upright(tmp_path / "gray.png")[1] is True
+
+
+def test_a_network_that_uses_view_predicts():
+    network = torch.nn.Sequential(torch.nn.Conv2d(3, 2, 1), Viewing(), torch.nn.Linear(32, 2)).eval()
+    info = DataInfo(name="x", classes=["a", "b"], channels=3, image_size=4, mean=[0.5] * 3, std=[0.5] * 3)
+    predictor = Predictor(network, info, torch.device("cpu"))
+    images = np.random.default_rng(0).integers(0, 256, (5, 4, 4, 3), dtype=np.uint8)
+    turned = predictor.probabilities(images.transpose(0, 3, 1, 2))  # not contiguous, as decoded files are
+    assert np.array_equal(turned, predictor.probabilities(np.ascontiguousarray(images.transpose(0, 3, 1, 2))))
+
+
+class Viewing(torch.nn.Module):
+    """Flattens as PyTorch's tutorial does."""
+
+    def forward(self, x):
+        return x.view(len(x), 32)

@@ -5,11 +5,12 @@ import dataclasses
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 
 from codistill.config.config import Config
 from codistill.methods import build_method
-from codistill.peers import build_peers
-from codistill.peers.stacked import StackedConv2d
+from codistill.peers import NetworkPeers, build_peers
+from codistill.peers.stacked import StackedConv2d, StackedPeers
 from codistill.training.build import build_run, load_run
 from codistill.training.execution import choose_execution
 from codistill.training.loaders import evaluation_batch
@@ -231,3 +232,18 @@ def test_bfloat16_stacks_too():
     t = build(dtype="bfloat16", execution="stacked")
     terms = train_step(t, *next(t.loader.epoch(0)), 1.0)
     assert terms["loss"].dtype == torch.float32
+
+
+@pytest.mark.parametrize("remake", ["spectral_norm", "pruning", "weight_norm"])
+def test_weights_that_are_made_anew_are_not_stacked(remake):
+    def network(num_classes=10):
+        conv = nn.Conv2d(1, 4, 3)
+        if remake == "pruning":
+            prune.l1_unstructured(conv, "weight", 0.5)
+        else:
+            conv = getattr(nn.utils.parametrizations, remake)(conv)
+        return nn.Sequential(conv, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes))
+
+    peers = NetworkPeers(network, 2, 10, in_channels=1, image_size=8)
+    with pytest.raises(InputError, match="--execution stacked: weight norm, spectral norm or pruning"):
+        StackedPeers(peers, torch.randn(2, 1, 8, 8))

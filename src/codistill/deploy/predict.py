@@ -40,6 +40,7 @@ class Predictor:
         """Return `B x C` probabilities of uint8 images `B x C x H x W`."""
         mean = torch.tensor(self.data_info["mean"], device=self.device).view(-1, 1, 1)
         std = torch.tensor(self.data_info["std"], device=self.device).view(-1, 1, 1)
+        pixels = np.ascontiguousarray(pixels)  # networks that use view take no other layout
         x = (torch.from_numpy(pixels).to(self.device) / 255 - mean) / std
         dtype = next(self.network.parameters()).dtype
         scores = self.network(x.to(dtype)).cpu().double() / self.temperature

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from codistill.losses import scale_gradient
 from codistill.peers.base import PeerOutputs, Peers
@@ -347,7 +348,13 @@ def _replace_entries(state: dict[str, Any], entries: dict[int, Any], num_extra: 
 
 
 def _check_equal(members: Sequence[nn.Module], trunk: Sequence[nn.Module]) -> None:
-    """Raise where members differ in their parameters or buffers, or form a tree."""
+    """Raise where members differ in their parameters or buffers, make weights anew, or form a tree."""
+    layers = [m for m in members[0].modules() if isinstance(m, nn.modules.conv._ConvNd | nn.Linear | nn.BatchNorm2d)]
+    if any(layer._forward_pre_hooks or is_parametrized(layer) for layer in layers):
+        raise InputError(
+            "--execution stacked: weight norm, spectral norm or pruning makes a layer's weights anew in every forward; "
+            "use --execution loop"
+        )
     shapes = [[(n, tuple(v.shape)) for n, v in m.state_dict().items()] for m in members]
     if any(s != shapes[0] for s in shapes):
         raise InputError("--execution stacked needs peers of the same architecture and size; use --execution loop")
