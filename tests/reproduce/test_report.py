@@ -10,8 +10,8 @@ import pytest
 
 from codistill.cli.main import main
 from codistill.config.config import Config
-from codistill.reproduce.report.collect import collect_sections
-from codistill.reproduce.report.page import difference_class
+from codistill.reproduce.report.collect import Section, collect_sections
+from codistill.reproduce.report.page import _section_html, difference_class
 from codistill.training.loop import train
 from codistill.utils.files import write_json
 from helpers.tables import fake_plan
@@ -176,3 +176,9 @@ def test_a_missing_library_is_named(page, tmp_path, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "plotly.offline", None)
     assert main(["report", str(page.parent / "pcl-seed0"), "-o", str(tmp_path / "r.html")]) == 2
     assert "pip install plotly" in capsys.readouterr().err
+
+
+def test_the_result_in_words_stands_above_the_table():
+    section = Section("Comparison", "title", [{"peers": "okddip", "n": "3"}], False, ["a note"], [], summary=["1 < 2."])
+    text = _section_html(section, 0, "")
+    assert text.index("<p>1 &lt; 2.</p>") < text.index("<table>") < text.index("a note")

@@ -25,7 +25,8 @@ from codistill.reproduce.recipes import TABLES
 from codistill.reproduce.recipes.table_recipe import scale_config
 from codistill.reproduce.statistics import comparison_rows
 from codistill.reproduce.table_figures import make_figures
-from codistill.reproduce.table_rows import make_table_rows
+from codistill.reproduce.table_folder import write_table
+from codistill.reproduce.table_rows import make_table_rows, summarize_table
 from codistill.utils.errors import InputError
 from codistill.utils.files import write_json
 from codistill.utils.tables import comma_separated, latex, markdown
@@ -173,6 +174,24 @@ def test_honest_tables_evaluate_the_declared_member(tmp_path):
     ours = next(r for r in rows if r["method"] == "OKDDip-branch")
     assert ours["last vs equal cost"] == "-0.50 ± 0.00"
     assert ours["its ensemble, error %"] == "27.50 ± 1.00"
+
+
+def test_the_result_stands_in_words_above_the_table(tmp_path):
+    plan = fake_plan(tmp_path, "honest")
+    figures = make_figures(plan)
+    verdict, power = summarize_table(plan, figures)
+    better, _, rest = verdict.partition("; ")
+    assert better.startswith("Against the baseline of equal training cost, in points over 3 seeds: better: ")
+    assert "OKDDip-branch (-0.50 ± 0.00)" in better  # an error: lower is better
+    assert "ONE (+0.00 ± 0.00)" in rest.removeprefix("not significantly different: ")
+    assert power.startswith("With the largest deviation seen (0.00 points), an interval of ± 1 point needs")
+    write_table(plan, make_table_rows(plan, figures), [verdict, power])
+    text = (tmp_path / "table.md").read_text()
+    assert text.index(verdict) < text.index(power) < text.index("| network")
+    for cell in plan.cells:
+        cell.results = {0: fake_result(70.0)}
+    alone = summarize_table(plan, make_figures(plan))
+    assert alone == ["No row has two seeds in common with a baseline of equal training cost, so none is compared."]
 
 
 def test_short_results_stand_beside_the_papers_only_with_a_mark(tmp_path):

@@ -16,6 +16,7 @@ from codistill.reproduce import (
     prepare_table_folder,
     raise_failures,
     run_grid,
+    summarize_table,
     table_notes,
     write_table,
 )
@@ -41,9 +42,11 @@ def reproduce(table: str, options: ReproduceConfig) -> int:
         task = bar.add_task(f"{len(plan.cells)} cells x {options.seeds} seeds, epochs", total=None, note="")
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         run_grid([*plan.cells], range(options.seeds), plan.folder, options.workers, show, executor)
-    rows = make_table_rows(plan, make_figures(plan))
-    write_table(plan, rows)
-    write_table(plan, rows)  # before printing, which may fail
+    figures = make_figures(plan)
+    rows, summary = make_table_rows(plan, figures), summarize_table(plan, figures)
+    write_table(plan, rows, summary)  # before printing, which may fail
+    for sentence in summary:
+        out.print(sentence)
     print_rows([_terminal_columns(row) for row in rows], plan.title())
     for note in table_notes(plan):
         out.print(note)

@@ -33,6 +33,7 @@ if TYPE_CHECKING:
     from codistill.reproduce.table_folder import raise_failures as raise_failures
     from codistill.reproduce.table_folder import write_table as write_table
     from codistill.reproduce.table_rows import make_table_rows as make_table_rows
+    from codistill.reproduce.table_rows import summarize_table as summarize_table
     from codistill.reproduce.table_rows import table_notes as table_notes
 
 __getattr__, __dir__ = lazy_names(
@@ -53,6 +54,6 @@ __getattr__, __dir__ = lazy_names(
         "statistics": "comparison_rows differences_to_baselines summarize_comparison",
         "table_figures": "make_figures",
         "table_folder": "make_executor prepare_table_folder raise_failures write_table",
-        "table_rows": "make_table_rows table_notes",
+        "table_rows": "make_table_rows summarize_table table_notes",
     },
 )

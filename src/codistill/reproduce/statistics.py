@@ -170,12 +170,21 @@ def summarize_comparison(cells: list[Cell], peers: int) -> list[str]:
             "What else the same cost buys: a longer training of one network, an average of its weights, a larger "
             "network, or an ensemble where several networks can be deployed."
         )
-        worst = max(deviations)
-        sentences.append(
-            f"With the largest deviation seen ({worst:.2f} points), an interval of ± 1 point needs "
-            f"{seeds_needed(worst, 1.0)} seeds, one of ± 0.5 needs {seeds_needed(worst, 0.5)}."
-        )
+        sentences.append(state_power(deviations))
     return sentences
+
+
+def state_power(deviations: Sequence[float]) -> str:
+    """Return how many seeds an interval of one point, and of half a point, needs.
+
+    Args:
+        deviations: Standard deviations of the paired differences of a table; the largest counts.
+    """
+    worst = max(deviations)
+    return (
+        f"With the largest deviation seen ({worst:.2f} points), an interval of ± 1 point needs "
+        f"{seeds_needed(worst, 1.0)} seeds, one of ± 0.5 needs {seeds_needed(worst, 0.5)}."
+    )
 
 
 def _median_ratio(cell: Cell, plain: Cell, cost: Callable[[dict[str, Any]], float | None]) -> float | None:

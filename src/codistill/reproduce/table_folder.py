@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,13 +24,19 @@ from codistill.utils import (
 )
 
 
-def write_table(plan: Plan, rows: Rows) -> None:
-    """Write the table as Markdown, CSV, LaTeX and JSON."""
+def write_table(plan: Plan, rows: Rows, summary: Sequence[str]) -> None:
+    """Write the table as Markdown, CSV, LaTeX and JSON.
+
+    Args:
+        plan: The table.
+        rows: Its rows.
+        summary: Sentences above the table.
+    """
     folder, notes = plan.folder, table_notes(plan)
     failures = list_failures([*plan.cells])
     lists = "\n".join(f"- {line}" for line in (*notes, *(f"Failed: {line}" for line in failures)))
     texts = {
-        "table.md": f"{plan.title()}\n\n{markdown(rows)}\n{lists}\n",
+        "table.md": "\n\n".join((plan.title(), *summary, f"{markdown(rows)}\n{lists}\n")),
         "table.csv": comma_separated(rows),
         "table.tex": latex(rows, plan.title()),
     }

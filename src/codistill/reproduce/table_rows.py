@@ -8,7 +8,7 @@ from typing import Any
 from codistill.reproduce.grid import Cell
 from codistill.reproduce.plan import Plan
 from codistill.reproduce.recipes.table_recipe import SCALES
-from codistill.reproduce.statistics import format_difference, format_mean_std, format_passes
+from codistill.reproduce.statistics import format_difference, format_mean_std, format_passes, state_power
 from codistill.reproduce.table_figures import Figure, to_measure
 from codistill.utils import Rows
 
@@ -110,6 +110,33 @@ def cost_columns(cell: Cell | None) -> dict[str, str]:
 
 def _format_mean(values: list[Any], digits: int) -> str:
     return f"{fmean(values):,.{digits}f}" if values else "-"
+
+
+def summarize_table(plan: Plan, figures: list[Figure]) -> list[str]:
+    """Return the result of a table in plain words: who differs from the baseline of equal cost, and the seeds needed.
+
+    Args:
+        plan: The table.
+        figures: Its figures, from `make_figures`.
+    """
+    known = [(figure, figure.versus) for figure in figures if figure.versus is not None]
+    if not known:
+        return ["No row has two seeds in common with a baseline of equal training cost, so none is compared."]
+    lower_is_better = plan.published["measure"] == "error"
+    several = len({figure.network for figure, _ in known}) > 1
+    found: dict[str, list[str]] = {"better": [], "worse": [], "not significantly different": []}
+    for figure, difference in known:
+        name = f"{figure.network}: {_method_label(figure)}" if several else _method_label(figure)
+        verdict = "better" if (difference.mean < 0) == lower_is_better else "worse"
+        verdict = verdict if difference.significant else "not significantly different"
+        found[verdict].append(f"{name} ({difference.mean:+.2f} ± {difference.half_width:.2f})")
+    verdicts = "; ".join(f"{verdict}: {', '.join(names)}" for verdict, names in found.items() if names)
+    counts = sorted({difference.count for _, difference in known})
+    seeds = " to ".join(map(str, dict.fromkeys((counts[0], counts[-1]))))
+    return [
+        f"Against the baseline of equal training cost, in points over {seeds} seeds: {verdicts}.",
+        state_power([difference.deviation for _, difference in known]),
+    ]
 
 
 def table_notes(plan: Plan) -> list[str]:

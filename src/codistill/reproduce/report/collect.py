@@ -19,7 +19,7 @@ from codistill.reproduce.statistics import (
 )
 from codistill.reproduce.table_figures import make_figures
 from codistill.reproduce.table_folder import read_plan
-from codistill.reproduce.table_rows import cost_columns, make_table_rows, network_label, table_notes
+from codistill.reproduce.table_rows import cost_columns, make_table_rows, network_label, summarize_table, table_notes
 from codistill.runs import Details, Environment, EpochLine, GridInfo, RunResult, read_epoch_lines, read_record
 from codistill.utils import InputError, Rows
 
@@ -62,6 +62,8 @@ class Section:
     failures: list[str] = field(default_factory=list)
     gains: dict[str, Difference] = field(default_factory=dict)
     """Paired differences to the baselines of equal cost, by group."""
+    summary: list[str] = field(default_factory=list)
+    """The result in sentences, above the table."""
 
 
 def read_run(path: Path) -> RunData:
@@ -141,8 +143,9 @@ def _table_section(path: Path, grid_info: GridInfo) -> Section:
         groups += [Group(label, runs)] if runs else []
     lower = plan.published["measure"] == "error"
     name = plan.name if plan.options.scale == "full" else f"{plan.name}, {plan.options.scale} scale"
-    rows, notes = make_table_rows(plan, make_figures(plan)), table_notes(plan)
-    return Section(name, plan.title(), rows, lower, notes, groups, _read_failures(path))
+    figures, notes = make_figures(plan), table_notes(plan)
+    rows, summary = make_table_rows(plan, figures), summarize_table(plan, figures)
+    return Section(name, plan.title(), rows, lower, notes, groups, _read_failures(path), summary=summary)
 
 
 def _comparison_section(path: Path, grid_info: GridInfo) -> Section:
@@ -156,13 +159,13 @@ def _comparison_section(path: Path, grid_info: GridInfo) -> Section:
         cells.append(cell)
         groups += [Group(cell.label, runs)] if runs else []
     notes = [
-        *grid_info.get("summary", []),
         "Test set, last epoch, deployed member; differences are paired over seeds with the independent member that "
         "began with the same weights, ± 95 % t-interval, n.s. = not significant (Holm's correction over the table).",
     ]
     title, rows = grid_info.get("title", ""), comparison_rows(cells)
     gains = {label: d for label, d in differences_to_baselines(cells).items() if d is not None}
-    return Section("Comparison", title, rows, False, notes, groups, _read_failures(path), gains)
+    failures, summary = _read_failures(path), grid_info.get("summary", [])
+    return Section("Comparison", title, rows, False, notes, groups, failures, gains, summary)
 
 
 def _runs_section(runs: list[RunData]) -> Section:

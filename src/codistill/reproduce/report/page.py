@@ -106,6 +106,7 @@ def _section_html(section: Section, number: int, mistakes: str) -> str:
         [
             f"<section><h2>{html.escape(section.title)}</h2>",
             f"<p>Network: {html.escape(min(networks))}</p>" if len(networks) == 1 and min(networks) else "",
+            *(f"<p>{html.escape(sentence)}</p>" for sentence in section.summary),
             _table_html([{name: row[name] for name in (head, *results)} for row in rows], section.lower_is_better),
             _failures_html(section.failures),
             f'<div class="chips" id="chips-{number}"></div><div class="charts" id="charts-{number}"></div>',
