@@ -21,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -34,6 +34,9 @@ JUDGED = {"digits": 897, "fashion14": 2000, "cifar16": 2000}
 """Images that accuracy is measured on, the same for all seeds; never trained on."""
 MODEL = "resnet8"
 AUTO, PAPER = "auto", "paper"
+SMALLER_BATCH = ("auto, batch 64", "paper, batch 64")
+SMALLER_DATA = ("fashion14", "cifar16")
+"""Sets whose largest size is trained in batches of 64, too."""
 SCRATCH, TUNED = "from scratch, auto", "fine-tuned, auto"
 TUNE_CELL = "fine-tune"
 TUNE_CLASSES, TUNE_IMAGES = 50, 500
@@ -55,6 +58,9 @@ def jobs() -> Iterator[Job]:
     for images in SIZES:
         for seed in SEEDS:
             yield from (Job(data, images, row, seed) for data in DATA for row in (AUTO, PAPER))
+        if images == SIZES[-1]:
+            for seed in SEEDS:
+                yield from (Job(data, images, row, seed) for data in SMALLER_DATA for row in SMALLER_BATCH)
         if images == SIZES[1]:
             for seed in SEEDS:
                 yield from (Job(TUNE_CELL, TUNE_IMAGES, row, seed) for row in (SCRATCH, TUNED))
@@ -133,12 +139,16 @@ def train_run(job: Job, folder: Path) -> dict[str, Any]:
             eval_every_epochs=10**6,
             checkpoint_every_epochs=10**6,
         )
-        auto, _ = choose_recipe(config, job.images)
-        paper = choose_recipe(config, job.images, given=("epochs", "lr", "weight_decay", "schedule", "warmup_epochs"))[
-            0
-        ]
+        given: tuple[str, ...] = ()
+        if job.row in SMALLER_BATCH:
+            config.batch_size, given = 64, ("batch_size",)
+        auto, _ = choose_recipe(config, job.images, given)
+        papers_own = (*given, "epochs", "lr", "weight_decay", "schedule", "warmup_epochs")
+        paper, _ = choose_recipe(config, job.images, papers_own)
         began = time.process_time()
-        result = train(paper if job.row == PAPER else auto, data=draw_images(job.data, job.images, job.seed, folder))
+        result = train(
+            paper if job.row.startswith(PAPER) else auto, data=draw_images(job.data, job.images, job.seed, folder)
+        )
         config, steps = result.training.config, len(result.training.loader)
         return {
             **{"data": job.data, "images": job.images, "row": job.row, "seed": job.seed},
@@ -198,17 +208,12 @@ def read_records() -> list[dict[str, Any]]:
 # ---------------------------------------------------------------------------------------------------------------- page
 
 
-def interval(values: list[float]) -> tuple[float, float]:
-    """Return the mean and the half width of its 95 % t-interval."""
-    from scipy.stats import t
-
-    return fmean(values), float(t.ppf(0.975, len(values) - 1)) * stdev(values) / math.sqrt(len(values))
-
-
 def compare_rows(
     records: list[dict[str, Any]], data: str, images: int, ours: str, theirs: str
 ) -> dict[str, str] | None:
     """Return the row of the table that compares two recipes on the seeds that both have; None for fewer than two."""
+    from codistill.reproduce.statistics import paired_difference
+
     both = [
         {r["seed"]: r for r in records if (r["data"], r["images"], r["row"]) == (data, images, row)}
         for row in (ours, theirs)
@@ -217,7 +222,9 @@ def compare_rows(
     if len(seeds) < 2:
         return None
     first, second = ([part[seed] for seed in seeds] for part in both)
-    mean, half = interval([a["top1"] - b["top1"] for a, b in zip(first, second)])
+    difference = paired_difference(*({seed: part[seed]["top1"] for seed in seeds} for part in both))
+    assert difference is not None
+    mean, half = difference.mean, difference.half_width
     return {
         "data": DATA.get(data, "CIFAR-100, the other 50 classes, 16 x 16"),
         "images": str(images),
@@ -225,31 +232,28 @@ def compare_rows(
         theirs: f"{fmean(r['top1'] for r in second):.1f}",
         "difference, points": f"{mean:+.1f} ± {half:.1f}",
         "n": str(len(seeds)),
-        "no worse": "yes" if mean + half >= 0 else "**no**",
+        "no worse": "yes" if mean + half >= 0 else "no",
         "updates": f"{first[0]['updates']:,} : {second[0]['updates']:,}",
     }
 
 
-def markdown(rows: list[dict[str, str]]) -> str:
-    """Return rows as a table."""
-    lines = [[*rows[0]], ["---"] + ["--:"] * (len(rows[0]) - 1), *(list(row.values()) for row in rows)]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def write_page() -> None:
     """Put the tables in their places in the page."""
+    from codistill.utils.tables import markdown
+
     records = read_records()
     acceptance = [compare_rows(records, data, images, AUTO, PAPER) for data in DATA for images in SIZES]
+    smaller = [compare_rows(records, data, SIZES[-1], *SMALLER_BATCH) for data in SMALLER_DATA]
     tuning = [compare_rows(records, TUNE_CELL, TUNE_IMAGES, TUNED, SCRATCH)]
     text = PAGE.read_text(encoding="utf-8")
-    for name, rows in {"acceptance": acceptance, "tuning": tuning}.items():
+    for name, rows in {"acceptance": acceptance, "smaller": smaller, "tuning": tuning}.items():
         kept = [row for row in rows if row is not None]
         before, begin, rest = text.partition(f"<!-- {name} -->\n")
         _, end, after = rest.partition(f"<!-- /{name} -->")
         if not (begin and end):
             raise SystemExit(f"{PAGE} lacks the marks <!-- {name} --> and <!-- /{name} -->")
-        table = markdown(kept) if kept else "Not measured yet."
-        text = f"{before}{begin}{table}\n{end}{after}"
+        table = markdown(kept) if kept else "Not measured yet.\n"
+        text = f"{before}{begin}{table}{end}{after}"
     PAGE.write_text(text, encoding="utf-8")
 
 
