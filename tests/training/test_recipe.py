@@ -63,7 +63,9 @@ def test_the_run_says_and_stores_what_was_chosen_and_goes_on_with_it(images, tmp
     chosen, _ = apply_recipe(Config("independent", "resnet8", images), None, ())
     assert {name: stored[name] for name in RECIPE_OPTIONS} == {name: getattr(chosen, name) for name in RECIPE_OPTIONS}
     monkeypatch.setattr("codistill.config.recipe.EPOCHS", ((3, 3), (1, 1)))  # a later version chooses otherwise
+    capsys.readouterr()
     assert main([*command, "--resume", "auto"]) == 0
+    assert "goes on as it was begun: 2 epochs, batch 8," in " ".join(capsys.readouterr().err.split())
     assert read_json(out / "config.json") == stored
     assert main(["train", "--config", str(out), "--out", str(tmp_path / "again")]) == 0
     assert read_json(tmp_path / "again" / "config.json")["epochs"] == 2

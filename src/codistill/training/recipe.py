@@ -36,7 +36,10 @@ def apply_recipe(
     if earlier is not None and earlier.is_file():
         stored = Config.from_file(earlier, without_code=True)
         values = {name: getattr(stored, name) for name in RECIPE_OPTIONS if name not in given}
-        return dataclasses.replace(config, **values), None
+        kept = dataclasses.replace(config, **values)
+        return kept, (
+            f"{earlier.parent} goes on as it was begun: {kept.epochs} epochs, batch {kept.batch_size}, lr {kept.lr:g}"
+        )
     return choose_recipe(config, count_training_images(config), given)
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from codistill.cli.console import out, print_rows
-from codistill.cli.options import CheckOptions, Parsed
+from codistill.cli.option_types import CheckOptions
+from codistill.cli.options import Parsed
 from codistill.training import check_machine
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 
 from codistill.cli.compare import compare
-from codistill.cli.options import DemoOptions, Parsed
+from codistill.cli.option_types import DemoOptions
+from codistill.cli.options import Parsed
 from codistill.reproduce import METHODS, demo
 
 

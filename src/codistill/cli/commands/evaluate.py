@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from codistill.cli.console import err, members_table, out, print_rows, show_progress
-from codistill.cli.options import EvaluateOptions, Parsed
+from codistill.cli.option_types import EvaluateOptions
+from codistill.cli.options import Parsed
 from codistill.data import Loader, count_trained_images, load_external_test_set
 from codistill.deploy import calibrate_student
 from codistill.evaluation import (

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from codistill.cli.console import err, out
-from codistill.cli.options import ExportOptions, Parsed
+from codistill.cli.option_types import ExportOptions
+from codistill.cli.options import Parsed
 from codistill.deploy import SUFFIXES, check_targets, export_student, make_model_card, read_card_records
 from codistill.training import deployed_name, load_run, load_without_images
 from codistill.utils import InputError, write_text

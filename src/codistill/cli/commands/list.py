@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from codistill.cli.console import print_rows
-from codistill.cli.options import ListOptions, Parsed
+from codistill.cli.option_types import ListOptions
+from codistill.cli.options import Parsed
 from codistill.config import METHODS
 from codistill.utils import InputError, Rows, suggest
 

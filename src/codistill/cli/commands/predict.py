@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from codistill.cli.options import Parsed, PredictOptions
+from codistill.cli.option_types import PredictOptions
+from codistill.cli.options import Parsed
 from codistill.deploy import find_images, format_csv, load_predictor, predict_images
 from codistill.utils import InputError, escape_json
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from codistill.cli.console import out
-from codistill.cli.options import Parsed, ReportOptions
+from codistill.cli.option_types import ReportOptions
+from codistill.cli.options import Parsed
 from codistill.reproduce import write_report
 
 
