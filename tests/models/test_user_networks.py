@@ -1,5 +1,6 @@
 """Networks that codistill does not know: what a run does with them is tried before its first epoch."""
 
+import math
 import sys
 
 import numpy as np
@@ -181,3 +182,22 @@ def test_names_of_wrapped_networks_have_no_prefix():
     weights = Net().state_dict()
     load_weights(network, weights, "--weights w.pt")
     assert torch.equal(without_wrappers(network).conv.weight, weights["conv.weight"])
+
+
+@pytest.mark.parametrize(
+    ("method", "model", "works"),
+    [
+        ("independent", "tiny_network:Tiny", False),  # its BatchNorm sees one value a channel
+        ("cosub", "tiny_network:Dropping", True),  # each image has two rows
+        ("independent", "resnet8", True),  # its last maps are 2 x 2
+    ],
+)
+def test_batches_of_one_image_train_or_are_refused_before_the_first_step(method, model, works, tmp_path):
+    options = {"peers": None, "batch_size": 1, "epochs": 1, "train_per_class": 1, "out": str(tmp_path / "r")}
+    config = tiny(method=method, model=model, **options)
+    if works:
+        assert math.isfinite(train(config).figures["student"]["nll"])
+        return
+    with pytest.raises(InputError, match=r"--batch-size 1: .* cannot be trained on one image at a time .*; give 2"):
+        train(config)
+    assert not (tmp_path / "r" / "last.pt").exists()

@@ -34,8 +34,22 @@ def try_networks(
         image_shape: C, H, W.
 
     Raises:
-        InputError: a network fails in some part of a run.
+        InputError: a network fails in some part of a run, or cannot be trained on batches of one image.
     """
+    config, notes = _try_unknown(config, peers, teacher, image_shape)
+    if config.batch_size == 1 and (error := _try(config, peers, None, image_shape, rows=1)) is not None:
+        _, reason = error
+        raise InputError(
+            f"--batch-size 1: {', '.join(dict.fromkeys(config.model))} cannot be trained on one image at a time "
+            f"({first_line(reason)}); give 2 or more"
+        ) from reason
+    return config, notes
+
+
+def _try_unknown(
+    config: Config, peers: Peers, teacher: nn.Module | None, image_shape: tuple[int, int, int]
+) -> tuple[Config, list[str]]:
+    """Try networks that codistill does not hold itself; see `try_networks`."""
     if all(name in MODELS for name in config.model):
         return config, []
     error = _try(config, peers, teacher, image_shape)
@@ -57,16 +71,16 @@ def try_networks(
 
 
 def _try(
-    config: Config, peers: Peers, teacher: nn.Module | None, image_shape: tuple[int, int, int]
+    config: Config, peers: Peers, teacher: nn.Module | None, image_shape: tuple[int, int, int], rows: int = 2
 ) -> tuple[str, Exception] | None:
-    """Run every part once; return the part that failed and its error, None if none did."""
+    """Run every part once on so many images; return the part that failed and its error, None if none did."""
     parameter = next(peers.parameters())
     channels, height, width = image_shape
-    pixels = torch.linspace(-40.0, 40.0, 2 * channels * height * width).sin().to(parameter)
+    pixels = torch.linspace(-40.0, 40.0, rows * channels * height * width).sin().to(parameter)
     if config.channels_last:  # as the loaders make them
-        images_BCHW = pixels.view(2, height, width, channels).movedim(-1, 1)
+        images_BCHW = pixels.view(rows, height, width, channels).movedim(-1, 1)
     else:
-        images_BCHW = pixels.view(2, channels, height, width)
+        images_BCHW = pixels.view(rows, channels, height, width)
     buffers = [(buffer, buffer.clone()) for buffer in peers.buffers()]
     random_states = rng_state()
     part = "training"
@@ -119,7 +133,7 @@ def check_twins_differ(twins: TwinPeers, images_BCHW: Tensor) -> None:
     before = rng_state()
     try:
         with torch.no_grad(), train_mode(twins), frozen_batchnorm_stats(twins):
-            twins.member(0)(images_BCHW)
+            twins(images_BCHW)  # so that a single image has its twin's row beside it
         after = rng_state()
     finally:
         restore_rng(before)
