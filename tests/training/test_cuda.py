@@ -34,19 +34,33 @@ pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU th
 
 VARIANTS = {
     "independent": [{}],
-    "kd": [{}, {"variant": "okddip_code"}],
-    "dml": [{}, {"update": "joint"}, {"variant": "authors", "target": "mean"}, {"variant": "okddip_code"}],
-    "cl_ilr": [{}, {"variant": "okddip_code"}],
-    "one": [{}, {"variant": "authors"}, {"variant": "okddip_code"}],
+    "kd": [{}, {"variant": "okddip_code"}, {"divergence": "dist", "temperature": 1.0}],
+    "dml": [
+        *({}, {"update": "joint"}, {"variant": "authors", "target": "mean"}, {"variant": "okddip_code"}),
+        {"update": "joint", "divergence": "dkd"},
+    ],
+    "cl_ilr": [{}, {"variant": "okddip_code"}, {"divergence": "js"}],
+    "one": [{}, {"variant": "authors"}, {"variant": "okddip_code"}, {"divergence": "mse"}],
     "okddip": [
         *({}, {"variant": "okddip_code"}, {"detach": "peers"}, {"detach": "all", "mask_self": True}),
         *({"ablation": ablation} for ablation in ("random", "entropy", "mean", "symmetric", "no_leader")),
+        {"divergence": "reverse_kl"},
     ],
-    "pcl": [{}, {"own_views": False}],
+    "pcl": [{}, {"own_views": False}, {"divergence": "dist", "temperature": 1.0}],
     "kdcl": [
-        *({"target": "minlogit"}, {"target": "naive"}, {"target": "linear"}),
+        *({"target": "minlogit"}, {"target": "naive"}, {"target": "linear"}, {"standardize_logits": True}),
         *({"target": "linear", "granularity": "batch"}, {"target": "minlogit", "own_views": False}),
         *({"target": "general", "holdout_fraction": 0.2, "mix": mix} for mix in ("probs", "logits")),
+    ],
+    "codistillation": [{"interval": 2}, {"interval": 1, "interval_unit": "epochs", "burn_in_epochs": 1.0}],
+    "switokd": [{}, {"students": 2}],
+    "mcl": [{}, {"logit_weight": 1.0}],
+    "dlb": [{}],
+    "hssakd": [{}, {"rotations": False, "exits": 2}, {"exits": 0}, {"divergence": "dkd", "exits": 1}],
+    "cosub": [{}, {"loss": "ce", "own_views": True}],
+    "okdph": [
+        *({"interval": 2}, {"variant": "authors", "interval": 1}, {"shares": "dirichlet", "label_weight": 0.5}),
+        {"interval_unit": "epochs", "interval": 1},
     ],
 }
 CASES = [
@@ -55,11 +69,13 @@ CASES = [
     for options in variants
     for topology in METHODS[name].topologies
 ]
+SEED_METHODS = ("independent", "kd", "dml", "cl_ilr", "one", "okddip", "pcl", "kdcl")
 WAYS = [(execution, graph) for execution in ("loop", "stacked") for graph in (False, True)]
 OPTIONS = [  # of a run, with a method that each touches
     *({"accumulate": 2}, {"mixup": 0.2}, {"cutmix": 1.0, "mixup": 0.2}, {"label_smoothing": 0.1}, {"cutout": 3}),
     *({"skip_nonfinite": 2}, {"optimizer": "adamw", "lr": 1e-3}, {"freeze": ("conv1",), "head_lr_scale": 2.0}),
     *({"checkpoint_activations": True}, {"channels_last": False}, {"model": ("densenet40_12",), "peers": 3}),
+    *({"sam_rho": 0.05}, {"deploy": "ema", "ema_decay": 0.9}, {"deploy": "swa", "swa_start": 0.5}),
 ]
 
 
@@ -76,6 +92,9 @@ def config(name, topology=None, options=None, **run) -> Config:
     method = dataclasses.replace(method_config(name), **options or {})
     if isinstance(method, KDConfig):
         own["peers"] = 1
+    if topology == "twins":
+        own["model"] = ("helpers.cuda_networks:Noisy",)  # twins differ by what is random
+    own["peers"] = min(own["peers"], method.max_peers or own["peers"])
     return Config(method, topology=topology, val_fraction=0.2, **own | run)
 
 
@@ -111,17 +130,30 @@ def gap(ours: torch.Tensor, theirs: torch.Tensor, least: float = 1e-300) -> floa
 
 def largest_gap(ours, theirs) -> float:
     """Return the largest relative gap of two runs' states."""
-    gaps = [0.0]
-    for part in ("peers", "method", "ema", "sums"):
-        mine, other = checkpoint_state(ours)[part] or {}, checkpoint_state(theirs)[part] or {}
+    gaps, states = [0.0], (checkpoint_state(ours), checkpoint_state(theirs))
+    for part in ("peers", "method", "ema", "average", "previous", "sums"):
+        mine, other = (state.get(part) or {} for state in states)
         assert mine.keys() == other.keys()
-        gaps += [gap(mine[key], other[key]) for key in other]
+        gaps += [gap(mine[key], other[key]) for key in other if isinstance(other[key], torch.Tensor)]
     return max(gaps)
 
 
 def record(what: str, **figures) -> None:
     """Print a line for whoever keeps the figures (pytest -rP, or -s)."""
     print(f"FIGURE {what}: {json.dumps(figures)}")
+
+
+def check_captures(t) -> None:
+    """Check that a graph was captured for every shape of batch, each after its warm-up."""
+    c, (eager, captured) = t.config, (t.graph.eager_steps, t.graph.captured)
+    sizes = {min(c.batch_size, t.loader.num_samples), t.loader.num_samples % c.batch_size} - {0}
+    if t.previous is None:
+        assert len(captured) == len(sizes), eager
+        assert set(eager.values()) == {WARM_UP}
+        return
+    # A shape is that of the batch and of the one before: 20 after 8, 20 after 20 and 8 after 20; first 20 after none.
+    assert {key[0] for key in captured} == sizes
+    assert sorted(eager.values()) == [1, WARM_UP, WARM_UP, WARM_UP]
 
 
 def check_ways(c: Config, what: str, reference=None) -> None:
@@ -139,12 +171,10 @@ def check_ways(c: Config, what: str, reference=None) -> None:
             if execution == "loop":
                 raise
             continue
-        joint = t.method.update_mode == "joint" and not c.checkpoint_activations
+        joint = t.method.update_mode == "joint" and not c.checkpoint_activations and not c.sam_rho
         assert (t.graph is not None) == (graph and joint)
         if t.graph is not None:
-            sizes = {min(c.batch_size, t.loader.num_samples), t.loader.num_samples % c.batch_size} - {0}
-            assert len(t.graph.captured) == len(sizes), t.graph.eager_steps
-            assert set(t.graph.eager_steps.values()) == {WARM_UP}
+            check_captures(t)
         name = f"{execution}{', graph' if t.graph else ''}"
         found[name] = max(gap(losses, expected_losses), largest_gap(t, expected))
     record(what, **found)
@@ -155,7 +185,8 @@ def check_ways(c: Config, what: str, reference=None) -> None:
 @pytest.mark.parametrize(("name", "options", "topology"), CASES, ids=lambda v: json.dumps(v).strip('"'))
 def test_a_gpu_trains_as_the_cpu_does(name, options, topology):
     c = config(name, topology, options)
-    drawn = options.get("ablation") == "random"  # on the device, whose random numbers are not the CPU's
+    # On the device, whose random numbers are not the CPU's.
+    drawn = options.get("ablation") == "random" or topology == "twins"
     check_ways(c, f"{name} {json.dumps(options)} {topology}", run_steps(c, "cuda") if drawn else None)
 
 
@@ -224,6 +255,9 @@ RESUMED = [
     *(("okddip", "networks", {}), ("okddip", "branches", {}), ("pcl", "networks", {}), ("one", "branches", {})),
     *(("kdcl", "networks", {"target": "linear"}), ("kdcl", "networks", {"target": "general"})),
     *(("okddip", "networks", {"ablation": "random"}), ("dml", "networks", {}), ("cl_ilr", "branches", {})),
+    *(("codistillation", "networks", {"interval": 2}), ("switokd", "networks", {}), ("mcl", "networks", {})),
+    *(("dlb", "networks", {}), ("hssakd", "networks", {}), ("cosub", "twins", {})),
+    *(("okdph", "networks", {"interval": 2}), ("okdph", "networks", {"variant": "authors", "interval": 2})),
 ]
 
 
@@ -260,7 +294,7 @@ def test_a_resumed_run_is_the_whole_one(name, topology, options, way, tmp_path):
 
 
 @pytest.mark.parametrize("topology", ["networks", "branches"])
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", SEED_METHODS)
 def test_heads_give_the_cpus_values_and_gradients(name, topology):
     """Loss, terms, and gradients for logits, features and trunk, with 5 peers and 1,000 classes."""
     if topology not in METHODS[name].topologies:
