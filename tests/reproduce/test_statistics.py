@@ -20,6 +20,7 @@ from codistill.reproduce.statistics import (
     seeds_needed,
     summarize_comparison,
 )
+from codistill.utils import InputError
 
 
 def result(member_accuracies, deployed=0):
@@ -63,6 +64,40 @@ def test_a_method_of_one_network_is_compared_with_the_plain_one():
     ]
     assert [cell.run_config(Path("runs"), 0).resolved().peers for cell in cells] == [1, 1, 2, 2]
     assert len(plan_comparison(["dlb"], CompareConfig())) == 2
+
+
+def test_baselines_of_one_network_are_rows():
+    config = CompareConfig(peers=3, epochs=10, milestones=(4, 8), baselines=("ema", "longer", "sam", "swa", "ema"))
+    cells = plan_comparison(["dml"], config)
+    rows = {cell.label: cell.run_config(Path("runs"), 0).resolved() for cell in cells if cell.label.startswith("one ")}
+    assert {cell.baseline for cell in cells if cell.label in rows} == {None, "one plain network"}
+    assert {
+        label: (c.peers, c.deploy, c.sam_rho, c.epochs, c.milestones, c.method.name) for label, c in rows.items()
+    } == {
+        "one plain network": (1, "member", 0.0, 10, (4, 8), "independent"),
+        "one network, EMA": (1, "ema", 0.0, 10, (4, 8), "independent"),
+        "one network, 3 x epochs": (1, "member", 0.0, 30, (12, 24), "independent"),
+        "one network, SAM": (1, "member", 0.05, 10, (4, 8), "independent"),
+        "one network, SWA": (1, "swa", 0.0, 10, (4, 8), "independent"),
+    }
+    for cell in cells[:2]:
+        cell.results = {seed: result([50.0 + seed + (cell is cells[1])]) for seed in (0, 1)}
+    assert summarize_comparison(cells, 3)[0].startswith(
+        "Over 2 seeds one network, EMA is 1.0 ± 0.0 points better than one plain network trained without exchange"
+    )
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"baselines": ("ema",), "deploy": "ema"}, "--deploy ema applies it to every row already"),
+        ({"baselines": ("sam",), "sam_rho": 0.1}, "--sam-rho applies it to every row already"),
+        ({"baselines": ("swa",), "deploy": "ensemble"}, "drop --deploy ensemble"),
+    ],
+)
+def test_baselines_that_every_row_is_already_are_refused(options, message):
+    with pytest.raises(InputError, match=message):
+        plan_comparison(["okddip"], CompareConfig(**options))
 
 
 def test_paired_difference_is_the_t_interval():

@@ -245,6 +245,9 @@ class CompareConfig(Config):
     """Number of seeds, counted from `first_seed`."""
     first_seed: int = 0
     """The first seed: choose options on some seeds, and compare on others."""
+    baselines: tuple[Literal["ema", "swa", "sam", "longer"], ...] = ()
+    """Rows of one network that exchanges nothing: a moving average of its weights, SWA, SAM, or as many times the
+    epochs as there are peers."""
     workers: int = 1
     """Number of runs that train at the same time on this machine, each on one CPU thread."""
     out: str | None = None

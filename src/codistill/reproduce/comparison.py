@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from codistill.config import CompareConfig, Config, MethodConfig, TeacherConfig, method_config, slug
 from codistill.reproduce.grid import MAX_SEEDS, Cell, list_failures, read_results
@@ -39,13 +40,17 @@ def comparison_title(config: CompareConfig) -> str:
     return f"{config.data}, {config.epochs} epochs, test set, last epoch, {config.seeds} seeds"
 
 
-def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
-    """Return the rows: one plain network, then for each topology independent peers and the given methods.
+SAM_RHO = 0.05
+"""The value of SAM's paper for CIFAR-10 and ImageNet."""
 
-    The baseline of a method that trains one network is the plain one.
+
+def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
+    """Return the rows: one plain network and its `baselines`, then for each topology independent peers and the methods.
+
+    The baseline of whatever trains one network is the plain one.
 
     Raises:
-        InputError: a method is unknown or supports none of the topologies.
+        InputError: a method is unknown or supports none of the topologies, or every row is as a baseline already.
     """
     shared = {
         f.name: getattr(config, f.name) for f in dataclasses.fields(Config) if f.name not in ("method", "topology")
@@ -53,7 +58,8 @@ def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
     peers, asked = config.peers or 4, config.topology
     chosen = [method_config(name) for name in dict.fromkeys(methods) if name != "independent"]
     _check_methods(chosen, asked)
-    cells = [Cell("one plain network", _row_config(shared, method_config("independent"), "networks", peers=1))]
+    plain = _row_config(shared, method_config("independent"), "networks", peers=1)
+    cells = [Cell("one plain network", plain), *plan_baselines(config, plain, peers)]
     for topology in ("networks", "branches", "twins"):
         if asked is None:  # every method on the topology of its paper
             wanted = [method for method in chosen if method.topologies[0] == topology]
@@ -70,6 +76,36 @@ def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
             baseline = f"independent {topology}"
             cells.append(Cell(baseline, _row_config(shared, method_config("independent"), topology, peers)))
             cells += [Cell(f"{m.name} {topology}", _row_config(shared, m, topology, peers), baseline) for m in wanted]
+    return cells
+
+
+def plan_baselines(config: CompareConfig, plain: Config, peers: int) -> list[Cell]:
+    """Return the rows of `--baselines`: one network each, compared with the plain one.
+
+    Args:
+        config: Names them.
+        plain: The config of the plain network.
+        peers: How many times the epochs `longer` trains.
+
+    Raises:
+        InputError: every row is as a baseline already.
+    """
+    later = None if config.milestones is None else tuple(epoch * peers for epoch in config.milestones)
+    changes: dict[str, tuple[str, dict[str, Any]]] = {
+        "ema": ("one network, EMA", {"deploy": "ema"}),
+        "swa": ("one network, SWA", {"deploy": "swa"}),
+        "sam": ("one network, SAM", {"sam_rho": SAM_RHO}),
+        "longer": (f"one network, {peers} x epochs", {"epochs": config.epochs * peers, "milestones": later}),
+    }
+    cells = []
+    for name in dict.fromkeys(config.baselines):
+        label, options = changes[name]
+        if config.deploy == name or (name == "sam" and config.sam_rho):
+            flag = "--sam-rho" if name == "sam" else f"--deploy {name}"
+            raise InputError(f"--baselines {name}: {flag} applies it to every row already; drop one of them")
+        if name in ("ema", "swa") and config.deploy != "member":
+            raise InputError(f"--baselines {name} deploys an average of the weights; drop --deploy {config.deploy}")
+        cells.append(Cell(label, dataclasses.replace(plain, **options), "one plain network"))
     return cells
 
 

@@ -152,14 +152,16 @@ def summarize_comparison(cells: list[Cell], peers: int) -> list[str]:
         if difference is None:
             continue
         method, _, topology = label.partition(" ")
+        other = "one plain network" if by_label[label].baseline == "one plain network" else "the same network"
         if difference.significant:
             direction = "better" if difference.mean > 0 else "worse"
             amount = f"{abs(difference.mean):.1f} ± {difference.half_width:.1f} points"
-            result = f"is {amount} {direction} than the same network trained without exchange"
+            result = f"is {amount} {direction} than {other} trained without exchange"
         else:
             interval = f"{difference.mean:+.1f} ± {difference.half_width:.1f} points"
-            result = f"does not differ significantly from the same network trained without exchange ({interval})"
-        subject = f"Over {difference.count} seeds the {method} student ({topology})"
+            result = f"does not differ significantly from {other} trained without exchange ({interval})"
+        subject = label if label.startswith("one network") else f"the {method} student ({topology})"
+        subject = f"Over {difference.count} seeds {subject}"
         training = _median_ratio(by_label[label], cells[0], _training_flops) or peers
         deployment = _median_ratio(by_label[label], cells[0], _deployment_flops) or 1
         costs = f"{training:.2g} x the training and {deployment:.2g} x the deployment cost"
