@@ -47,7 +47,18 @@ SCHEMA = 1
 @accept_old_options
 @dataclass
 class Config(Options):
-    """One training run: `codistill.train(Config(method="okddip", model="resnet32", data="cifar100"))`."""
+    """One training run: `codistill.train(Config(method="okddip", model="resnet32", data="cifar100"))`.
+
+    The fields are the command line's options. Values are checked, and defaults that depend on others filled in, by
+    `resolved`, which `train` calls.
+
+    Raises:
+        InputError: from `resolved`, where a value is out of range or two contradict each other.
+
+    >>> config = Config("okddip", "resnet8", "digits", epochs=20).resolved()
+    >>> config.peers, config.milestones, config.out
+    (4, (10, 15), 'runs/digits-okddip-networks-resnet8-seed0')
+    """
 
     NOT_IDENTITY: ClassVar[frozenset[str]] = frozenset(
         {

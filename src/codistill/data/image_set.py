@@ -43,7 +43,14 @@ class Provenance:
 
 @dataclass(frozen=True)
 class ImageSet:
-    """A training and a test part, their classes, the augmentation that suits them, and where they come from."""
+    """A training and a test part, their classes, the augmentation that suits them, and where they come from.
+
+    `from_dataset` makes one of pairs (image, label); `codistill.train(config, data=...)` takes it.
+
+    >>> pixels = np.zeros((6, 8, 8, 3), np.uint8)
+    >>> ImageSet("black", pixels, np.arange(6) % 2, pixels[:2], np.arange(2), ("a", "b"))
+    ImageSet('black', 6 training and 2 test images of 8 x 8 x 3, 2 classes)
+    """
 
     name: str
     x_train: Pixels

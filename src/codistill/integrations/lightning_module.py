@@ -43,6 +43,12 @@ class PeerModule(LightningModule):
 
     Raises:
         InputError: the method lacks a teacher or cannot train these peers (see `PeerTraining`).
+
+    >>> import codistill as cd
+    >>> peers = cd.NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8)
+    >>> module = PeerModule(peers, cd.methods.KDCL(num_peers=2), lambda p: torch.optim.SGD(p, lr=0.05))
+    >>> module.student()(torch.zeros(4, 3, 8, 8)).shape  # after Trainer(...).fit(module, loader)
+    torch.Size([4, 10])
     """
 
     def __init__(

@@ -34,6 +34,12 @@ class PeerTask(TrainingTask):
 
     Raises:
         InputError: the method steps one member after the other, or cannot train these peers (see `PeerTraining`).
+
+    >>> import codistill as cd
+    >>> peers = cd.NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8)
+    >>> task = PeerTask(peers, cd.methods.KDCL(num_peers=2, own_views=False), steps_per_epoch=10)
+    >>> task(torch.zeros(4, 3, 8, 8), torch.arange(4))["output"].shape
+    torch.Size([4, 10])
     """
 
     def __init__(

@@ -42,6 +42,13 @@ class PeerTrainer(Trainer):
     Raises:
         InputError: the method steps one member after the other, or cannot train these peers (see `PeerTraining`), or
             not with so many processes or accumulated batches.
+
+    >>> import codistill as cd
+    >>> peers = cd.NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8)
+    >>> method = cd.methods.KDCL(num_peers=2, own_views=False)
+    >>> trainer = PeerTrainer(peers, method, TrainingArguments("runs/trainer", report_to="none", use_cpu=True))
+    >>> trainer.student()(torch.zeros(4, 3, 8, 8)).shape  # after trainer.train()
+    torch.Size([4, 10])
     """
 
     def __init__(

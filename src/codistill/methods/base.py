@@ -44,7 +44,12 @@ _NEEDED_OUTPUTS = {
 
 @dataclass(frozen=True)
 class PeerInfo:
-    """What a method knows of the peers when it is built."""
+    """What a method knows of the peers when it is built.
+
+    >>> from codistill.peers import NetworkPeers
+    >>> PeerInfo.of(NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8))
+    PeerInfo(num_peers=2, num_classes=10, feature_dims=(64, 64), trunk_dim=None, seed=0, exit_dims=((), ()))
+    """
 
     num_peers: int
     num_classes: int
@@ -62,7 +67,21 @@ class PeerInfo:
 
 
 class Method(nn.Module):
-    """Base of all methods; see the module's docstring for the contract."""
+    """Base of all methods; see the module's docstring for the contract.
+
+    Args:
+        num_peers: Members P.
+
+    >>> from codistill.losses import cross_entropy
+    >>> class Alone(Method):
+    ...     name = "alone"
+    ...     def forward(self, outputs, targets_B, weight=1.0):
+    ...         ce_P = cross_entropy(outputs.logits_PBC, targets_B)
+    ...         return combine_terms(ce_P, torch.zeros_like(ce_P), weight)
+    >>> from codistill.peers import PeerOutputs
+    >>> Alone(num_peers=2)(PeerOutputs(torch.zeros(2, 4, 10), []), torch.arange(4))["loss_P"]
+    tensor([2.3026, 2.3026])
+    """
 
     name: ClassVar[str]
     citation: ClassVar[str]
@@ -373,6 +392,9 @@ def combine_terms(
         weight: Weight of that term.
         ce_weight: Weight of the cross-entropy.
         extras: Tensors for inspection, which are detached; None is left out.
+
+    >>> combine_terms(torch.tensor([1.0, 2.0]), torch.tensor([0.5, 0.5]), weight=2.0)["loss_P"]
+    tensor([2., 3.])
     """
     loss_P = (ce_P if ce_weight == 1.0 else ce_weight * ce_P) + weight * distill_P
     terms = {"loss": loss_P.sum(), "loss_P": loss_P, "ce_P": ce_P.detach(), "distill_P": distill_P.detach()}

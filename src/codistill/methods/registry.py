@@ -36,6 +36,12 @@ def build_method(config: MethodConfig, peers: Peers, seed: int = 0) -> Method:
 
     Raises:
         InputError: the peers lack something that the method needs, or an own method is not complete.
+
+    >>> from codistill.config import method_config
+    >>> from codistill.peers import NetworkPeers
+    >>> peers = NetworkPeers("resnet8", num_peers=3, num_classes=10, image_size=8)
+    >>> build_method(method_config("okddip"), peers).deployed  # the leader
+    2
     """
     info = PeerInfo.of(peers, seed)
     if type(config) is METHODS.get(config.name):

@@ -9,7 +9,11 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class TrainingStep:
-    """A step of a run, for `Method.before_step` and `Method.after_step`; the host knows all of it but `good`."""
+    """A step of a run, for `Method.before_step` and `Method.after_step`; the host knows all of it but `good`.
+
+    >>> TrainingStep(number=7, epoch=1, ends_epoch=True)
+    TrainingStep(number=7, epoch=1, ends_epoch=True, good=None)
+    """
 
     number: int
     """Steps before this one in the whole run."""

@@ -33,7 +33,12 @@ class PreviousOutputs:
 
 @dataclass
 class PeerOutputs:
-    """Outputs of all peers for one batch; the training step adds those of the teachers that the method `needs`."""
+    """Outputs of all peers for one batch; the training step adds those of the teachers that the method `needs`.
+
+    >>> outputs = PeerOutputs(torch.zeros(3, 8, 10), [torch.zeros(8, 64)] * 3)
+    >>> outputs.logits_PBC.shape, outputs.features[0].shape
+    (torch.Size([3, 8, 10]), torch.Size([8, 64]))
+    """
 
     logits_PBC: Tensor
     features: list[Tensor]

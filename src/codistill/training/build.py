@@ -320,6 +320,13 @@ def load_run(
     Raises:
         InputError: there is no such run, its checkpoint is missing or damaged, its images have changed, or it names
             code.
+
+    >>> from codistill.training import train
+    >>> options = {"data": "digits", "peers": 1, "train_per_class": 20, "epochs": 1, "out": "runs/small"}
+    >>> _ = train(Config("independent", "resnet8", **options))
+    >>> run = load_run("runs/small")
+    >>> run.peers.num_peers, run.config.epochs
+    (1, 1)
     """
     path = Path(path)
     config = open_run(path, allow_import=allow_import)

@@ -19,7 +19,14 @@ _HOST_MEMORY = ("not enough memory", "can't allocate memory")
 
 
 class InputError(ValueError):
-    """The user's input cannot be used; the message is one sentence that names the flag and the fix (exit code 2)."""
+    """The user's input cannot be used; the message is one sentence that names the flag and the fix (exit code 2).
+
+    >>> from codistill.config import Config
+    >>> Config("okddip", peers=2).resolved()
+    Traceback (most recent call last):
+        ...
+    codistill.utils.errors.InputError: ...
+    """
 
 
 class UnreadableError(InputError):
@@ -27,7 +34,14 @@ class UnreadableError(InputError):
 
 
 class MachineError(RuntimeError):
-    """The machine or the run failed (disk full, out of memory, non-finite loss); one sentence (exit code 1)."""
+    """The machine or the run failed (disk full, out of memory, non-finite loss); one sentence (exit code 1).
+
+    >>> try:
+    ...     raise MachineError("the loss is not finite at step 3")
+    ... except MachineError as error:
+    ...     print(error)
+    the loss is not finite at step 3
+    """
 
 
 class DecodingError(MachineError):
