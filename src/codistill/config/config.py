@@ -67,7 +67,7 @@ class Config(Options):
             *("mesh", "collective_timeout", "checkpoint_activations", "execution", "cuda_graph"),
         }
     )
-    """Options in which a run and its continuation may differ: they do not change what is trained."""
+    """Options in which a run and its continuation may differ; they do not change what is trained."""
 
     def __post_init__(self) -> None:
         if isinstance(self.method, str):

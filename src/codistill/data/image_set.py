@@ -68,7 +68,7 @@ class ImageSet:
     """Per-channel mean of pixels / 255, for normalization; computed from images in memory if empty."""
     std: tuple[float, ...] = ()
     resize_mode: str = "stretch"
-    """How images of another shape become squares: stretch, or crop (see `fit_square`)."""
+    """How images of another shape become squares, `stretch` or `crop` (see `fit_square`)."""
     bits: int = 16
     """Bits that image files of 16 bits a pixel use."""
     num_val: int = 0

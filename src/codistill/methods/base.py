@@ -86,7 +86,7 @@ class Method(nn.Module):
     name: ClassVar[str]
     citation: ClassVar[str]
     update_mode: Literal["joint", "alternating"] = "joint"
-    """joint: one step for all members; alternating: one member after the other, each on new outputs of the others."""
+    """`joint` (one step for all members) or `alternating` (one after the other, each on new outputs of the others)."""
     rescale_trunk: bool = False
     """Whether each fork divides the gradient that enters the trunk by its number of children."""
     weight: float = 1.0
@@ -99,7 +99,7 @@ class Method(nn.Module):
     """Whether the loss is not a mean over samples (it uses batch statistics, or one random draw per batch), so that
     processes that split a batch must each gather the whole batch's outputs."""
     pauses_members: bool = False
-    """Whether `active_P` is among the terms: the others keep their weights and the optimizer's state."""
+    """Whether `active_P` is among the terms; the others keep their weights and the optimizer's state."""
     mixes_weights: bool = False
     """Whether the members' weights are averaged, which takes networks of one architecture, all in each process."""
     hybrid_has_gradient: bool = True
@@ -109,13 +109,13 @@ class Method(nn.Module):
     holdout_fraction: float = 0.0
     """Fraction of the training set that is held out, for a method that needs it."""
     targets_checked: bool = False
-    """Whether targets need no check (any more): they are checked at the first call alone, as that waits for a GPU."""
+    """Whether targets need no check (any more). They are checked at the first call alone, as that waits for a GPU."""
 
     def __init__(self, num_peers: int) -> None:
         super().__init__()
         self.num_peers = num_peers
         self.needs: frozenset[str] = frozenset()
-        """What the training loop must provide: features, trunk, views, ema, teacher, holdout, hybrid (the logits of
+        """What the training loop must provide, of features, trunk, views, ema, teacher, holdout, hybrid (the logits of
         the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views), exits,
         previous (the outputs for the images of the step before, `PeerOutputs.previous`),
         rotations (rows 4 b to 4 b + 3 of all outputs are of image b, see `codistill.data.rotate_images`)."""
@@ -184,7 +184,7 @@ class Method(nn.Module):
 
     @property
     def num_views(self) -> int:
-        """Views of each image: 1, or one per member, and then one for the hybrid where it is needed.
+        """Views of each image, 1, or one per member, and then one for the hybrid where it is needed.
 
         A method that needs the images of the step before gets 2: one for this step, and one for the next.
         """
@@ -194,7 +194,7 @@ class Method(nn.Module):
 
     @property
     def rows_per_image(self) -> int:
-        """Rows of the outputs for each image and label: 1, or 4 rotations, of which the first is upright."""
+        """Rows of the outputs for each image and label, 1, or 4 rotations, of which the first is upright."""
         return NUM_ROTATIONS if "rotations" in self.needs else 1
 
     def hybrid_shares(self) -> Tensor | None:

@@ -22,5 +22,5 @@ class TrainingStep:
     ends_epoch: bool
     """Whether this is the epoch's last step."""
     good: Tensor | None = None
-    """After the step, whether it was made, one number on the device: False where the loss or a gradient was not finite;
-    then weights have to stay as they are (by `torch.where`, which does not wait for the device)."""
+    """After the step, whether it was made, one number on the device. It is False where the loss or a gradient was not
+    finite; then weights have to stay as they are (by `torch.where`, which does not wait for the device)."""

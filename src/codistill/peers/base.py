@@ -42,7 +42,7 @@ class PeerOutputs:
 
     logits_PBC: Tensor
     features: list[Tensor]
-    """One `B x D_p` tensor per peer: the input of its classifier head."""
+    """One `B x D_p` tensor per peer, the input of its classifier head."""
     trunk_BD: Tensor | None = None
     """Pooled map that leaves the shared trunk (branches with one view only)."""
     ema_logits_PBC: Tensor | None = None
