@@ -9,6 +9,7 @@ import time
 import numpy as np
 import pytest
 
+from codistill.cli.console import print_rows
 from codistill.cli.main import main
 from codistill.config.config import Config
 from helpers.common import read_json
@@ -260,3 +261,13 @@ def test_a_full_disk_or_a_closed_folder_is_the_machines_failure(tmp_path, capsys
     assert main(["train", "okddip", *SMALL, "--out", str(tmp_path / "run")]) == 1
     assert "No space left on device" in capsys.readouterr().err
     assert not [p for p in (tmp_path / "run").rglob("*") if p.name.startswith(".")]  # no half-written file stays
+
+
+def test_a_network_without_a_place_to_fork_is_named(capsys):
+    assert main(["list", "branch-points", "--model", "tiny_network:OneLayer"]) == 2
+    assert "has no module at which branches can fork" in capsys.readouterr().err
+
+
+def test_a_table_without_rows_says_so(capsys):
+    print_rows([], "mistakes")
+    assert capsys.readouterr().out == "mistakes: none\n"

@@ -206,6 +206,9 @@ def _add_figures(
 
 def print_rows(rows: Rows, title: str) -> None:
     """Print dictionaries with the same keys as a table; columns that do not fit its width follow in a second one."""
+    if not rows:
+        out.print(f"{title}: none")
+        return
     names = list(rows[0])
     widths = {name: max(len(name), *(len(row[name]) for row in rows)) + 3 for name in names}
     blocks: list[list[str]] = [[]]

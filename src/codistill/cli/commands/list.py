@@ -66,10 +66,20 @@ def _list_tables(_options: ListOptions) -> Rows:
 
 
 def _list_branch_points(options: ListOptions) -> Rows:
-    """Return the modules at which a network can fork, in the order in which they run."""
+    """Return the modules at which a network can fork, in the order in which they run.
+
+    Raises:
+        InputError: there is none.
+    """
     from codistill.peers import branch_point_rows
 
-    return branch_point_rows(options.model, options.image_size)
+    rows = branch_point_rows(options.model, options.image_size)
+    if not rows:
+        raise InputError(
+            f"--model {options.model} has no module at which branches can fork, with weights before and after it; "
+            "train it with --topology networks"
+        )
+    return rows
 
 
 _SUBJECTS: dict[str, Callable[[ListOptions], Rows]] = {
