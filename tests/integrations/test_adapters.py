@@ -1,6 +1,10 @@
 """Peers in the trainers of Lightning, transformers and timm: losses and weights of codistill's own step, in float64."""
 
 import copy
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -264,3 +268,14 @@ def test_a_missing_or_old_library_is_named(module, name, words, monkeypatch):
     monkeypatch.delitem(sys.modules, f"codistill.integrations.{file}", raising=False)
     with pytest.raises(InputError, match=words):
         importlib.import_module(f"codistill.integrations.{file}")
+
+
+@pytest.mark.slow
+def test_lightning_in_two_processes_trains_as_in_one():
+    pytest.importorskip("lightning")
+    script = Path(__file__).parents[1] / "helpers" / "lightning_two_processes.py"
+    command = [sys.executable, "-W", "ignore", str(script), "okddip"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    gaps = {int(rank): float(gap) for rank, gap in re.findall(r"okddip, rank (\d): ([\d.e+-]+)", done.stdout)}
+    assert gaps.keys() == {0, 1}, done.stderr[-2000:]
+    assert max(gaps.values()) < 1e-12
