@@ -47,6 +47,8 @@ QUICK = [
     (2, "mcl, branches", False, ["data=2,peer=1"]),
     (2, "hssakd", False, ["data=1,peer=2"]),
     (2, "hssakd, dist", False, ["data=2,peer=1"]),
+    (2, "l_mcl", False, ["data=1,peer=2"]),
+    (2, "l_mcl", False, ["data=2,peer=1"]),
     (2, "hssakd, two parts", False, ["data=2,peer=1"]),
     (2, "cosub", True, ["data=2,peer=1"]),
     (2, "okdph", False, ["data=2,peer=1"]),

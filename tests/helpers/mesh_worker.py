@@ -64,6 +64,7 @@ CASES = {
     "mcl": ("mcl", {"logit_weight": 1.0}, "networks"),
     "mcl, branches": ("mcl", {}, "branches"),
     "hssakd": ("hssakd", {}, "networks"),
+    "l_mcl": ("l_mcl", {}, "networks"),
     "hssakd, dist": ("hssakd", {"divergence": "dist", "temperature": 1.0}, "networks"),
     "hssakd, two parts": ("hssakd", {"exits": 1}, "networks"),
     "cosub": ("cosub", {"own_views": True}, "twins"),

@@ -37,6 +37,7 @@ OPTIONS = {
     "hssakd-upright": ("hssakd", {"rotations": False, "exits": 2}),
     "hssakd-no-exits": ("hssakd", {"exits": 0}),
     "hssakd-dkd": ("hssakd", {"divergence": "dkd", "exits": 1}),
+    "l_mcl-dkd": ("l_mcl", {"divergence": "dkd", "exits": 1}),
     "cosub-ce": ("cosub", {"loss": "ce"}),
     "cosub-own-views": ("cosub", {"own_views": True}),
     "okdph-authors": ("okdph", {"variant": "authors", "interval": 1}),

@@ -380,6 +380,78 @@ def mcl(z, h, heads, y, *, tau, temperature, weights, logit_weight=0.0, weight=1
     return total
 
 
+def l_mcl_parts(v, y, match, *, tau, temperature):
+    """VCL, softVCL, ICL and softICL of embeddings v[p][s][b], summed over ordered pairs of heads of two networks.
+
+    `match(p, s, q, r, b)` is the weight of row b in the pair of head s of network p and head r of network q.
+    """
+    batch = range(len(y))
+
+    def similarity(one, other):
+        return [[sum(a * c for a, c in zip(one[b], other[k])) / tau for k in batch] for b in batch]
+
+    def nce(s, w):
+        rows = []
+        for b in batch:
+            others = [k for k in batch if k != b]
+            positives = [k for k in others if int(y[k]) == int(y[b])]
+            if positives:
+                total = log_sum([s[b][k] for k in others])
+                rows.append(-w[b] * sum(s[b][k] - total for k in positives) / len(positives))
+        return sum(rows, ZERO) / max(len(rows), 1)
+
+    def soft(student, target, w):
+        rows = [w[b] * kl_row(log_softmax(torch.stack(target[b]).detach() / temperature), torch.stack(student[b]),
+                              temperature) for b in batch]  # fmt: skip
+        return sum(rows, ZERO) / len(rows)
+
+    heads = [(p, s) for p in range(len(v)) for s in range(len(v[p]))]
+    found = [ZERO] * 4
+    for p, s in heads:
+        for q, r in heads:
+            if p == q:
+                continue
+            a, c = v[p][s], v[q][r]
+            w = [match(p, s, q, r, b) for b in batch]
+            aa, cc, ac, ca = similarity(a, a), similarity(c, c), similarity(a, c), similarity(c, a)
+            terms = (nce(aa, w) + nce(cc, w), soft(aa, cc, w) + soft(cc, aa, w),
+                     nce(ac, w) + nce(ca, w), soft(ac, ca, w) + soft(ca, ac, w))  # fmt: skip
+            found = [total + term for total, term in zip(found, terms)]
+    return found
+
+
+def l_mcl(z, features, exits, y, *, heads, classifiers, gates, match, tau, temperature, weights, weight=1.0):
+    """The loss of the module's docstring; `exits[p]` are lists of B x D, `features[p]` the own head's.
+
+    `heads[p][s]` and `gates[p]` hold (W1, b1, W2, b2), `classifiers[p][s]` (W, b).
+    """
+
+    def linear(w, b, row):
+        return [sum(x * u for x, u in zip(row, ws)) + c for ws, c in zip(w, b)]
+
+    def two_layers(w1, b1, w2, b2, row):
+        return linear(w2, b2, [torch.clamp(u, min=0.0) for u in linear(w1, b1, row)])
+
+    total, logits, aggregated, embeddings = ZERO, [], [], []
+    for p in range(len(z)):
+        maps = [*exits[p], features[p]]
+        own = [torch.stack([torch.stack(linear(*classifiers[p][s], row)) for row in exits[p][s]])
+               for s in range(len(exits[p]))]  # fmt: skip
+        logits.append([*own, z[p]])
+        rows = []
+        for b in range(len(y)):
+            log_g = log_softmax(torch.stack(two_layers(*gates[p], torch.cat([f[b] for f in maps]))))
+            rows.append(sum(torch.exp(g) * one[b] for g, one in zip(log_g, logits[p])))
+        aggregated.append(torch.stack(rows))
+        embeddings.append([[normalized(torch.stack(two_layers(*heads[p][s], row))) for row in maps[s]]
+                           for s in range(len(maps))])  # fmt: skip
+        total = total + sum(ce(one, y) for one in logits[p]) + ce(aggregated[p], y)
+    for p in range(len(z)):
+        total = total + weight * sum(kl(z[p], a.detach(), temperature) for a in aggregated)
+    parts = l_mcl_parts(embeddings, y, match, tau=tau, temperature=temperature)
+    return total + weight * sum(w * part for w, part in zip(weights, parts))
+
+
 def dlb(z, y, again, old, y_before, *, temperature, weight):
     """CE over the rows of both batches together + weight KLT(again <- old)."""
     rows = [(z[b], y[b]) for b in range(len(y))] + [(again[b], y_before[b]) for b in range(len(y_before))]

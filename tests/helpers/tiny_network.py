@@ -32,3 +32,18 @@ class OneLayer(nn.Sequential):
         super().__init__(
             nn.Conv2d(in_channels, 4, 3), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, num_classes)
         )
+
+
+class Smooth(nn.Module):
+    """A network without kinks, for finite differences; an exit forks before its second convolution."""
+
+    exits_at = ("second",)
+
+    def __init__(self, num_classes: int = 10, in_channels: int = 1) -> None:
+        super().__init__()
+        self.first, self.second = nn.Conv2d(in_channels, 4, 3, stride=2), nn.Conv2d(4, 6, 3)
+        self.norm, self.fc = nn.BatchNorm2d(4), nn.Linear(6, num_classes)
+
+    def forward(self, x_BCHW: Tensor) -> Tensor:
+        maps = self.second(self.norm(self.first(x_BCHW)).tanh()).tanh()
+        return self.fc(maps.mean((2, 3)))

@@ -134,6 +134,11 @@ def test_order_of_peers_does_not_matter(name, options, topology):
         if name == "pcl":
             weight = t.method.classifier.weight
             weight.copy_(torch.cat(weight.chunk(len(order), 1)[::-1], 1).clone())
+        if name == "l_mcl":
+            method, heads = t.method, t.method.num_heads
+            method.classifiers, method.gates = method.classifiers[::-1], method.gates[::-1]
+            groups = [method.embeddings[p * heads : (p + 1) * heads] for p in order]
+            method.embeddings = torch.nn.ModuleList(head for group in groups for head in group)
         if name == "hssakd":
             t.method.classifiers = t.method.classifiers[::-1]
     close(t.method(outputs, targets)["loss"], before, 1e-10)

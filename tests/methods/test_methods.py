@@ -366,5 +366,6 @@ def test_missing_features_and_a_wrong_number_of_peers_are_named():
 
 def test_every_config_builds_its_method_with_the_papers_defaults():
     defaults = {"independent": 4, "kd": 1, "dml": 2, "cl_ilr": 4, "one": 3, "okddip": 4, "pcl": 3, "kdcl": 2}
-    defaults |= {"codistillation": 2, "switokd": 2, "mcl": 2, "dlb": 1, "hssakd": 2, "cosub": 2, "okdph": 2}
+    defaults |= {"codistillation": 2, "switokd": 2, "mcl": 2, "dlb": 1, "hssakd": 2, "l_mcl": 2, "cosub": 2}
+    defaults |= {"okdph": 2}
     assert {name: c.default_peers for name, c in METHODS.items()} == defaults

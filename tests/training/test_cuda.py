@@ -57,6 +57,7 @@ VARIANTS = {
     "mcl": [{}, {"logit_weight": 1.0}],
     "dlb": [{}],
     "hssakd": [{}, {"rotations": False, "exits": 2}, {"exits": 0}, {"divergence": "dkd", "exits": 1}],
+    "l_mcl": [{}],
     "cosub": [{}, {"loss": "ce", "own_views": True}],
     "okdph": [
         *({"interval": 2}, {"variant": "authors", "interval": 1}, {"shares": "dirichlet", "label_weight": 0.5}),

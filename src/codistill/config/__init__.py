@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from codistill.config.contrib import CosubConfig as CosubConfig
     from codistill.config.contrib import DLBConfig as DLBConfig
     from codistill.config.contrib import HSSAKDConfig as HSSAKDConfig
+    from codistill.config.contrib import LMCLConfig as LMCLConfig
     from codistill.config.contrib import MCLConfig as MCLConfig
     from codistill.config.contrib import OKDPHConfig as OKDPHConfig
     from codistill.config.contrib import SwitOKDConfig as SwitOKDConfig
@@ -47,7 +48,9 @@ __getattr__, __dir__ = lazy_names(
     {
         "checks": "images_per_class mesh_shape parse_normalize",
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
-        "contrib": "CodistillationConfig CosubConfig DLBConfig HSSAKDConfig MCLConfig OKDPHConfig SwitOKDConfig",
+        "contrib": (
+            "CodistillationConfig CosubConfig DLBConfig HSSAKDConfig LMCLConfig MCLConfig OKDPHConfig SwitOKDConfig"
+        ),
         "method_base": "DivergenceConfig MethodConfig TeacherConfig",
         "methods": (
             "CLILRConfig DMLConfig IndependentConfig KDCLConfig KDConfig METHODS OKDDipConfig ONEConfig PCLConfig "

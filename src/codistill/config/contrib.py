@@ -156,6 +156,56 @@ class HSSAKDConfig(DivergenceConfig):
 
 
 @dataclass(kw_only=True)
+class LMCLConfig(DivergenceConfig):
+    """L-MCL (Yang et al., TPAMI 2023): mutual contrastive learning between the exits and heads of networks."""
+
+    name: ClassVar[str] = "l_mcl"
+    default_peers: ClassVar[int] = 2
+    topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
+
+    exits: Annotated[int, AT_LEAST_1] = 2
+    """Exits of each network: copies of its later stages in training; 2 in the source."""
+    tau: Annotated[float, ABOVE_0] = 0.1
+    """Divides similarities; 0.1 in the source."""
+    temperature: Annotated[float, ABOVE_0] = 3.0
+    """T of all soft terms; 3 in the source."""
+    vcl_weight: Annotated[float, AT_LEAST_0] = 0.1
+    """Weight of the contrast within a head; 0.1 in the source, like the next one."""
+    icl_weight: Annotated[float, AT_LEAST_0] = 0.1
+    """Weight of the contrast between heads."""
+    soft_vcl_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of learning the similarities within other networks' heads; 1 in the source, like the next one."""
+    soft_icl_weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of learning the other direction's similarities between heads."""
+    embedding_dim: Annotated[int, AT_LEAST_1] = 128
+    """Numbers of an embedding; 128 in the source."""
+    match: Literal["fixed", "learned"] = "fixed"
+    """How much a pair of heads counts for an image: fixed, one half; learned, as in the source, by inner steps."""
+    match_dim: Annotated[int, AT_LEAST_1] = 128
+    """Numbers on which learned matches compare features; 128 in the source."""
+    match_interval: Annotated[int, AT_LEAST_1] = 50
+    """Steps from one update of learned matches to the next; 50 in the source."""
+
+    def num_exits(self) -> int:
+        """Return the exits of every network."""
+        return self.exits
+
+    def check(self, options: Options) -> None:
+        """Refuse soft labels: which images are of one class would be open."""
+        super().check(options)
+        soft = next((name for name in ("label_smoothing", "mixup", "cutmix") if getattr(options, name)), None)
+        if soft is not None:
+            raise InputError(
+                f"--{soft.replace('_', '-')} makes labels soft, and l_mcl reads one hard label each; drop it"
+            )
+        if self.match == "learned" and options.optimizer != "sgd":
+            raise InputError(
+                f"--method.match learned takes inner steps of SGD, not {options.optimizer}; give --optimizer sgd, or "
+                "--method.match fixed"
+            )
+
+
+@dataclass(kw_only=True)
 class CosubConfig(MethodConfig):
     """Co-training of submodels (Touvron et al., CVPR 2023): two draws of a network's drop path teach each other."""
 

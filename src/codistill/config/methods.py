@@ -14,6 +14,7 @@ from codistill.config.contrib import (
     CosubConfig,
     DLBConfig,
     HSSAKDConfig,
+    LMCLConfig,
     MCLConfig,
     OKDPHConfig,
     SwitOKDConfig,
@@ -245,6 +246,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         MCLConfig,
         DLBConfig,
         HSSAKDConfig,
+        LMCLConfig,
         CosubConfig,
         OKDPHConfig,
     )

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from codistill.evaluation.contact_sheet import write_contact_sheet as write_contact_sheet
     from codistill.evaluation.cost import forward_flops as forward_flops
     from codistill.evaluation.cost import inference_cost as inference_cost
+    from codistill.evaluation.cost import inner_step_flops as inner_step_flops
     from codistill.evaluation.cost import plain_training_flops as plain_training_flops
     from codistill.evaluation.cost import training_flops as training_flops
     from codistill.evaluation.evaluate import evaluate_peers as evaluate_peers
@@ -33,7 +34,7 @@ __getattr__, __dir__ = lazy_names(
         "contact_sheet": (
             "SHOWN_MISTAKES Mistake check_sheet_path collect_mistakes draw_contact_sheet png_bytes write_contact_sheet"
         ),
-        "cost": "forward_flops inference_cost plain_training_flops training_flops",
+        "cost": "forward_flops inference_cost inner_step_flops plain_training_flops training_flops",
         "evaluate": "evaluate_peers score_network",
         "metrics": "NUM_BINS PeerMetrics",
     },

@@ -15,7 +15,17 @@ import torch
 from torch import Tensor, nn
 
 from codistill.methods import Method
-from codistill.peers import Inputs, NetworkPeers, PeerOutputs, Peers, call_network, device_of, eval_mode, map_tensors
+from codistill.peers import (
+    Inputs,
+    NetworkPeers,
+    PeerOutputs,
+    Peers,
+    Views,
+    call_network,
+    device_of,
+    eval_mode,
+    map_tensors,
+)
 from codistill.utils import allocated_bytes, peak_megabytes, reset_peak_memory, synchronize
 
 if TYPE_CHECKING:
@@ -112,6 +122,37 @@ def repeat_sample(sample: Inputs, count: int) -> Inputs:
     torch.Size([4, 2, 5])
     """
     return map_tensors(lambda x: x.expand(count, *x.shape).contiguous(), sample)
+
+
+def inner_step_flops(
+    method: Method, peers: Peers, views: Views, targets_B: Tensor, optimizer: torch.optim.Optimizer
+) -> float:
+    """Return the FLOPs per sample of the steps that a method tries on a batch; its state stays as it is.
+
+    Args:
+        method: Has `run_inner_steps`.
+        peers: All members.
+        views: What the peers take, one view or one per peer.
+        targets_B: Their labels.
+        optimizer: Over peers and method.
+    """
+    from torch.utils._python_dispatch import TorchDispatchMode
+    from torch.utils.flop_counter import flop_registry
+
+    class Counter(TorchDispatchMode):  # torch's own refuses gradients of gradients
+        flops = 0
+
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            result = func(*args, **(kwargs or {}))
+            if count := flop_registry.get(func._overloadpacket):
+                self.flops += count(*args, **(kwargs or {}), out_val=result)
+            return result
+
+    state = {name: value.clone() for name, value in method.state_dict().items()}
+    with eval_mode(peers), eval_mode(method), Counter() as counter:
+        method.run_inner_steps(peers, views, targets_B, optimizer)
+    method.load_state_dict(state)
+    return counter.flops / len(targets_B)
 
 
 def _count_flops() -> FlopCounterMode:

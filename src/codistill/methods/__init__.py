@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from codistill.methods.contrib.cosub import Cosub as Cosub
     from codistill.methods.contrib.dlb import DLB as DLB
     from codistill.methods.contrib.hssakd import HSSAKD as HSSAKD
+    from codistill.methods.contrib.l_mcl import LMCL as LMCL
     from codistill.methods.contrib.mcl import MCL as MCL
     from codistill.methods.contrib.okdph import OKDPH as OKDPH
     from codistill.methods.contrib.switokd import SwitOKD as SwitOKD
@@ -40,6 +41,7 @@ __getattr__, __dir__ = lazy_names(
         "contrib.dlb": "DLB",
         "contrib.mcl": "MCL",
         "contrib.hssakd": "HSSAKD",
+        "contrib.l_mcl": "LMCL",
         "contrib.okdph": "OKDPH",
         "contrib.switokd": "SwitOKD",
         "divergence": "Divergence",

@@ -27,7 +27,7 @@ from codistill.config import METHODS, DivergenceConfig, MethodConfig
 from codistill.data import NUM_ROTATIONS
 from codistill.losses import sigmoid_ramp
 from codistill.methods.training_step import TrainingStep
-from codistill.peers import Inputs, PeerOutputs, Peers
+from codistill.peers import Inputs, PeerOutputs, Peers, Views
 from codistill.utils import InputError
 
 Terms = dict[str, Tensor]
@@ -106,6 +106,8 @@ class Method(nn.Module):
     """Whether the loss has a gradient by the hybrid's logits, for a method that needs them."""
     remembers_batches: bool = False
     """Whether `forward` in training changes the method's own state, so that it may run once per batch only."""
+    inner_interval: int = 0
+    """Steps from one call of `run_inner_steps` to the next; 0: there is none."""
     holdout_fraction: float = 0.0
     """Fraction of the training set that is held out, for a method that needs it."""
     targets_checked: bool = False
@@ -203,6 +205,19 @@ class Method(nn.Module):
 
     def before_step(self, peers: Peers, step: TrainingStep) -> None:
         """Prepare a step, outside of any captured graph; by default do nothing."""
+
+    def run_inner_steps(self, peers: Peers, views: Views, targets_B: Tensor, optimizer: torch.optim.Optimizer) -> None:
+        """Learn the method's own state from steps that are tried on a batch, before the step on it; none by default.
+
+        Weights, running statistics and the optimizer stay as they are. Called every `inner_interval` steps, in one
+        process only.
+
+        Args:
+            peers: What is trained.
+            views: The batch, as the peers take it.
+            targets_B: Its labels.
+            optimizer: Over all that is trained.
+        """
 
     def after_step(self, peers: Peers, step: TrainingStep) -> None:
         """Change the peers' weights after the optimizers' step, without waiting for the device; by default do nothing.

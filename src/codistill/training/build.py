@@ -198,6 +198,7 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
             rows_per_image=method.rows_per_image,
         )
     check_weights_can_be_averaged(method, local, mesh)
+    check_inner_steps(method, mesh)
     check_previous_can_be_kept(config, method, mesh)
     check_sam(config, method)
     if method.update_mode == "alternating" and method.needs & {"exits", "rotations"}:
@@ -230,6 +231,16 @@ def check_weights_can_be_averaged(method: Method, local: Peers, mesh: Mesh) -> N
     if "hybrid" in method.needs and method.update_mode == "alternating":
         raise InputError(f"{method.name} needs the hybrid's logits in a step of all members; set update_mode to joint")
     check_mixable(local, method.name)
+
+
+def check_inner_steps(method: Method, mesh: Mesh) -> None:
+    """Check a run whose method tries inner steps.
+
+    Raises:
+        InputError: the batch or the peers are spread over processes.
+    """
+    if method.inner_interval and mesh.world > 1:
+        raise InputError(f"--mesh: {method.name} tries steps with all networks on a whole batch; train in one process")
 
 
 def check_previous_can_be_kept(config: Config, method: Method, mesh: Mesh) -> None:

@@ -71,6 +71,11 @@ class PeerTraining(nn.Module):
                 f"{method.name} sees the images of the step before again, which codistill's own loop keeps; train it "
                 "with codistill.train"
             )
+        if method.inner_interval:
+            raise InputError(
+                f"{method.name} tries steps before a step, as it is configured here, which codistill's own loop does; "
+                "train it with codistill.train"
+            )
         check_weights_can_be_averaged(method, peers, SingleProcess(torch.device("cpu"), peers.num_peers))
         self.peers, self.method = peers, method
         self.teacher = None if teacher is None else teacher.eval().requires_grad_(False)

@@ -18,6 +18,7 @@ from codistill.evaluation import (
     evaluate_peers,
     forward_flops,
     inference_cost,
+    inner_step_flops,
     plain_training_flops,
     training_flops,
 )
@@ -234,8 +235,8 @@ def measure_cost(run: Run, forward: Callable[[Tensor], PeerOutputs]) -> dict[str
         with nullcontext() if run.previous is None else run.previous.of_size(len(labels_B)):
             flops = training_flops(run.peers, run.method, forward, zeros_VBCHW, labels_B)
         flops = 2 * flops if run.config.sam_rho else flops
-        averaged = flops_of_averaging(run, zeros_VBCHW)
-        flops = flops + averaged if averaged else flops
+        others = flops_of_averaging(run, zeros_VBCHW) + flops_of_inner_steps(run, zeros_VBCHW, labels_B)
+        flops = flops + others if others else flops
         plain = run.peers.export_member(deployed_index(run)).eval()
         passes = flops / plain_training_flops(plain, zeros_VBCHW[0, 0])
     except Exception as error:  # users' networks may raise anything: some have no backward in evaluation mode
@@ -256,6 +257,14 @@ def flops_of_averaging(run: Run, views_VBCHW: Tensor) -> float:
         return 0.0
     epochs = sum(run.average.count(epoch) > 1 for epoch in range(run.config.epochs))
     return epochs / run.config.epochs * forward_flops(run.peers, views_VBCHW)
+
+
+def flops_of_inner_steps(run: Run, views_VBCHW: Tensor, labels_B: Tensor) -> float:
+    """Return the FLOPs per training sample of the steps that the method tries."""
+    interval = run.method.inner_interval
+    if not (interval and run.optimizers):
+        return 0.0
+    return inner_step_flops(run.method, run.peers, views_VBCHW, labels_B, run.optimizers[0]) / interval
 
 
 def collect_details(run: Run, members: PeerMetrics, average: PeerMetrics | None) -> dict[str, Any]:

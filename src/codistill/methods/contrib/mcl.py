@@ -147,11 +147,24 @@ def info_nce(similarity: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
     >>> info_nce(torch.zeros(3, 3), torch.tensor([7, 7, 2]))  # log 2: one positive of the two other images
     (tensor(0.6931), tensor([1., 1., 0.]))
     """
+    of_rows, positives_B = info_nce_rows(similarity, targets_B)
+    return of_rows.sum(-1) / (positives_B > 0).sum().clamp_min(1), positives_B
+
+
+def info_nce_rows(similarity: Tensor, targets_B: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's part of nce(S), 0 without a positive: `... x B x B` -> `... x B`, and the positives, `B`.
+
+    Args:
+        similarity: S, divided by tau.
+        targets_B: Class numbers.
+
+    >>> info_nce_rows(torch.zeros(3, 3), torch.tensor([7, 7, 2]))[0]
+    tensor([0.6931, 0.6931, -0.0000])
+    """
     itself_BB = torch.eye(len(targets_B), dtype=torch.bool, device=targets_B.device)
     positive_BB = ((targets_B.unsqueeze(1) == targets_B) & ~itself_BB).to(similarity.dtype)
     positives_B = positive_BB.sum(1)
     if len(targets_B) == 1:  # there is no other image
-        return similarity.sum((-2, -1)) * 0.0, positives_B
+        return similarity.sum(-1) * 0.0, positives_B
     log_total = similarity.masked_fill(itself_BB, -math.inf).logsumexp(-1, keepdim=True)
-    of_rows = -((similarity - log_total) * positive_BB).sum(-1) / positives_B.clamp_min(1)
-    return of_rows.sum(-1) / (positives_B > 0).sum().clamp_min(1), positives_B
+    return -((similarity - log_total) * positive_BB).sum(-1) / positives_B.clamp_min(1), positives_B
