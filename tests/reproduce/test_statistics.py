@@ -90,9 +90,10 @@ def test_baselines_of_one_network_are_rows():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"baselines": ("ema",), "deploy": "ema"}, "--deploy ema applies it to every row already"),
-        ({"baselines": ("sam",), "sam_rho": 0.1}, "--sam-rho applies it to every row already"),
-        ({"baselines": ("swa",), "deploy": "ensemble"}, "drop --deploy ensemble"),
+        ({"baselines": ("ema",), "deploy": "ema"}, "--deploy ema holds for every row; drop one of them"),
+        ({"baselines": ("sam",), "sam_rho": 0.1}, "--sam-rho 0.1 holds for every row"),
+        ({"baselines": ("swa",), "deploy": "ensemble"}, "--deploy ensemble holds for every row"),
+        ({"baselines": ("randaugment",), "auto_augment": "trivialaugment"}, "--auto-augment trivialaugment holds"),
     ],
 )
 def test_baselines_that_every_row_is_already_are_refused(options, message):

@@ -76,6 +76,7 @@ OPTIONS = [  # of a run, with a method that each touches
     *({"accumulate": 2}, {"mixup": 0.2}, {"cutmix": 1.0, "mixup": 0.2}, {"label_smoothing": 0.1}, {"cutout": 3}),
     *({"skip_nonfinite": 2}, {"optimizer": "adamw", "lr": 1e-3}, {"freeze": ("conv1",), "head_lr_scale": 2.0}),
     *({"checkpoint_activations": True}, {"channels_last": False}, {"model": ("densenet40_12",), "peers": 3}),
+    *({"auto_augment": "randaugment"}, {"auto_augment": "trivialaugment", "random_erasing": 0.5}),
     *({"sam_rho": 0.05}, {"deploy": "ema", "ema_decay": 0.9}, {"deploy": "swa", "swa_start": 0.5}),
 ]
 

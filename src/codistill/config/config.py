@@ -111,6 +111,10 @@ class Config(Options):
             return math.prod(self.fan_out)
         return len(self.model) if len(self.model) > 1 else self.method.default_peers
 
+    def augmentation_options(self) -> dict[str, Any]:
+        """Return the options that say how training images are changed at random."""
+        return {name: getattr(self, name) for name in ("augment", "cutout", "auto_augment", "random_erasing")}
+
     def network_names(self) -> list[str]:
         """Return the names of all networks, a teacher's included."""
         teacher = self.method.teacher_model if isinstance(self.method, TeacherConfig) else None
@@ -256,9 +260,9 @@ class CompareConfig(Config):
     """Number of seeds, counted from `first_seed`."""
     first_seed: int = 0
     """The first seed: choose options on some seeds, and compare on others."""
-    baselines: tuple[Literal["ema", "swa", "sam", "longer"], ...] = ()
-    """Rows of one network that exchanges nothing: a moving average of its weights, SWA, SAM, or as many times the
-    epochs as there are peers."""
+    baselines: tuple[Literal["ema", "swa", "sam", "longer", "randaugment", "trivialaugment", "erasing"], ...] = ()
+    """Rows of one network that exchanges nothing: a moving average of its weights, SWA, SAM, as many times the epochs
+    as there are peers, RandAugment, TrivialAugment, or random erasing."""
     workers: int = 1
     """Number of runs that train at the same time on this machine, each on one CPU thread."""
     out: str | None = None

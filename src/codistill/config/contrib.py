@@ -266,7 +266,8 @@ class OKDPHConfig(DivergenceConfig):
     def check(self, options: Options) -> None:
         """Refuse images that are all the same for every student, which would stay copies of one."""
         super().check(options)
-        if not (options.augment or options.cutout):
+        random = (options.augment, options.cutout, options.random_erasing, options.auto_augment != "none")
+        if not any(random):
             raise InputError(
                 "--no-augment shows all students the same images, and okdph's begin with the same weights, so they "
                 "would stay copies; drop it"

@@ -19,6 +19,7 @@ from codistill.config.ranges import (
     AT_LEAST_8,
     EACH_AT_LEAST_1,
     FROM_0_BELOW_1,
+    FROM_0_TO_1,
     FROM_8_TO_16,
     SEED,
 )
@@ -99,6 +100,10 @@ class DataOptions:
     """Swap left and right at random, if the data set allows it; --no-flip for images where the side matters."""
     cutout: Annotated[int, AT_LEAST_0] = 0
     """Side in pixels of a random square set to the mean color (0 = off)."""
+    auto_augment: Literal["none", "randaugment", "trivialaugment"] = "none"
+    """Random operations on each training image, after crop and flip: two at one magnitude, or one at a random one."""
+    random_erasing: Annotated[float, FROM_0_TO_1] = 0.0
+    """Probability that a random rectangle of a training image is set to the mean color; 0 = off, 0.25 is usual."""
     label_smoothing: Annotated[float, FROM_0_BELOW_1] = 0.0
     """Part of every label that is spread over all classes."""
     mixup: Annotated[float, AT_LEAST_0] = 0.0

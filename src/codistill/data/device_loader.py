@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from codistill.data.auto_augment import AutoAugment
 from codistill.data.loader import Augmentation, Loader, LoaderOptions
 
 
@@ -33,11 +34,13 @@ class DeviceLoader(Loader):
     ) -> None:
         super().__init__(labels, mean, std, options)
         self.images_NHWC = torch.from_numpy(np.ascontiguousarray(images)).to(self.device)
+        policy = "none" if options.augmentation is None else options.augmentation.policy
+        self.auto_augment = None if policy == "none" else AutoAugment(policy, *images.shape[1:3])
 
     def epoch(self, epoch: int = 0, start: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield the batches of an epoch, from batch number `start` on."""
         augmentation = self.options.augmentation
-        order_N, draws = (None, {}) if augmentation is None else self._draw_epoch(epoch, augmentation)
+        order_N, draws, drawn_VKN = (None, {}, None) if augmentation is None else self._draw_epoch(epoch, augmentation)
         for batch in self._batch_slices(start):
             local = self._local_slice(batch)
             index = local if order_N is None else order_N[local]
@@ -49,18 +52,27 @@ class DeviceLoader(Loader):
                 if local_draws and augmentation is not None
                 else pixels_BHWC.unsqueeze(0)
             )
+            if self.auto_augment is not None and drawn_VKN is not None:
+                drawn_VKB = drawn_VKN[self._local_views, :, local]
+                pixels_VBHWC = self.auto_augment.apply(
+                    pixels_VBHWC if local_draws else pixels_VBHWC.repeat(len(drawn_VKB), 1, 1, 1, 1), drawn_VKB
+                )
             yield self._normalize(pixels_VBHWC, local_draws), self.labels_N[all_index]
 
     def sample_batch(self) -> Tensor:
         """Return the first batch of views; see `Loader.sample_batch`."""
         return next(self.epoch())[0]
 
-    def _draw_epoch(self, epoch: int, augmentation: Augmentation) -> tuple[Tensor, dict[str, Tensor]]:
-        """Draw the epoch's order and, for every view and position in it, its crop, flip and cutout."""
+    def _draw_epoch(self, epoch: int, augmentation: Augmentation) -> tuple[Tensor, dict[str, Tensor], Tensor | None]:
+        """Draw the epoch's order and, for every view and position in it, its augmentation.
+
+        Returns:
+            The order and the draws on the device, and on the CPU what `AutoAugment` applies, `V x K x N`.
+        """
         size, num_offsets = self.images_NHWC.shape[1], 2 * augmentation.pad + 1
         rng = self._generator(epoch)
         order = self._order(rng)
-        count, draws = self.num_samples, []
+        count, draws, drawn = self.num_samples, [], []
         for _ in range(self.options.views):  # view 0 is drawn first: it does not depend on the number of views
             view = {}
             if augmentation.pad:
@@ -68,12 +80,12 @@ class DeviceLoader(Loader):
                 view["left"] = torch.randint(num_offsets, (count,), generator=rng)
             if augmentation.flip:
                 view["flip"] = torch.randint(2, (count,), generator=rng).bool()
-            if augmentation.cutout:
-                view["cut_y"] = torch.randint(size, (count,), generator=rng)
-                view["cut_x"] = torch.randint(size, (count,), generator=rng)
+            view |= augmentation.draws_for_device(size, count, rng)
+            if self.auto_augment is not None:
+                drawn.append(self.auto_augment.draw(count, rng))
             draws.append(view)
         stacked = {name: torch.stack([view[name] for view in draws]).to(self.device) for name in draws[0]}
-        return order.to(self.device), stacked
+        return order.to(self.device), stacked, torch.stack(drawn) if drawn else None
 
 
 def augment(pixels_BHWC: Tensor, draws: dict[str, Tensor], augmentation: Augmentation) -> Tensor:

@@ -44,11 +44,17 @@ class Decoder(Dataset):
 
     def __post_init__(self) -> None:
         augmentation = self.augmentation
-        if augmentation is not None and (augmentation.flip or augmentation.resized_crop):
-            from torchvision.transforms import v2
+        if augmentation is None or not (
+            augmentation.flip or augmentation.resized_crop or augmentation.policy != "none"
+        ):
+            return
+        from torchvision.transforms import v2
 
-            crop = [v2.RandomResizedCrop(self.files.size, antialias=True)] * augmentation.resized_crop
-            self.transform = v2.Compose([*crop, *[v2.RandomHorizontalFlip()] * augmentation.flip])
+        steps: list[Any] = [v2.RandomResizedCrop(self.files.size, antialias=True)] * augmentation.resized_crop
+        steps += [v2.RandomHorizontalFlip()] * augmentation.flip
+        if augmentation.policy != "none":
+            steps.append(v2.RandAugment() if augmentation.policy == "randaugment" else v2.TrivialAugmentWide())
+        self.transform = v2.Compose(steps)
 
     def __len__(self) -> int:
         return len(self.files)
@@ -183,7 +189,7 @@ class FileLoader(Loader):
         augmentation, views = self.options.augmentation, range(self.options.views)[self._local_views]
         labels, seed = self._decoder_labels, self.options.seed
         decoder = Decoder(self.files, labels, augmentation, views, seed, self._skip_corrupt)
-        if decoder.transform is None and not (augmentation and augmentation.cutout):
+        if decoder.transform is None and not (augmentation and (augmentation.cutout or augmentation.erasing)):
             decoder.views = range(1)  # nothing is drawn, so all views are the same
         return decoder
 
@@ -199,17 +205,16 @@ class FileLoader(Loader):
         return loader
 
     def _draw_epoch(self, epoch: int) -> tuple[Tensor | None, dict[str, Tensor]]:
-        """Draw the epoch's order, and the centers of cutout on the device; the workers draw everything else."""
-        if self.options.augmentation is None:
+        """Draw the epoch's order, and on the device what is cut out; the workers draw everything else."""
+        augmentation = self.options.augmentation
+        if augmentation is None:
             return None, {}
         rng = self._generator(epoch)
-        order_N, shape = self._order(rng), (self.num_samples,)
-        if not self.options.augmentation.cutout:
-            return order_N, {}
-        size, views = self.files.size, range(self.options.views)
-        pairs = [[torch.randint(size, shape, generator=rng) for _ in "yx"] for _ in views]
-        cut_y, cut_x = (torch.stack(centers).to(self.device) for centers in zip(*pairs))
-        return order_N, {"cut_y": cut_y, "cut_x": cut_x}
+        order_N = self._order(rng)
+        draws = [
+            augmentation.draws_for_device(self.files.size, self.num_samples, rng) for _ in range(self.options.views)
+        ]
+        return order_N, {name: torch.stack([view[name] for view in draws]).to(self.device) for name in draws[0]}
 
     def _sample_refs(self, epoch: int, order_N: Tensor | None, positions: slice) -> list[SampleRef]:
         """Return the samples at these positions of an epoch."""

@@ -266,13 +266,16 @@ class ImageSet:
             check = zlib.crc32(np.ascontiguousarray(numbers).data, check)
         return f"{check:08x}"
 
-    def describe_augmentation(self, *, augment: bool, cutout: int) -> str:
-        """Describe the augmentation of training images in words."""
+    def describe_augmentation(
+        self, *, augment: bool, cutout: int, auto_augment: str = "none", random_erasing: float = 0.0
+    ) -> str:
+        """Describe the augmentation of training images in words; the arguments are the options of a run."""
         parts = ["random resized crop" if self.from_files else f"pad {self.pad} and crop"] * bool(
             augment and (self.pad or self.from_files)
         )
         parts += ["flip"] * bool(augment and self.flip)
-        return " + ".join(parts + [f"cutout {cutout}"] * bool(cutout)) or "none"
+        parts += [auto_augment] * (auto_augment != "none") + [f"cutout {cutout}"] * bool(cutout)
+        return " + ".join(parts + [f"random erasing {random_erasing:g}"] * bool(random_erasing)) or "none"
 
 
 def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:

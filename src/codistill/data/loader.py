@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from codistill.data.auto_augment import draw_erasing, outside_rectangle
 from codistill.data.class_balance import balanced_order, check_class_batches, draw_class_batches
 from codistill.utils import share_out
 
@@ -28,6 +29,24 @@ class Augmentation:
     """Side of the square that is replaced by the mean, in pixels; 0: none."""
     resized_crop: bool = False
     """Crop a part of random position, size and aspect ratio, of image files."""
+    policy: str = "none"
+    """randaugment or trivialaugment (see `codistill.data.auto_augment`)."""
+    erasing: float = 0.0
+    """Probability that a rectangle is replaced by the mean."""
+
+    def draws_for_device(self, size: int, count: int, rng: torch.Generator) -> dict[str, Tensor]:
+        """Draw what is done to normalized images, for one view of every sample of an epoch.
+
+        Args:
+            size: Side of the images.
+            count: Samples.
+            rng: Random numbers.
+        """
+        draws: dict[str, Tensor] = {}
+        if self.cutout:
+            draws["cut_y"] = torch.randint(size, (count,), generator=rng)
+            draws["cut_x"] = torch.randint(size, (count,), generator=rng)
+        return draws | (draw_erasing(self.erasing, count, size, rng) if self.erasing else {})
 
 
 @dataclass(frozen=True)
@@ -163,7 +182,7 @@ class Loader:
         return torch.randperm(self.num_samples, generator=rng)
 
     def _normalize(self, pixels_VBHWC: Tensor, draws: dict[str, Tensor]) -> Tensor:
-        """Return `V x B x C x H x W` from raw pixels, with squares cut out around the centers `cut_y`, `cut_x`."""
+        """Return `V x B x C x H x W` from raw pixels, with the squares and rectangles of `draws_for_device` cut out."""
         # Row by row (channels alone are too short to vectorize), and in place: together less than half of the time.
         width = pixels_VBHWC.shape[-2]
         x = pixels_VBHWC.flatten(-2).to(self.options.dtype)
@@ -172,6 +191,8 @@ class Loader:
         augmentation = self.options.augmentation
         if "cut_y" in draws and augmentation is not None:
             x = x * _outside_square(draws["cut_y"], draws["cut_x"], augmentation.cutout, x.shape[2]).to(x.dtype)
+        if "erase_top" in draws:
+            x = x * outside_rectangle(draws, *x.shape[2:4]).to(x.dtype)
         x = x.movedim(-1, 2)
         # Through a flat view: one channel is contiguous in both orders, and its strides would still say channels_last.
         return x if self.options.channels_last else x.contiguous().flatten().view(x.shape)

@@ -166,7 +166,7 @@ def _describe_training(run: Run, environment: Environment, result: dict[str, Any
     seconds = result.get("seconds", run.progress.seconds)
     paper = getattr(run.method, "citation", None)
     cited = f" ({escape_markdown(paper)})" if paper else ""
-    varied = result.get("augmentation") or run.data.describe_augmentation(augment=c.augment, cutout=c.cutout)
+    varied = result.get("augmentation") or run.data.describe_augmentation(**c.augmentation_options())
     lines = [
         f"- Data: {escape_markdown(c.data)}; {escape_markdown(result.get('split') or run.splits.describe(run.data))}",
         f"- Method: {run.method.name}, {run.peers.num_peers} {c.topology}{cited}",

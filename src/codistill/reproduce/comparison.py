@@ -42,6 +42,8 @@ def comparison_title(config: CompareConfig) -> str:
 
 SAM_RHO = 0.05
 """The value of SAM's paper for CIFAR-10 and ImageNet."""
+ERASING = 0.25
+"""Probability of random erasing: that of DeiT's recipe; the paper has 0.5."""
 
 
 def plan_comparison(methods: list[str], config: CompareConfig) -> list[Cell]:
@@ -92,20 +94,23 @@ def plan_baselines(config: CompareConfig, plain: Config, peers: int) -> list[Cel
     """
     later = None if config.milestones is None else tuple(epoch * peers for epoch in config.milestones)
     changes: dict[str, tuple[str, dict[str, Any]]] = {
-        "ema": ("one network, EMA", {"deploy": "ema"}),
-        "swa": ("one network, SWA", {"deploy": "swa"}),
-        "sam": ("one network, SAM", {"sam_rho": SAM_RHO}),
-        "longer": (f"one network, {peers} x epochs", {"epochs": config.epochs * peers, "milestones": later}),
+        "ema": ("EMA", {"deploy": "ema"}),
+        "swa": ("SWA", {"deploy": "swa"}),
+        "sam": ("SAM", {"sam_rho": SAM_RHO}),
+        "longer": (f"{peers} x epochs", {"epochs": config.epochs * peers, "milestones": later}),
+        "randaugment": ("RandAugment", {"auto_augment": "randaugment"}),
+        "trivialaugment": ("TrivialAugment", {"auto_augment": "trivialaugment"}),
+        "erasing": ("random erasing", {"random_erasing": ERASING}),
     }
     cells = []
     for name in dict.fromkeys(config.baselines):
         label, options = changes[name]
-        if config.deploy == name or (name == "sam" and config.sam_rho):
-            flag = "--sam-rho" if name == "sam" else f"--deploy {name}"
-            raise InputError(f"--baselines {name}: {flag} applies it to every row already; drop one of them")
-        if name in ("ema", "swa") and config.deploy != "member":
-            raise InputError(f"--baselines {name} deploys an average of the weights; drop --deploy {config.deploy}")
-        cells.append(Cell(label, dataclasses.replace(plain, **options), "one plain network"))
+        for option in options:
+            given, default = getattr(config, option), getattr(Config, option)
+            if name != "longer" and given != default:
+                flag = f"--{option.replace('_', '-')} {given}"
+                raise InputError(f"--baselines {name}: {flag} holds for every row; drop one of them")
+        cells.append(Cell(f"one network, {label}", dataclasses.replace(plain, **options), "one plain network"))
     return cells
 
 
@@ -192,7 +197,7 @@ def describe_comparison(cells: list[Cell], config: CompareConfig, folder: Path) 
         build(network, num_classes=len(data.classes), in_channels=data.channels, image_size=data.image_size)
     line = (
         f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; "
-        f"augmentation: {data.describe_augmentation(augment=config.augment, cutout=config.cutout)}; "
+        f"augmentation: {data.describe_augmentation(**config.augmentation_options())}; "
         f"{' + '.join(config.model)}, {config.epochs} epochs, batch {config.batch_size}, lr {config.lr:g}"
     )
     return [text for text in (line, *data.provenance.messages, data.imbalance(splits.train)) if text]

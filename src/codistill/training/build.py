@@ -298,7 +298,11 @@ def _to_device(module: nn.Module, config: Config, device: torch.device) -> None:
 def build_loader(config: Config, data: ImageSet, splits: Splits, method: Method, mesh: Mesh) -> Loader:
     """Return the loader of the training images; on a mesh each rank gets its rows and its members' views."""
     augment = config.augment
-    augmentation = Augmentation(data.pad * augment, data.flip and augment, config.cutout, data.from_files and augment)
+    augmentation = Augmentation(
+        *(data.pad * augment, data.flip and augment, config.cutout, data.from_files and augment),
+        policy=config.auto_augment,
+        erasing=config.random_erasing,
+    )
     views = method.num_views
     images, labels = data.x_train[splits.train], data.y_train[splits.train]
     loader = make_loader(config, data, (images, labels), mesh.device, augmentation, views)

@@ -56,7 +56,7 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
         f"{config.method.name}: {members} of {' + '.join(config.model)}, {trained:,} parameters trained; "
         f"deployed: {deployed_name(run)} ({deployed:,})",
         f"{config.data}: {run.splits.describe(run.data)}; augmentation: "
-        f"{run.data.describe_augmentation(augment=config.augment, cutout=config.cutout)}; protocol {config.protocol}",
+        f"{run.data.describe_augmentation(**config.augmentation_options())}; protocol {config.protocol}",
         f"{config.epochs} epochs of {len(run.loader)} steps, batch {config.batch_size}, lr {config.lr:g}, "
         f"{config.schedule}{' at ' + ' '.join(map(str, config.milestones)) if config.milestones else ''}; "
         f"{config.dtype} on {where}, execution {run.execution}{', CUDA graph' if run.graph else ''}, "
@@ -201,7 +201,7 @@ def run_result(run: Run, members: dict[str, Any], average: dict[str, Any] | None
         "parameters_trained": trained,
         "parameters_deployed": deployed,
         "split": run.splits.describe(run.data),
-        "augmentation": run.data.describe_augmentation(augment=run.config.augment, cutout=run.config.cutout),
+        "augmentation": run.data.describe_augmentation(**run.config.augmentation_options()),
         "seconds": round(progress.seconds, 3),
         "execution": run.execution,
     }
