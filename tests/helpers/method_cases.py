@@ -38,6 +38,7 @@ OPTIONS = {
     "hssakd-no-exits": ("hssakd", {"exits": 0}),
     "hssakd-dkd": ("hssakd", {"divergence": "dkd", "exits": 1}),
     "l_mcl-dkd": ("l_mcl", {"divergence": "dkd", "exits": 1}),
+    "l_mcl-learned": ("l_mcl", {"match": "learned", "match_interval": 1, "match_dim": 8, "exits": 1}),
     "cosub-ce": ("cosub", {"loss": "ce"}),
     "cosub-own-views": ("cosub", {"own_views": True}),
     "okdph-authors": ("okdph", {"variant": "authors", "interval": 1}),

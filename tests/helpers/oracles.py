@@ -420,6 +420,17 @@ def l_mcl_parts(v, y, match, *, tau, temperature):
     return found
 
 
+def l_mcl_match(maps, features):
+    """Return the function (p, s, q, r, b) -> sigmoid(cos(M f, M' f')), for features[p][s] and maps[p][s] = (W, b)."""
+
+    def mapped(p, s, b):
+        w, bias = maps[p][s]
+        row = features[p][s][b]
+        return normalized(torch.stack([sum(x * u for x, u in zip(row, ws)) + c for ws, c in zip(w, bias)]))
+
+    return lambda p, s, q, r, b: 1 / (1 + torch.exp(-sum(u * v for u, v in zip(mapped(p, s, b), mapped(q, r, b)))))
+
+
 def l_mcl(z, features, exits, y, *, heads, classifiers, gates, match, tau, temperature, weights, weight=1.0):
     """The loss of the module's docstring; `exits[p]` are lists of B x D, `features[p]` the own head's.
 

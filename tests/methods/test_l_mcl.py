@@ -7,11 +7,12 @@ import pytest
 import torch
 
 from codistill.config import LMCLConfig
+from codistill.distributed.mesh import Mesh
 from codistill.methods import LMCL
 from codistill.methods.contrib.match_learning import match_gradients
 from codistill.methods.contrib.mcl import PARTS
 from codistill.peers import PeerOutputs
-from codistill.training.build import build_run
+from codistill.training.build import build_run, check_inner_steps
 from codistill.training.loop import train
 from codistill.training.peer_training import PeerTraining
 from codistill.training.run import zero_sums
@@ -20,6 +21,7 @@ from codistill.training.summary import measure_cost
 from codistill.utils import InputError
 from helpers import oracles
 from helpers.common import GOLDEN, close, random_peers
+from helpers.host_reads import CountHostReads
 from helpers.runs import StopAt, tiny
 
 
@@ -46,6 +48,14 @@ def random_exits(num_peers, exits, batch=5, seed=8):
     ]
 
 
+def oracle_match(method, features, maps=None):
+    """The oracle's matches of the method's maps, or of those given; one half for a method without."""
+    if method.matches is None:
+        return lambda *place: 0.5
+    maps = iter((maps or method.matches.maps()).values())
+    return oracles.l_mcl_match([[(next(maps), next(maps)) for _ in own] for own in features], features)
+
+
 @pytest.mark.parametrize(("num_peers", "exits", "match"), [(2, 2, "fixed"), (3, 1, "fixed"), (2, 1, "learned")])
 @pytest.mark.parametrize("labels", [[3, 1, 3, 1, 1], [0, 1, 2, 3, 3], [0, 1, 2, 3, 4]])
 def test_equals_the_loop(num_peers, exits, match, labels):
@@ -59,19 +69,38 @@ def test_equals_the_loop(num_peers, exits, match, labels):
     method = LMCL(num_peers, (6, 5, 4)[:num_peers], dims, z.shape[-1], **options, **weights).double()
     loss = method(PeerOutputs(z, h, exits=maps), y, weight=0.8)["loss"]
     heads = [two_layers(head) for head in method.embeddings]
-    w = method.match([f.detach() for own, f in zip(maps, h) for f in (*own, f)])
     naive = oracles.l_mcl(
         z, h, maps, y,
         heads=[heads[p * (exits + 1) : (p + 1) * (exits + 1)] for p in range(num_peers)],
         classifiers=[[(c.weight, c.bias) for c in own] for own in method.classifiers],
         gates=[two_layers(gate) for gate in method.gates],
-        match=lambda p, s, q, r, b: w[p * (exits + 1) + s, q * (exits + 1) + r, b],
+        match=oracle_match(method, [[f.detach() for f in (*own, h[p])] for p, own in enumerate(maps)]),
         tau=0.2, temperature=2.0, weights=weights.values(), weight=0.8,
     )  # fmt: skip
     close(loss, naive)
     inputs = [z, *h, *(m for own in maps for m in own), *method.parameters()]
     ours, theirs = (torch.autograd.grad(v, inputs) for v in (loss, naive))
     for a, b in zip(ours, theirs, strict=True):
+        close(a, b)
+
+
+def test_the_contrast_of_inner_steps_equals_the_loop():
+    """There the matches have gradients, by maps and by features; targets of soft parts may be of other embeddings."""
+    torch.manual_seed(4)
+    z, h, _ = random_peers(2, dims=(6, 5))
+    own_maps, y = random_exits(2, 1), torch.tensor([3, 1, 3, 1, 1])
+    method = LMCL(2, (6, 5), [(4,), (4,)], z.shape[-1], exits=1, match="learned", match_dim=3, embedding_dim=3).double()
+    outputs = PeerOutputs(z, h, exits=own_maps)
+    given = {name: value.clone().requires_grad_() for name, value in method.matches.maps().items()}
+    loss = method.contrastive_loss(outputs, y, given)
+    close(loss, method.contrastive_loss(outputs, y, given, method.embed(outputs).detach()))
+    features = [[*own, f] for own, f in zip(own_maps, h)]
+    v = method.embed(outputs).unflatten(0, (2, 2))
+    parts = oracles.l_mcl_parts(v, y, oracle_match(method, features, given), tau=0.1, temperature=3.0)
+    naive = sum(w * part for w, part in zip((0.1, 1.0, 0.1, 1.0), parts))
+    close(loss, naive)
+    inputs = [*given.values(), *h, *(f for own in own_maps for f in own), *method.embeddings.parameters()]
+    for a, b in zip(*(torch.autograd.grad(value, inputs, retain_graph=True) for value in (loss, naive)), strict=True):
         close(a, b)
 
 
@@ -123,16 +152,13 @@ def try_steps(t, views, targets, matches):
         method.matches.get_buffer(name).copy_(value)
     parameters = [*peers.parameters(), *method.parameters()]
     sgd = torch.optim.SGD(parameters, lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=False)
-    for p, original in zip(parameters, [*t.peers.parameters(), *t.method.parameters()], strict=True):
-        state = t.optimizers[0].state.get(original, {})
-        if state:
-            sgd.state[p]["momentum_buffer"] = state["momentum_buffer"].clone()
+    for p in parameters:
+        p.grad = torch.zeros_like(p)  # what a loss leaves alone decays
     for contrast in (True, True, False):
         outputs = peers(views)
-        sgd.zero_grad()
+        sgd.zero_grad(set_to_none=False)
         if contrast:
-            parts_PK = method.contrast(outputs, targets)
-            (parts_PK * torch.tensor(method.weights, dtype=torch.float64)).sum().backward()
+            method.contrastive_loss(outputs, targets, method.matches.maps()).backward()
         else:
             method.heads_cross_entropy(outputs, targets).backward()
         sgd.step()
@@ -140,7 +166,7 @@ def try_steps(t, views, targets, matches):
 
 
 def test_matches_learn_from_what_steps_with_them_lead_to():
-    """The gradient through the steps is that of finite differences, after a step that leaves momenta."""
+    """The gradient through the steps is that of finite differences, and does not see the momenta of the run."""
     t = learning_run()
     batches = t.loader.epoch(0)
     train_step(t, *next(batches), 1.0)
@@ -164,34 +190,45 @@ def test_matches_learn_from_what_steps_with_them_lead_to():
     assert abs(along) > 1e-8
 
 
-def test_maps_step_by_sgd_with_nesterov_and_only_when_it_is_time():
+def test_maps_step_by_sgd_with_nesterov_after_the_step_on_every_second_batch():
     t = learning_run()
-    batches = [batch for epoch in range(2) for batch in t.loader.epoch(epoch)]
     matches = t.method.matches
     twin = [value.clone().requires_grad_() for value in matches.maps().values()]
     sgd = torch.optim.SGD(twin, lr=0.05, momentum=0.9, weight_decay=5e-4, nesterov=True)
-    for number, (views, targets) in enumerate(batches[:4]):
-        if number % 2 == 0:
+    batches = list(t.loader.epoch(0))[:3]
+    for step, (views, targets) in [*enumerate(batches), *enumerate(batches)]:  # two epochs begin with an update each
+        before = copy.deepcopy(matches.state_dict())
+        t.progress.step = step
+        train_step(t, views, targets, 1.0)
+        after = copy.deepcopy(matches.state_dict())
+        if step % 2 == 0:
+            matches.load_state_dict(before)
             gradients = match_gradients(t.method, matches, t.peers, views, targets, t.optimizers[0])
             for value, gradient in zip(twin, gradients.values(), strict=True):
                 value.grad = gradient
             sgd.step()
-        t.progress.step = number
-        train_step(t, views, targets, 1.0)
+            matches.load_state_dict(after)
         for value, ours in zip(twin, matches.maps().values(), strict=True):
             close(ours, value.detach())
 
 
+def test_inner_steps_do_not_wait_for_the_device():
+    t = learning_run()
+    with CountHostReads() as mode:
+        train_step(t, *next(t.loader.epoch(0)), 1.0)
+    assert not mode.reads
+
+
 def test_learned_matches_are_between_the_values_of_a_cosine():
     t = learning_run()
-    views, _ = next(t.loader.epoch(0))
+    views, targets = next(t.loader.epoch(0))
     outputs = t.peers(views)
-    features = [f for exits, own in zip(outputs.exits, outputs.features) for f in (*exits, own)]
-    w = t.method.match(features)
+    w = t.method.match([f.detach() for f in t.method.features_of_heads(outputs)])
     apart = t.method.differ_HH.bool()
     assert not w[~apart].any()
     assert ((w[apart] > 0.26) & (w[apart] < 0.74)).all()  # sigmoid(-1), sigmoid(1)
     close(w, w.transpose(0, 1))
+    assert torch.equal(t.method(outputs, targets)["match_BHH"], w.permute(2, 0, 1))
 
 
 def test_a_run_with_learned_matches_resumes_exactly(tmp_path):
@@ -210,8 +247,10 @@ def test_learned_matches_refuse_what_has_no_inner_steps():
     with pytest.raises(InputError, match="learned takes inner steps of SGD, not adamw; give --optimizer sgd"):
         tiny(method=LMCLConfig(match="learned"), optimizer="adamw", lr=1e-3).resolved()
     t = learning_run()
-    with pytest.raises(InputError, match="l_mcl tries steps before a step"):
+    with pytest.raises(InputError, match="l_mcl tries steps and takes them back"):
         PeerTraining(t.peers, t.method)
+    with pytest.raises(InputError, match="--mesh: l_mcl tries steps with all networks on a whole batch"):
+        check_inner_steps(t.method, Mesh((2, 1), 0, 2, torch.device("cpu")))
 
 
 def cost_of(t):

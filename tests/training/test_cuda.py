@@ -57,7 +57,7 @@ VARIANTS = {
     "mcl": [{}, {"logit_weight": 1.0}],
     "dlb": [{}],
     "hssakd": [{}, {"rotations": False, "exits": 2}, {"exits": 0}, {"divergence": "dkd", "exits": 1}],
-    "l_mcl": [{}],
+    "l_mcl": [{}, {"match": "learned", "match_interval": 2, "exits": 1}],
     "cosub": [{}, {"loss": "ce", "own_views": True}],
     "okdph": [
         *({"interval": 2}, {"variant": "authors", "interval": 1}, {"shares": "dirichlet", "label_weight": 0.5}),
@@ -259,6 +259,7 @@ RESUMED = [
     *(("okddip", "networks", {"ablation": "random"}), ("dml", "networks", {}), ("cl_ilr", "branches", {})),
     *(("codistillation", "networks", {"interval": 2}), ("switokd", "networks", {}), ("mcl", "networks", {})),
     *(("dlb", "networks", {}), ("hssakd", "networks", {}), ("cosub", "twins", {})),
+    *(("l_mcl", "networks", {}), ("l_mcl", "networks", {"match": "learned", "match_interval": 2})),
     *(("okdph", "networks", {"interval": 2}), ("okdph", "networks", {"variant": "authors", "interval": 2})),
 ]
 

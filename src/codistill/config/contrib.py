@@ -184,7 +184,7 @@ class LMCLConfig(DivergenceConfig):
     match_dim: Annotated[int, AT_LEAST_1] = 128
     """Numbers on which learned matches compare features; 128 in the source."""
     match_interval: Annotated[int, AT_LEAST_1] = 50
-    """Steps from one update of learned matches to the next; 50 in the source."""
+    """Batches from one update of learned matches to the next, from each epoch's first on; 50 in the source."""
 
     def num_exits(self) -> int:
         """Return the exits of every network."""

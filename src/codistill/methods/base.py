@@ -107,7 +107,7 @@ class Method(nn.Module):
     remembers_batches: bool = False
     """Whether `forward` in training changes the method's own state, so that it may run once per batch only."""
     inner_interval: int = 0
-    """Steps from one call of `run_inner_steps` to the next; 0: there is none."""
+    """Batches from one call of `run_inner_steps` to the next, from an epoch's first batch on; 0: there is none."""
     holdout_fraction: float = 0.0
     """Fraction of the training set that is held out, for a method that needs it."""
     targets_checked: bool = False
@@ -207,10 +207,10 @@ class Method(nn.Module):
         """Prepare a step, outside of any captured graph; by default do nothing."""
 
     def run_inner_steps(self, peers: Peers, views: Views, targets_B: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Learn the method's own state from steps that are tried on a batch, before the step on it; none by default.
+        """Learn the method's own state from steps that are tried on a batch, after the step on it; none by default.
 
-        Weights, running statistics and the optimizer stay as they are. Called every `inner_interval` steps, in one
-        process only.
+        Weights, running statistics and the optimizer stay as they are. Called at every `inner_interval`-th batch of an
+        epoch, the first included, in one process only.
 
         Args:
             peers: What is trained.

@@ -73,8 +73,8 @@ class PeerTraining(nn.Module):
             )
         if method.inner_interval:
             raise InputError(
-                f"{method.name} tries steps before a step, as it is configured here, which codistill's own loop does; "
-                "train it with codistill.train"
+                f"{method.name} tries steps and takes them back, as it is configured here, which codistill's own loop "
+                "does; train it with codistill.train"
             )
         check_weights_can_be_averaged(method, peers, SingleProcess(torch.device("cpu"), peers.num_peers))
         self.peers, self.method = peers, method

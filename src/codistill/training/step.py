@@ -44,12 +44,12 @@ def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) 
         targets_B, labels_B = targets_B[rows], labels_B[rows]
     place = TrainingStep(number, progress.epoch, ends_epoch=progress.step + 1 == len(run.loader))
     run.method.before_step(run.peers, place)
-    if run.method.inner_interval and number % run.method.inner_interval == 0:
-        run.method.run_inner_steps(run.peers, views_VBCHW, targets_B, run.optimizers[0])
     step = alternating_step if run.method.update_mode == "alternating" else joint_step
     terms, hits_P = step(run, views_VBCHW, targets_B, labels_B, weight)
     run.guard.advance()
     run.method.after_step(run.peers, dataclasses.replace(place, good=~run.guard.bad))
+    if run.method.inner_interval and progress.step % run.method.inner_interval == 0:
+        run.method.run_inner_steps(run.peers, views_VBCHW, targets_B, run.optimizers[0])
     if run.ema is not None:
         run.ema.update(run.peers, number, ~run.guard.bad)
     if run.previous is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -264,7 +265,9 @@ def flops_of_inner_steps(run: Run, views_VBCHW: Tensor, labels_B: Tensor) -> flo
     interval = run.method.inner_interval
     if not (interval and run.optimizers):
         return 0.0
-    return inner_step_flops(run.method, run.peers, views_VBCHW, labels_B, run.optimizers[0]) / interval
+    batches = len(run.loader)
+    share = math.ceil(batches / interval) / batches
+    return share * inner_step_flops(run.method, run.peers, views_VBCHW, labels_B, run.optimizers[0])
 
 
 def collect_details(run: Run, members: PeerMetrics, average: PeerMetrics | None) -> dict[str, Any]:

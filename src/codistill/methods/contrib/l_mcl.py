@@ -17,12 +17,12 @@ q includes p, KLT is the divergence of logits at T = 3, and the last sum goes ov
 networks, so that each pair counts twice, as in the source. Rows without a positive are left out of nce (our choice).
 
 match="fixed": w = 1/2, what the learned weights are near at the start. match="learned":
-w_ac[b] = sigmoid(cos(M_a f_a[b], M_c f_c[b])), whose maps M are learned before the step at every 50th (see
-`codistill.methods.contrib.match_learning`); it has no gradient in the step itself.
+w_ac[b] = sigmoid(cos(M_a f_a[b], M_c f_c[b])), whose maps M are learned after the step on every 50th batch (see
+`codistill.methods.contrib.match_learning`); w has no gradient in the step itself.
 
 The source has two networks; more are our choice. Heads, aggregator and M are the method's, and are not deployed.
 For the metrics: `gate_BPS`, the aggregators' weights, and each network's parts of the sum over pairs, `vcl_BP`,
-`soft_vcl_BP`, `icl_BP` and `soft_icl_BP`, the same for every image.
+`soft_vcl_BP`, `icl_BP` and `soft_icl_BP`, the same for every image; of learned matches also w, `match_BHH`.
 Shapes: P networks, S heads of each, H = P S heads, B batch, C classes, D features, E numbers of an embedding.
 """
 
@@ -38,7 +38,7 @@ from torch import Tensor, nn
 from codistill.config import LMCLConfig, MethodConfig
 from codistill.losses import cross_entropy, soften
 from codistill.methods.base import Method, PeerInfo, Terms, combine_terms, takes_options
-from codistill.methods.contrib.match_learning import Constants, MatchMaps, match_gradients
+from codistill.methods.contrib.match_learning import MatchMaps, match_gradients
 from codistill.methods.contrib.mcl import PARTS, embedding_head, info_nce_rows
 from codistill.methods.divergence import Divergence
 from codistill.peers import PeerOutputs, Peers, Views
@@ -131,9 +131,12 @@ class LMCL(Method):
         ce_P = cross_entropy(z_PSBC, targets_B).sum(1) + cross_entropy(aggregated_PBC, targets_B)
         log_targets_QBC = soften(aggregated_PBC.detach(), self.temperature)
         distill_P = torch.stack([self.divergence(z_PSBC[:, -1], log_q, targets_B) for log_q in log_targets_QBC]).sum(0)
-        parts_PK = self.contrast(outputs, targets_B)
+        match_HHB = self.match([f.detach() for f in self.features_of_heads(outputs)])
+        parts_PK = self.contrast(outputs, targets_B, match_HHB)
         distill_P = distill_P + self._weigh_parts(parts_PK)
         parts = {f"{name}_BP": part_P.detach().expand(len(targets_B), -1) for name, part_P in zip(PARTS, parts_PK.T)}
+        if self.matches is not None:
+            parts["match_BHH"] = match_HHB.permute(2, 0, 1)
         return combine_terms(ce_P, distill_P, weight, gate_BPS=gate_PBS.transpose(0, 1)) | parts
 
     def classify(self, outputs: PeerOutputs) -> Tensor:
@@ -163,24 +166,25 @@ class LMCL(Method):
         return self.matches(features, maps) * differ_HH1
 
     def run_inner_steps(self, peers: Peers, views: Views, targets_B: Tensor, optimizer: torch.optim.Optimizer) -> None:
-        """Learn the maps of the matches on a batch, before the step on it; nothing else changes."""
+        """Learn the maps of the matches on a batch, after the step on it; nothing else changes."""
         assert self.matches is not None
         gradients = match_gradients(self, self.matches, peers, views, targets_B, optimizer)
         group = optimizer.param_groups[0]
         self.matches.step(gradients, group["lr"], group["weight_decay"])
 
     def contrastive_loss(
-        self, outputs: PeerOutputs, targets_B: Tensor, maps: dict[str, Tensor], constants: Constants
+        self, outputs: PeerOutputs, targets_B: Tensor, maps: dict[str, Tensor], fixed_HBE: Tensor | None = None
     ) -> Tensor:
-        """Return the weighted sum over pairs of heads, with the matches that `maps` give.
+        """Return the weighted sum over pairs of heads, with the matches that `maps` give, and a gradient through them.
 
         Args:
             outputs: What is learned.
             targets_B: Class numbers.
             maps: M.
-            constants: What counts as constant in a step, from the same weights (see `match_learning`).
+            fixed_HBE: Embeddings that make the targets of the soft parts; by default those of `outputs`, constant.
         """
-        return self._weigh_parts(self.contrast(outputs, targets_B, maps, constants)).sum()
+        match_HHB = self.match(self.features_of_heads(outputs), maps)
+        return self._weigh_parts(self.contrast(outputs, targets_B, match_HHB, fixed_HBE)).sum()
 
     def heads_cross_entropy(self, outputs: PeerOutputs, targets_B: Tensor) -> Tensor:
         """Return sum_{p,s} CE(z_{p,s}, y)."""
@@ -190,28 +194,24 @@ class LMCL(Method):
         return torch.stack([w * part_P for w, part_P in zip(self.weights, parts_PK.T)]).sum(0)
 
     def contrast(
-        self,
-        outputs: PeerOutputs,
-        targets_B: Tensor,
-        maps: dict[str, Tensor] | None = None,
-        constants: Constants | None = None,
+        self, outputs: PeerOutputs, targets_B: Tensor, match_HHB: Tensor, fixed_HBE: Tensor | None = None
     ) -> Tensor:
         """Return each network's VCL, softVCL, ICL and softICL over all pairs of heads, `P x 4`.
 
-        A pair's part belongs to the network whose embeddings are the rows, which for soft parts is the student. `maps`
-        and `constants` are those of `contrastive_loss`; by default the learned maps, and the outputs without gradient.
+        A pair's part belongs to the network whose embeddings are the rows, which for soft parts is the student. The
+        other arguments are those of `contrast_embeddings`.
         """
-        features, embeddings_HBE = self.embed(outputs)
-        fixed_features, fixed_HBE = constants or ([f.detach() for f in features], None)
-        match_HHB = self.match(fixed_features, maps)
-        parts_HK = self.contrast_embeddings(embeddings_HBE, targets_B, match_HHB, fixed_HBE)
+        parts_HK = self.contrast_embeddings(self.embed(outputs), targets_B, match_HHB, fixed_HBE)
         return parts_HK.unflatten(0, (self.num_peers, -1)).sum(1)
 
-    def embed(self, outputs: PeerOutputs) -> Constants:
-        """Return the features of every head, and their embeddings of length 1, `H x B x E`."""
-        features = [f for exits, own in zip(outputs.exits, outputs.features) for f in (*exits, own)]
-        embeddings = [nn.functional.normalize(head(f), dim=-1) for head, f in zip(self.embeddings, features)]
-        return features, torch.stack(embeddings)
+    def features_of_heads(self, outputs: PeerOutputs) -> list[Tensor]:
+        """Return the features of every head, `B x D` each, a network's own head after its exits."""
+        return [f for exits, own in zip(outputs.exits, outputs.features) for f in (*exits, own)]
+
+    def embed(self, outputs: PeerOutputs) -> Tensor:
+        """Return the embeddings of every head, of length 1, `H x B x E`."""
+        pairs = zip(self.embeddings, self.features_of_heads(outputs))
+        return torch.stack([nn.functional.normalize(head(f), dim=-1) for head, f in pairs])
 
     def contrast_embeddings(
         self, embeddings_HBE: Tensor, targets_B: Tensor, match_HHB: Tensor, fixed_HBE: Tensor | None = None

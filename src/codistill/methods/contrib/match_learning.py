@@ -1,20 +1,20 @@
 """Learned weights of the pairs of heads in L-MCL: maps M that are chosen by what training with them leads to.
 
-    w_ac[b] = sigmoid(cos(M_a f_a[b], M_c f_c[b])),   M_a linear from D_a to K numbers, the features f constant
+    w_ac[b] = sigmoid(cos(M_a f_a[b], M_c f_c[b])),   M_a linear from D_a to K numbers
 
-Every 50th step, on the step's own batch and before the step itself, with theta all that the optimizer trains:
+At every 50th batch of an epoch, the first included, after the step on it, with theta all that the optimizer trains:
 
-    1. twice: a step of SGD on the contrastive part of the loss alone, whose weights are w(M)
+    1. twice: a step of SGD on the contrastive part of the loss alone, whose weights are w(M, f)
     2. a step of SGD on sum_{p,s} CE(z_{p,s}, y)
     3. d/dM of sum_{p,s} CE(z_{p,s}, y) at the theta that is reached, through the steps
     4. a step of SGD with Nesterov's momentum on M; theta, momenta and running statistics are as before
 
-The inner steps begin with the optimizer's momenta and have its learning rate, momentum and weight decay, and M's step
-too (that M's step has them is our reading). The source computes step 3 by a recursion that is exact only without
-momentum; here it is backpropagation through the steps, also through what each step takes as constant (the targets of
-soft parts and the features of w), which depends on the step before. Inner steps use SGD without Nesterov's momentum, as
-the source's do. A batch with inner steps costs six forwards and three backwards, which are differentiated in turn.
-Shapes: H heads, B batch, D features, K numbers.
+As in the source, the steps on theta begin without momentum, have the run's learning rate, momentum and weight decay but
+no Nesterov's momentum, and see w as a function of theta too; M's own step has the same learning rate and weight decay.
+The source computes step 3 by a recursion that is exact only without momentum, and takes the targets of soft parts as
+constants. Here it is backpropagation through the steps, also through those targets, which depend on the step before. A
+batch with inner steps costs five forwards and three backwards, which are differentiated in turn.
+Shapes: H heads, B batch, D features, E numbers of an embedding, K numbers.
 """
 
 from __future__ import annotations
@@ -30,8 +30,6 @@ from codistill.peers import PeerOutputs, Peers, Views
 
 MOMENTUM = 0.9
 """Of M's own steps."""
-Constants = tuple[list[Tensor], Tensor]
-"""What the contrastive part takes as constant in a step: features of every head, and embeddings `H x B x E`."""
 
 
 class MatchMaps(nn.Module):
@@ -103,14 +101,14 @@ class InnerModel(nn.Module):
 class LearnsMatches(Protocol):
     """What a method whose matches are learned provides."""
 
-    def embed(self, outputs: PeerOutputs) -> Constants:
-        """Return the features and embeddings of every head."""
+    def embed(self, outputs: PeerOutputs) -> Tensor:
+        """Return the embeddings of every head, `H x B x E`."""
         ...
 
     def contrastive_loss(
-        self, outputs: PeerOutputs, targets_B: Tensor, maps: dict[str, Tensor], constants: Constants
+        self, outputs: PeerOutputs, targets_B: Tensor, maps: dict[str, Tensor], fixed_HBE: Tensor | None
     ) -> Tensor:
-        """Return the contrastive part of the loss."""
+        """Return the contrastive part of the loss; `fixed_HBE` makes the targets of its soft parts."""
         ...
 
     def heads_cross_entropy(self, outputs: PeerOutputs, targets_B: Tensor) -> Tensor:
@@ -134,14 +132,14 @@ def match_gradients(
         peers: In training mode.
         views: The batch.
         targets_B: Class numbers.
-        optimizer: SGD over peers and method, whose momenta, learning rates and weight decays the inner steps have.
+        optimizer: SGD over peers and method, whose learning rates, momenta's factors and weight decays the steps have.
     """
     model = InnerModel(peers, method)
     maps = {name: value.clone().requires_grad_() for name, value in matches.maps().items()}
     groups = {p: group for group in optimizer.param_groups for p in group["params"]}
     own = [p for p in model.parameters() if p in groups]
     weights: dict[Tensor, Tensor] = {p: p for p in own}
-    momenta = {p: optimizer.state[p].get("momentum_buffer") if p in optimizer.state else None for p in own}
+    momenta: dict[Tensor, Tensor] = {}
     buffers = {buffer: buffer.clone() for buffer in model.buffers()}  # running statistics move in a forward
     places = _tensor_places(model)
 
@@ -151,22 +149,22 @@ def match_gradients(
         return functional_call(model, values, (function, views), tie_weights=False)
 
     def contrastive_loss(given: dict[Tensor, Tensor]) -> Tensor:
-        constants = run(method.embed, weights)
-        return run(lambda outputs: method.contrastive_loss(outputs, targets_B, maps, constants), given)
+        fixed_HBE = run(method.embed, weights) if momenta else None  # before the first step they depend on no M
+        return run(lambda outputs: method.contrastive_loss(outputs, targets_B, maps, fixed_HBE), given)
 
     def cross_entropy(given: dict[Tensor, Tensor]) -> Tensor:
         return run(lambda outputs: method.heads_cross_entropy(outputs, targets_B), given)
 
     with torch.enable_grad():
         for loss in (contrastive_loss, contrastive_loss, cross_entropy):
-            here = {p: weight.view_as(weight) for p, weight in weights.items()}  # differentiated by; constants are not
-            gradients = torch.autograd.grad(loss(here), list(here.values()), create_graph=True, allow_unused=True)
-            for p, gradient in zip(own, gradients, strict=True):
-                if gradient is None:  # as the optimizer leaves alone what has no gradient
-                    continue
-                group, before = groups[p], momenta[p]
+            here = {p: weight.view_as(weight) for p, weight in weights.items()}  # differentiated by; targets are not
+            gradients = torch.autograd.grad(
+                loss(here), list(here.values()), create_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for p, gradient in zip(own, gradients, strict=True):  # those without a gradient decay, as in the source
+                group = groups[p]
                 gradient = gradient + group["weight_decay"] * weights[p]
-                momenta[p] = gradient if before is None else group["momentum"] * before + gradient
+                momenta[p] = group["momentum"] * momenta[p] + gradient if p in momenta else gradient
                 weights[p] = weights[p] - group["lr"] * momenta[p]
         gradients = torch.autograd.grad(cross_entropy(weights), list(maps.values()))
     return dict(zip(maps, gradients, strict=True))
