@@ -16,7 +16,9 @@ import sys
 import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -24,6 +26,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 from codistill.config.config import Config
 from codistill.config.methods import METHODS, method_config
+from codistill.data import ImageSet
 from codistill.losses import cross_entropy
 from codistill.methods import build_method
 from codistill.peers.base import PeerOutputs
@@ -33,10 +36,11 @@ from codistill.peers.networks import NetworkPeers
 from codistill.peers.stacked import StackedPeers
 from codistill.training.build import build_run
 from codistill.training.run import zero_sums
-from codistill.training.step import train_step
+from codistill.training.step import forward_all, train_step
 from codistill.utils.tables import markdown
 from programs import Ours, ProgramProcess, Step, Theirs, independent, prepare, spent
 
+SEED_METHODS = ("independent", "kd", "dml", "cl_ilr", "one", "okddip", "pcl", "kdcl")
 COUNTS = {"augment": 391, "step": 391, "evaluate": 79}
 """Number of times that an epoch of CIFAR-100 at batch 128 does each."""
 
@@ -108,12 +112,12 @@ def okddip_overhead(pairs: int) -> float:
 
 
 def overheads() -> list[dict[str, str]]:
-    """Return, for every method, its head's cost (forward and backward) over the peers' own step.
+    """Return, for the methods of the three papers, their losses' cost (forward and backward) over the peers' own step.
 
     The second column adds the forward passes that the method needs: pcl's mean teachers, and in dml's alternating
     update the new outputs of the members that have stepped.
     """
-    variants = [(name, {}) for name in METHODS if name != "kdcl"]
+    variants = [(name, {}) for name in SEED_METHODS if name != "kdcl"]
     variants += [("kdcl", {"target": target}) for target in ("minlogit", "naive", "linear", "general")]
     rows = []
     for name, options in variants:
@@ -158,6 +162,65 @@ def overheads() -> list[dict[str, str]]:
         )
         print(*rows[-1].values(), file=sys.stderr, flush=True)
     return rows
+
+
+def contrib_overheads() -> list[dict[str, str]]:
+    """Return, for every method of `methods/contrib`, its losses' cost over a step of its networks without them.
+
+    Two ResNet-32 (or as many as the method takes), batch 128. The forwards that a method asks for, on rotations, exits,
+    hybrids or images seen before, count as network cost.
+    """
+    rng, rows = np.random.default_rng(0), []
+    pixels, labels = rng.integers(0, 256, (512, 32, 32, 3), dtype=np.uint8), np.arange(512) % 100
+    data = ImageSet("random", pixels, labels, pixels[:128], labels[:128], tuple(map(str, range(100))))
+    for name in (n for n in METHODS if n not in SEED_METHODS):
+        topology = METHODS[name].topologies[0]
+        model = ("timm:resnet10t,drop_path_rate=0.1",) if topology == "twins" else ("resnet32",)
+        peers = min(2, METHODS[name].max_peers or 2)
+        options = {"data": "random", "peers": peers, "execution": "loop", "protocol": "paper", "device": "cpu"}
+        run = build_run(Config(method_config(name), model, **options).resolved(), data=data)
+        run.progress.sums = zero_sums(run)
+        run.peers.train()
+        batches = run.loader.epoch(0)
+        if run.previous is not None:
+            train_step(run, *next(batches), 1.0)  # keeps the batch that the next forward sees again
+        views, targets = next(batches)
+        outputs = forward_all(run, views)
+
+        def base(run=run, views=views, targets=targets):
+            forwarded = forward_all(run, views)
+            upright = forwarded.logits_PBC[:, :: run.method.rows_per_image]
+            others = [f.sum() for own in forwarded.exits for f in own]
+            (cross_entropy(upright, targets).sum() + sum(others)).backward()
+
+        given = detach_outputs(outputs)
+
+        def losses(run=run, given=given, targets=targets):
+            run.method(given, targets, 1.0)["loss"].backward()
+
+        def plain(run=run, given=given, targets=targets):
+            upright = given.logits_PBC.detach()[:, :: run.method.rows_per_image].requires_grad_()
+            cross_entropy(upright, targets).sum().backward()
+
+        extra = seconds(losses, 5) - seconds(plain, 5)
+        rows.append({"method": f"{name}, {peers} {topology}", "its losses": f"{1 + extra / seconds(base, 3):.3f}"})
+        print(*rows[-1].values(), file=sys.stderr, flush=True)
+    return rows
+
+
+def detach_outputs(outputs: PeerOutputs) -> PeerOutputs:
+    """Return the same outputs as leaves that want gradients."""
+
+    def leaf(x: Any) -> Any:
+        if isinstance(x, list):
+            return [leaf(one) for one in x]
+        if dataclasses.is_dataclass(x) and not isinstance(x, type):
+            return dataclasses.replace(x, **{f.name: leaf(getattr(x, f.name)) for f in dataclasses.fields(x)})
+        if not isinstance(x, torch.Tensor) or not x.is_floating_point():
+            return x
+        return x.detach().requires_grad_(x.requires_grad)
+
+    return leaf(outputs)
 
 
 class Counter(TorchDispatchMode):
@@ -280,6 +343,7 @@ def main() -> int:
     rows.append({"line": "okddip's whole step over independent's", "ratio": f"{okddip_overhead(options.pairs):.3f}"})
     print(markdown(rows), flush=True)
     print(markdown(overheads()), flush=True)
+    print(markdown(contrib_overheads()), flush=True)
     print(markdown(memory()))
     return 0
 
