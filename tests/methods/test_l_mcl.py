@@ -249,7 +249,7 @@ def test_learned_matches_refuse_what_has_no_inner_steps():
     t = learning_run()
     with pytest.raises(InputError, match="l_mcl tries steps and takes them back"):
         PeerTraining(t.peers, t.method)
-    with pytest.raises(InputError, match="--mesh: l_mcl tries steps with all networks on a whole batch"):
+    with pytest.raises(InputError, match="--mesh: l_mcl, as it is configured here, tries steps with all networks"):
         check_inner_steps(t.method, Mesh((2, 1), 0, 2, torch.device("cpu")))
 
 

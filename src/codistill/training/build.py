@@ -240,7 +240,10 @@ def check_inner_steps(method: Method, mesh: Mesh) -> None:
         InputError: the batch or the peers are spread over processes.
     """
     if method.inner_interval and mesh.world > 1:
-        raise InputError(f"--mesh: {method.name} tries steps with all networks on a whole batch; train in one process")
+        raise InputError(
+            f"--mesh: {method.name}, as it is configured here, tries steps with all networks on a whole batch; train "
+            "in one process"
+        )
 
 
 def check_previous_can_be_kept(config: Config, method: Method, mesh: Mesh) -> None:
