@@ -17,12 +17,12 @@ import torch
 from codistill.cli.main import main
 from codistill.config.checks import mesh_shape
 from codistill.config.config import Config
+from codistill.config.schedule import learning_rate_at
 from codistill.distributed.launch import backend_for, init_mesh
 from codistill.distributed.mesh import SingleProcess
 from codistill.distributed.peers import MeshPeers, describe_imbalance
 from codistill.peers.networks import NetworkPeers
 from codistill.training.build import build_run
-from codistill.training.optim import learning_rate_at
 from codistill.training.state import checkpoint_state
 from codistill.utils import share_out
 from codistill.utils.errors import InputError

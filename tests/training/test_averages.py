@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from codistill.config.config import Config
+from codistill.config.schedule import learning_rate_at
 from codistill.deploy.export import export_student
 from codistill.models.registry import build as build_network
 from codistill.models.registry import resolve
@@ -15,7 +16,6 @@ from codistill.reproduce.statistics import comparison_rows, differences_to_basel
 from codistill.training.averaging import recompute_statistics
 from codistill.training.build import build_run, load_run
 from codistill.training.loop import train
-from codistill.training.optim import learning_rate_at
 from codistill.training.run import zero_sums
 from codistill.training.state import checkpoint_state
 from codistill.training.step import train_step

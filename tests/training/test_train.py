@@ -9,6 +9,7 @@ import torch
 
 from codistill.config.config import Config
 from codistill.config.methods import OKDDipConfig
+from codistill.config.schedule import learning_rate_at
 from codistill.data import DeviceLoader, load_set, make_splits
 from codistill.data.loader import Augmentation, LoaderOptions
 from codistill.models import resolve
@@ -16,7 +17,6 @@ from codistill.peers.members import member_seed
 from codistill.runs.run_folder import RunFolder
 from codistill.training.build import build_run
 from codistill.training.loop import train
-from codistill.training.optim import learning_rate_at
 from codistill.training.reporter import Reporter
 from codistill.training.step import train_step
 from codistill.utils.errors import InputError, MachineError, Stopped

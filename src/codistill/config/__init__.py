@@ -42,12 +42,14 @@ if TYPE_CHECKING:
     from codistill.config.ranges import FROM_0_TO_1 as FROM_0_TO_1
     from codistill.config.recipe import RECIPE_OPTIONS as RECIPE_OPTIONS
     from codistill.config.recipe import choose_recipe as choose_recipe
+    from codistill.config.schedule import learning_rate_at as learning_rate_at
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "checks": "images_per_class mesh_shape parse_normalize",
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
+        "schedule": "learning_rate_at",
         "contrib": (
             "CodistillationConfig CosubConfig DLBConfig HSSAKDConfig LMCLConfig MCLConfig OKDPHConfig SwitOKDConfig"
         ),

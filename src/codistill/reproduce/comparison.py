@@ -148,7 +148,9 @@ def check_comparison_folder(cells: list[Cell], seeds: Sequence[int], folder: Pat
         for seed in seeds:
             if (cell.run_path(folder, seed) / "config.json").exists():
                 try:
-                    RunFolder(cell.run_config(folder, seed, cells))
+                    run = RunFolder(cell.run_config(folder, seed, cells))
+                    if run.begun_with is not None:
+                        raise InputError(f"--epochs was {run.begun_with}")
                 except InputError as error:
                     why = str(error).partition("; ")[0].removeprefix("--resume: ")
                     raise InputError(f"--out {folder} is another comparison's ({why}); name another folder") from None

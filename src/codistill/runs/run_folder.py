@@ -8,6 +8,7 @@ last.pt            the newest checkpoint: weights, optimizers, position, every r
 last-1.pt ...      those before it (--keep-checkpoints);  best.pt: the best epoch on validation, where there is one
 run.lock           locked by the process that trains; the system releases the lock when that process dies
 trained_images.bin hashes of the image files that were trained on, where they were decoded into memory
+result-60-epochs.json, details-60-epochs.json    those of an earlier end, where --epochs was raised after it
 details.json       what a report draws: reliability by bins, confusion matrix of the deployed member
 result.json        the final figures; it exists if and only if the run is complete
 """
@@ -18,12 +19,13 @@ import dataclasses
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Any
 
-from codistill.config import Config
+from codistill.config import Config, learning_rate_at
 from codistill.runs.checkpoint import load_newest, rotate, write_checkpoint
 from codistill.runs.environment import describe_environment
 from codistill.runs.record_files import read_epoch_lines, read_epoch_texts, read_record, write_record
@@ -83,6 +85,8 @@ class RunFolder:
         self.config = config
         self.checkpoint_path = self.path / "last.pt"
         self._lock_stream: IO[str] | None = None
+        self.begun_with: int | None = None
+        """Epochs of a run that now goes on to others; None where they stay."""
         self._check_folder()
 
     def _check_folder(self) -> None:
@@ -103,17 +107,33 @@ class RunFolder:
         differing = [k for k in keys if k not in Config.NOT_IDENTITY and json.dumps(new[k]) != json.dumps(old.get(k))]
         if {new["data"].partition(":")[0], str(old.get("data")).partition(":")[0]} in ({"folder"}, {"npz"}):
             differing = [k for k in differing if k != "data"]  # it may have moved: its checksum in data.json decides
+        only_length = "epochs" in differing and {*differing} <= {"epochs", "milestones", "method"}
+        if only_length and self.config.resume is not None:
+            self._check_other_length(saved, old, new)
+            return
         if differing:
             key, was, now = _find_difference(differing[0], old, new)
             raise InputError(
                 f"{'--out' if self.config.resume is None else '--resume'}: {self.path} holds another run "
                 f"(--{key.replace('_', '-')} was {was}, now {now}); name another --out, or repeat the run with its "
-                "own options"
+                f"own options{', or go on with --resume auto' if only_length else ''}"
             )
         if self.config.resume is None:
             raise InputError(
                 f"--out {self.path} holds this run already; continue it with --resume auto, or name another"
             )
+
+    def _check_other_length(self, saved: Config, old: dict[str, Any], new: dict[str, Any]) -> None:
+        """Check that the run may go on to other epochs than it was begun with, and note it for `lock`."""
+        if old["method"] != new["method"]:
+            key, was, now = _find_difference("method", old, new)
+            flag = f"--{key.replace('_', '-')}"
+            raise InputError(
+                f"--epochs: in a run of {self.config.epochs} epochs {flag} is {json.dumps(now)}, and {self.path} was "
+                f"begun with another; add {flag} {json.dumps(was)}, or name another --out"
+            )
+        check_other_length(saved, self.config, self.read_metrics())
+        self.begun_with = saved.epochs
 
     @contextmanager
     def lock(self) -> Iterator[None]:
@@ -138,12 +158,31 @@ class RunFolder:
                     f"--out {self.path} cannot be written to ({error.strerror or error}); name another folder"
                 ) from None
             self._check_folder()  # again: the process that had the lock may have written a run
+            if self.begun_with is not None:
+                self._change_length(self.begun_with)
             for leftover in self.path.glob(".*.tmp"):  # of a killed process
                 leftover.unlink(missing_ok=True)
             try:
                 yield
             finally:
                 self._lock_stream = None
+
+    def _change_length(self, epochs: int) -> None:
+        """Let the run end after another number of epochs; what it wrote at its first end is kept under another name.
+
+        The result is renamed first: a process that is killed before it writes the config leaves the run as it was,
+        but for its result, which the run's own command writes again.
+        """
+        if self.complete:
+            warnings.warn(
+                f"this run ended after {epochs} epochs before, and its test images were read then; that result is kept "
+                f"in result-{epochs}-epochs.json",
+                stacklevel=2,
+            )
+        for name in ("result", "details"):
+            with suppress(FileNotFoundError):
+                os.replace(self.path / f"{name}.json", self.path / f"{name}-{epochs}-epochs.json")
+        write_record(self.path / "config.json", self.config.to_dict() | {"resume": None})
 
     def check_in_place(self) -> None:
         """Raise MachineError if the folder was deleted, renamed or replaced, or its lock deleted, since it was locked.
@@ -231,6 +270,33 @@ class RunFolder:
     def load(self) -> CheckpointState | None:
         """Return the newest good checkpoint, None if there is none yet; damaged ones are renamed."""
         return load_newest(self.path, rename_damaged=True)
+
+
+def check_other_length(old: Config, new: Config, metrics: Sequence[EpochLine]) -> None:
+    """Check that a run may go on to another number of epochs: that all it did would have been the same.
+
+    Args:
+        old: The config that it was trained with.
+        new: The same with other epochs, and perhaps other milestones.
+        metrics: Its epochs so far; the next one may have begun.
+
+    Raises:
+        InputError: it trained longer already, or an epoch would have had another learning rate.
+    """
+    done = len(metrics)
+    if new.epochs < done:
+        raise InputError(f"--epochs {new.epochs}: the run has trained {done} epochs already; give that many or more")
+    if old.first_averaged_epoch is not None:
+        raise InputError("--epochs: --deploy swa averages the last part of a run's epochs; name another --out")
+    for epoch in range(min(done + 1, old.epochs)):
+        was, now = (learning_rate_at(config, epoch) for config in (old, new))
+        if was != now:
+            own = f"give --milestones {' '.join(map(str, old.milestones or ()))}, those of the run, or "
+            fix = f"{'' if new.schedule == 'cosine' else own}name another --out"
+            raise InputError(
+                f"--epochs: epoch {epoch + 1} had the learning rate {was:g}, and in a run of {new.epochs} epochs it "
+                f"has {now:g}; {fix}"
+            )
 
 
 def _missing_folders(path: Path) -> list[Path]:

@@ -6,8 +6,8 @@ import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from codistill.config import learning_rate_at
 from codistill.runs import RunFolder
-from codistill.training.optim import learning_rate_at
 from codistill.training.run import Run
 from codistill.training.state import checkpoint_state
 from codistill.utils import (

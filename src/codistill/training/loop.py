@@ -18,7 +18,7 @@ from typing import Any, cast
 import numpy as np
 from torch import nn
 
-from codistill.config import Config
+from codistill.config import Config, learning_rate_at
 from codistill.data import ImageSet, Loader
 from codistill.distributed import init_mesh, resume_after_restart
 from codistill.evaluation import evaluate_peers
@@ -33,7 +33,7 @@ from codistill.training.early_ends import (
     save_checkpoint,
 )
 from codistill.training.loaders import curve_loader, test_loader
-from codistill.training.optim import learning_rate_at, set_learning_rate
+from codistill.training.optim import set_learning_rate
 from codistill.training.reporter import Reporter
 from codistill.training.run import Run, zero_sums
 from codistill.training.state import restore_state
