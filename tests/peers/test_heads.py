@@ -144,3 +144,17 @@ def test_members_with_the_same_weights_get_heads_of_their_own(tmp_path):
     assert torch.equal(*bodies)
     assert not torch.equal(*heads)
     assert F.cosine_similarity(heads[0].flatten(), heads[1].flatten(), 0) < 0.99
+
+
+@pytest.mark.parametrize(
+    ("network", "message"),
+    [
+        ("Halves", "it fails on one row and answers 4 rows with 2: its forward must take any number of rows"),
+        ("EvenOnly", "it fails on one row and answers 4 rows with 4"),
+        ("Doubled", "returns 2 rows for one image"),
+        ("FixedBatch", "cannot take images of 1 x 8 x 8"),
+    ],
+)
+def test_networks_that_do_not_answer_row_by_row_are_told_so(network, message):
+    with pytest.raises(InputError, match=message):
+        NetworkPeers(f"helpers.row_networks:{network}", 2, 10, in_channels=1, image_size=8)

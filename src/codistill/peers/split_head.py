@@ -208,6 +208,7 @@ def _whole_outputs(model: nn.Module, example: Inputs, advice: str) -> Tensor:
         with eval_mode(model), torch.no_grad():
             outputs = call_network(model, example)
     except Exception as error:  # whatever the network's own code raises
+        advice = _advise_rows(model, example) or advice
         raise InputError(f"--model {_model_name(model)} cannot take {shape} ({first_line(error)}); {advice}") from error
     if not isinstance(outputs, Tensor) or outputs.dim() != 2:
         kind = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
@@ -219,6 +220,21 @@ def _whole_outputs(model: nn.Module, example: Inputs, advice: str) -> Tensor:
             f"(its view or reshape is meant for another size); {advice}"
         )
     return outputs
+
+
+def _advise_rows(model: nn.Module, example: Inputs) -> str | None:
+    """Return what to change where a network takes several rows but not a single one; None where it takes neither."""
+    count = 4
+    try:
+        with eval_mode(model), torch.no_grad():
+            outputs = call_network(model, repeat_first_row(example, count))
+    except Exception:  # whatever the network's own code raises
+        return None
+    rows = f" with {len(outputs)}" if isinstance(outputs, Tensor) and outputs.dim() else ""
+    return (
+        f"it fails on one row and answers {count} rows{rows}: its forward must take any number of rows, and return one "
+        "row of logits for each"
+    )
 
 
 def _reproduces(member: SplitMember, example: Inputs, outputs: Tensor) -> bool:
