@@ -260,6 +260,14 @@ def test_a_failed_run_stops_only_its_students(tmp_path):
     assert read_json(tmp_path / "student/seed0/config.json")["method"]["teacher"] == str(tmp_path / "good" / "seed0")
 
 
+def wait_for_lines(path, count, seconds=120):
+    """Wait until a file has so many lines: a process that is asked to stop before it trains ends otherwise."""
+    deadline = time.monotonic() + seconds
+    while not path.exists() or path.read_bytes().count(b"\n") < count:
+        assert time.monotonic() < deadline, f"{path} has not {count} lines after {seconds} s"
+        time.sleep(0.05)
+
+
 @pytest.mark.slow
 def test_a_killed_grid_goes_on_where_it_stood(tmp_path):
     folder = tmp_path / "grid"
@@ -278,9 +286,7 @@ def test_a_killed_grid_goes_on_where_it_stood(tmp_path):
     ]
     grid = subprocess.Popen([*words, "--out", str(folder)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     lines = folder / "one-plain-network/seed0/metrics.jsonl"
-    deadline = time.monotonic() + 60
-    while not (lines.exists() and lines.read_bytes().count(b"\n") >= 2) and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_lines(lines, 2)
     grid.kill()
     grid.wait()
     lock = Path(f"{lines.parent}.lock")
@@ -293,8 +299,7 @@ def test_a_killed_grid_goes_on_where_it_stood(tmp_path):
     grid = subprocess.Popen(
         [*words, "--out", str(folder)], stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True
     )
-    while lines.read_bytes().count(b"\n") <= len(kept) + 1 and time.monotonic() < deadline:
-        time.sleep(0.05)
+    wait_for_lines(lines, len(kept) + 2)
     assert lines.read_text().splitlines()[: len(kept)] == kept  # nothing is trained twice
     grid.send_signal(signal.SIGTERM)
     _, said = grid.communicate(timeout=30)
