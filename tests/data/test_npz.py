@@ -58,6 +58,10 @@ BAD_ARRAYS = {
         {"x_train": np.zeros((12, 8, 9, 3), np.uint8), "x_test": np.zeros((6, 8, 9, 3), np.uint8)},
         "8 x 9; they must be square",
     ),
+    "channels first in both": (
+        {"x_train": np.zeros((12, 3, 9, 9), np.uint8), "x_test": np.zeros((6, 3, 9, 9), np.uint8)},
+        "images are 3 x 9 x 9, channels first; give them as N x H x W x C",
+    ),
 }
 
 

@@ -225,6 +225,11 @@ class ImageSet:
         shape, test_shape = self.x_train.shape[1:], self.x_test.shape[1:]
         if shape != test_shape:
             raise InputError(f"{flag}: training images are {shape}, test images {test_shape}{hint}")
+        if shape[0] != shape[1] == shape[-1] and shape[0] in (1, 3):
+            raise InputError(
+                f"{flag}: images are {' x '.join(map(str, shape))}, channels first; give them as N x H x W x C "
+                "(images.transpose(0, 2, 3, 1))"
+            )
         if shape[0] != shape[1]:
             raise InputError(f"{flag}: images are {shape[0]} x {shape[1]}; they must be square{hint}")
         if shape[0] < 8:
