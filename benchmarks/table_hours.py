@@ -20,7 +20,7 @@ import torch
 
 from codistill.config import METHODS, Config, ReproduceConfig
 from codistill.data import ImageSet
-from codistill.evaluation import training_flops
+from codistill.evaluation import inner_step_flops, training_flops
 from codistill.models import resolve
 from codistill.reproduce.plan import make_plan
 from codistill.reproduce.recipes import TABLES
@@ -50,7 +50,7 @@ def flops_of_run(config: Config, name: str) -> float:
     config = dataclasses.replace(
         config, data="python:random", data_dir=None, data_pipeline="auto", val_fraction=0.0, weights=None,
         image_size=None, batch_size=2, execution="loop", device="cpu", dtype="float32", out="unused",
-        train_per_class=None,
+        train_per_class=None, sampler="uniform",
     )  # fmt: skip
     config = config.resolved()
     data = images_like(name)
@@ -61,6 +61,9 @@ def flops_of_run(config: Config, name: str) -> float:
     zeros_VBCHW = torch.zeros(run.method.num_views, 2, 3, size, size)
     labels_B = torch.zeros(2, dtype=torch.int64)
     flops = training_flops(run.peers, run.method, lambda views: forward_all(run, views), zeros_VBCHW, labels_B)
+    if run.method.inner_interval:
+        inner = inner_step_flops(run.method, run.peers, zeros_VBCHW, labels_B, run.optimizers[0])
+        flops += inner / run.method.inner_interval
     return flops * images * config.epochs
 
 

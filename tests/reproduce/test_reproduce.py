@@ -100,6 +100,27 @@ def test_imagenet_cells_can_be_built_at_smoke_scale():
     assert len(seen) > 20
 
 
+@pytest.mark.parametrize(
+    ("table", "network", "schedule", "longer"),
+    [
+        ("hssakd_cifar100", "wrn40_2", (240, (150, 180, 210), 64, 0.05), (2160, (1350, 1620, 1890))),
+        ("hssakd_imagenet", "resnet18", (100, (30, 60, 90), 256, 0.1), (950, (285, 570, 855))),
+        ("mcl_cifar100", "resnet32", (300, (), 128, 0.1), (300, ())),
+        ("l_mcl_cifar100", "wrn16_2", (300, (), 128, 0.1), (750, ())),
+        ("okdph_cifar100", "resnet110", (300, (150, 225), 128, 0.1), (450, (225, 337))),
+    ],
+)
+def test_the_schedules_of_contrib_are_the_released_codes(table, network, schedule, longer):
+    recipe = TABLES[table]
+    for method in recipe.methods:
+        config = recipe.config(network, method).resolved()
+        assert (config.epochs, config.milestones, config.batch_size, config.lr) == schedule
+        if method in recipe.equal_cost:
+            baseline = recipe.config(network, recipe.equal_cost[method]).resolved()
+            assert (baseline.epochs, baseline.milestones) == longer
+            assert baseline.sampler == config.sampler
+
+
 def test_the_recipe_of_okddips_tables_is_its_codes():
     config = TABLES["okddip_table2"].config("resnet32", "OKDDip-branch").resolved()
     assert (config.epochs, config.batch_size, config.weight_decay, config.lr) == (300, 128, 5e-4, 0.1)

@@ -91,6 +91,7 @@ def scale_config(config: Config, scale: Scale) -> Config:
             "model": ("resnet8",) * len(config.model),
             "branch_at": forks,
             "lr": 0.05,
+            "sampler": "uniform" if config.sampler == "uniform" else "pairs:6",  # of 8 of the digits' 10 classes
         }
         return dataclasses.replace(config, **small, epochs=4, batch_size=48, milestones=None, warmup_epochs=0.0)
     tenth = max(config.epochs // 10, 2)
