@@ -6,6 +6,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch.overrides import TorchFunctionMode
 from torchvision.transforms import RandomErasing, v2
 
 from codistill.data import Augmentation, DeviceLoader, FileLoader, LoaderOptions, load_set
@@ -28,7 +29,7 @@ def random_images(count, size=12, channels=3):
 @pytest.mark.parametrize("channels", [1, 3])
 @pytest.mark.parametrize("policy", ["randaugment", "trivialaugment"])
 def test_operations_are_torchvisions(policy, channels):
-    """Every operation, at several magnitudes and with both signs, on a batch and image by image."""
+    """Every operation, at every magnitude that is drawn and with both signs, on a batch and image by image."""
     theirs = v2.RandAugment() if policy == "randaugment" else v2.TrivialAugmentWide()
     ours = AutoAugment(policy, 12, 12)
     pixels = torch.from_numpy(random_images(3, channels=channels))
@@ -36,7 +37,8 @@ def test_operations_are_torchvisions(policy, channels):
         magnitudes, signed = theirs._AUGMENTATION_SPACE[name]
         values = magnitudes(BINS, 12, 12)
         assert ours.operations[number].signed == signed
-        for bin_number in (0, 4, RAND_AUGMENT_BIN, 17, 30) if values is not None else (0,):
+        drawn_bins = range(BINS) if ours.wide else (RAND_AUGMENT_BIN,)
+        for bin_number in drawn_bins if values is not None else (0,):
             for sign in (0, 1) if signed else (0,):
                 magnitude = 0.0 if values is None else float(values[bin_number]) * (-1) ** sign
                 expected = [
@@ -59,6 +61,27 @@ def test_each_image_gets_what_it_drew():
     alone = [ours.apply(pixels[:, b : b + 1].clone(), drawn[..., b : b + 1]) for b in range(40)]
     assert torch.equal(together, torch.cat(alone, 1))
     assert not torch.equal(together, pixels)
+
+
+def test_no_constant_is_copied_to_the_device():
+    """`torch.tensor(..., device=...)` makes the host wait for all that a GPU still has to do."""
+
+    class Counter(TorchFunctionMode):
+        copies = 0
+
+        def __torch_function__(self, func, types, args=(), kwargs=None):
+            self.copies += func is torch.tensor
+            return func(*args, **(kwargs or {}))
+
+    for policy in ("randaugment", "trivialaugment"):
+        ours = AutoAugment(policy, 12, 12)
+        pixels, drawn = torch.from_numpy(random_images(200)).unsqueeze(0), ours.draw(200, torch.Generator())
+        with Counter() as first:
+            ours.apply(pixels.clone(), drawn.unsqueeze(0))
+        with Counter() as second:
+            ours.apply(pixels.clone(), drawn.unsqueeze(0))
+        assert first.copies > 0  # the tables of positions are made once
+        assert second.copies == 0
 
 
 def test_draws_are_uniform():
