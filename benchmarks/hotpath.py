@@ -249,7 +249,7 @@ def small_networks(pairs: int) -> list[dict[str, str]]:
     loop = NetworkPeers("resnet32", 4, 10, image_size=8)
     stacked = NetworkPeers("resnet32", 4, 10, image_size=8)
     x, y = torch.randn(1, 2, 3, 8, 8), torch.randint(10, (2,))
-    stacked.runner = StackedPeers(stacked, x[0])
+    stacked.stacked_runner = StackedPeers(stacked, x[0])
 
     def step_of(peers: NetworkPeers) -> Step:
         def step() -> None:
@@ -288,7 +288,7 @@ def peak_memory(name: str, topology: str, checkpoint: bool = False) -> float:
 import torch
 torch.set_num_threads(1)
 from codistill.config.config import Config
-from codistill.utils.device import forget_peak, peak_megabytes
+from codistill.utils.device import peak_megabytes, reset_peak_memory
 from codistill.training.build import build_run
 from codistill.training.step import train_step
 from codistill.training.run import zero_sums
