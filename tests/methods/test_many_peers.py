@@ -110,6 +110,17 @@ def test_wide_features_are_not_put_side_by_side(name):
     assert largest_tensor(method, *outputs_of(4, 128, 100, 512), without=parameters) <= 3
 
 
+@pytest.mark.parametrize("widths", [(3, 4, 5), (20, 30, 40)])
+def test_pcl_classifies_all_features_with_one_linear_layer(widths):
+    method, features = PCL(3, widths, 7).double(), [torch.randn(6, width).double() for width in widths]
+    outputs = PeerOutputs(torch.zeros(3, 6, 7).double(), features)
+    expected = sum(
+        torch.einsum("bd,cd->bc", feature, weight)
+        for feature, weight in zip(features, method.classifier.weight.split(widths, 1))
+    )
+    close(method.ensemble(outputs), (expected + method.classifier.bias).log_softmax(-1))
+
+
 def test_what_measures_the_largest_tensor_sees_forward_and_backward():
     z, _, _ = random_peers(num_peers=4, batch=5, classes=7)
     sizes = []

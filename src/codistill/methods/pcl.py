@@ -69,18 +69,19 @@ class PCL(Method):
         z_PBC = outputs.logits_PBC
         ensemble_BC = self._classify(outputs.features)
         ce_teacher = cross_entropy(ensemble_BC, targets_B)
-        # The ensemble is one more target of everyone, after the mean teachers.
-        teachers = torch.cat((outputs.ema_logits_PBC.detach(), ensemble_BC.detach().unsqueeze(0)))
-        log_teachers = soften(teachers, self.temperature)
-        log_mean_PBC = log_teachers[:-1]
+        mean_PBC, teacher_BC = outputs.ema_logits_PBC.detach(), ensemble_BC.detach()
         if self.divergence.is_plain_kl:
+            # The ensemble is one more target of everyone, after the mean teachers.
+            log_teachers = _soften_together(mean_PBC, teacher_BC, self.temperature)
+            log_mean_PBC = log_teachers[:-1]
             from_others_PP = 1 - torch.eye(self.num_peers, dtype=z_PBC.dtype, device=z_PBC.device)
             from_others_PP = from_others_PP / (self.num_peers - 1)
             weights = torch.cat((from_others_PP, torch.ones_like(from_others_PP[:, :1])), 1)
             distill_P = weighted_kl(soften(z_PBC, self.temperature), log_teachers, weights) * self.temperature**2
         else:
-            from_peers_P = self.divergence.pairwise(z_PBC, teachers[:-1], targets_B) / (self.num_peers - 1)
-            distill_P = self.divergence(z_PBC, log_teachers[-1], targets_B) + from_peers_P
+            log_mean_PBC = soften(mean_PBC, self.temperature)
+            from_peers_P = self.divergence.pairwise(z_PBC, mean_PBC, targets_B) / (self.num_peers - 1)
+            distill_P = self.divergence(z_PBC, soften(teacher_BC, self.temperature), targets_B) + from_peers_P
         terms = combine_terms(
             cross_entropy(z_PBC, targets_B), distill_P, weight * self.weight, targets_PBC=log_mean_PBC
         )
@@ -94,10 +95,22 @@ class PCL(Method):
     def _classify(self, features: Sequence[Tensor]) -> Tensor:
         """Return W [f_1; ...; f_m] + b, `B x C`.
 
-        One product per peer: the features side by side would be larger than all logits where they are wide.
+        Features that are wider than all logits take one product per peer, because joined they would be the largest
+        tensor of the losses. Else one product is faster: no gradients of parts of W have to be joined.
         """
         widths = [feature_BD.shape[-1] for feature_BD in features]
+        if sum(widths) <= len(features) * self.classifier.out_features:
+            return self.classifier(torch.cat(tuple(features), 1))
         logits_BC = self.classifier.bias
         for feature_BD, weight_CD in zip(features, self.classifier.weight.split(widths, 1)):
             logits_BC = torch.addmm(logits_BC, feature_BD, weight_CD.t())
         return logits_BC
+
+
+def _soften_together(logits_PBC: Tensor, more_BC: Tensor, temperature: float) -> Tensor:
+    """Return `soften` of both, one after the other; `torch.cat` before it would copy all logits once more."""
+    dtype = torch.promote_types(logits_PBC.dtype, more_BC.dtype)
+    scaled = logits_PBC.new_empty((len(logits_PBC) + 1, *more_BC.shape), dtype=dtype)
+    torch.div(logits_PBC, temperature, out=scaled[:-1])
+    torch.div(more_BC, temperature, out=scaled[-1])
+    return scaled.log_softmax(-1)
