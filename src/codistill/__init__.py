@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from codistill import metrics as metrics
     from codistill.config import Config as Config
     from codistill.data import ImageSet as ImageSet
+    from codistill.deploy import load_predictor as load_predictor
     from codistill.peers import BranchPeers as BranchPeers
     from codistill.peers import NetworkPeers as NetworkPeers
     from codistill.peers import PeerOutputs as PeerOutputs
@@ -29,6 +30,7 @@ _load, __dir__ = lazy_names(
     {
         "config": "Config",
         "data": "ImageSet",
+        "deploy": "load_predictor",
         "peers": "BranchPeers NetworkPeers PeerOutputs TwinPeers",
         "training": "load_run train",
         "utils": "InputError MachineError",
@@ -54,6 +56,7 @@ __all__ = [
     "NetworkPeers",
     "PeerOutputs",
     "TwinPeers",
+    "load_predictor",
     "load_run",
     "losses",
     "methods",

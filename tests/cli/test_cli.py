@@ -93,7 +93,7 @@ torch.save((model(student.normalize(pixels, about)), about["classes"]), "answer.
     subprocess.run([sys.executable, "-c", code], cwd=tmp_path / "out", check=True)
     import torch
 
-    from codistill.training.build import load_run
+    from codistill.training.load import load_run
 
     answer, classes = torch.load(tmp_path / "out" / "answer.pt")
     t = load_run(tmp_path / "run")

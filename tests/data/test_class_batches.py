@@ -12,7 +12,8 @@ from codistill.config.config import Config
 from codistill.data import DeviceLoader
 from codistill.data.class_balance import check_class_batches, draw_class_batches
 from codistill.data.loader import Augmentation, LoaderOptions
-from codistill.training.build import build_run, load_without_images
+from codistill.training.build import build_run
+from codistill.training.load import load_without_images
 from codistill.training.loop import train
 from codistill.training.state import checkpoint_state
 from codistill.training.summary import describe_run

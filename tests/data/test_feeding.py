@@ -17,7 +17,7 @@ from codistill.deploy.predict import load_predictor
 from codistill.models.external import pretrained_statistics
 from codistill.training import loaders as feeding
 from codistill.training.build import build_run as build
-from codistill.training.build import load_run
+from codistill.training.load import load_run
 from codistill.utils.errors import InputError
 from helpers.folders import train_on, write_images
 

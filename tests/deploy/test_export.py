@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from codistill.cli.main import main
 from codistill.deploy.export import _export_errors_as_sentence
-from codistill.training.build import load_run
+from codistill.training.load import load_run
 from codistill.training.teacher import read_export_metadata
 from codistill.utils.errors import InputError
 from codistill.utils.tables import escape_markdown

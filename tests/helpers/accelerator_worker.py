@@ -21,7 +21,7 @@ from codistill.deploy import predict
 from codistill.methods import Method
 from codistill.models import resolve
 from codistill.peers.base import Peers
-from codistill.training import build, loop, summary
+from codistill.training import build, load, loop, summary
 from codistill.training.run import Run
 from codistill.utils.device import NO_FLOAT64
 from helpers.accelerator import DEVICE, OnDevice, Simulated
@@ -132,7 +132,7 @@ def compared(name: str, options: dict, folder: Path) -> dict[str, Any]:
         with Simulated("no float64" not in name):
             ours = there.peers.state_dict()
             if "no float64" in name:  # what a CPU has kept in float64 can be judged there all the same
-                build.load_run(folder / "cpu", data=images())
+                load.load_run(folder / "cpu", data=images())
             predictor = predict.load_predictor(folder / "there")
             guesses = predictor.probabilities(images().x_test[:8].transpose(0, 3, 1, 2))
     finally:

@@ -15,8 +15,9 @@ from codistill.models import build as build_network
 from codistill.models import resolve
 from codistill.peers import PeerOutputs, TwinPeers
 from codistill.reproduce.comparison import plan_comparison
-from codistill.training.build import build_run, load_run
+from codistill.training.build import build_run
 from codistill.training.dry_run import describe_dry_run
+from codistill.training.load import load_run
 from codistill.training.loop import train
 from codistill.training.state import checkpoint_state
 from codistill.training.step import train_step

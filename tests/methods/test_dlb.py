@@ -10,7 +10,8 @@ from codistill.config import DLBConfig
 from codistill.losses import kl_divergence
 from codistill.methods import DLB
 from codistill.peers import PeerOutputs, PreviousOutputs
-from codistill.training.build import build_run, load_run
+from codistill.training.build import build_run
+from codistill.training.load import load_run
 from codistill.training.loop import train
 from codistill.training.run import zero_sums
 from codistill.training.state import checkpoint_state

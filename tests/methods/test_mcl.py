@@ -12,7 +12,8 @@ from codistill.methods import MCL
 from codistill.methods.contrib.mcl import PARTS, info_nce
 from codistill.models import build, resolve
 from codistill.peers import PeerOutputs
-from codistill.training.build import build_run, load_run
+from codistill.training.build import build_run
+from codistill.training.load import load_run
 from codistill.training.loop import train
 from codistill.training.step import train_step
 from codistill.utils import InputError, count_parameters

@@ -20,7 +20,7 @@ from codistill.runs.checkpoint import (
     load_checkpoint,
     write_checkpoint,
 )
-from codistill.training.build import load_run
+from codistill.training.load import load_run
 from codistill.training.loop import train
 from codistill.training.reporter import Reporter
 from codistill.utils.errors import InputError

@@ -14,7 +14,8 @@ from codistill.models.registry import resolve
 from codistill.reproduce.grid import Cell
 from codistill.reproduce.statistics import comparison_rows, differences_to_baselines
 from codistill.training.averaging import recompute_statistics
-from codistill.training.build import build_run, load_run
+from codistill.training.build import build_run
+from codistill.training.load import load_run
 from codistill.training.loop import train
 from codistill.training.run import zero_sums
 from codistill.training.state import checkpoint_state

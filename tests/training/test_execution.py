@@ -11,8 +11,9 @@ from codistill.config.config import Config
 from codistill.methods import build_method
 from codistill.peers import NetworkPeers, build_peers
 from codistill.peers.stacked import StackedConv2d, StackedPeers
-from codistill.training.build import build_run, load_run
+from codistill.training.build import build_run
 from codistill.training.execution import choose_execution
+from codistill.training.load import load_run
 from codistill.training.loaders import evaluation_batch
 from codistill.training.loop import train
 from codistill.training.run import zero_sums

@@ -33,7 +33,7 @@ def run(tmp_path_factory):
 
 
 def setup_plain(path):
-    from codistill.training.build import load_run
+    from codistill.training.load import load_run
     from codistill.training.student import deployed_network
 
     return deployed_network(load_run(path))

@@ -82,7 +82,7 @@ def _run_command(argv: list[str] | None) -> int:
         print("\n".join(complete(argv[1:])))
         return 0
     show_traceback = TRACEBACK_FLAG in argv or os.environ.get("CODISTILL_TRACEBACK", "0") not in ("", "0")
-    argv = [word for word in argv if word != TRACEBACK_FLAG]
+    argv = [_with_home(word) for word in argv if word != TRACEBACK_FLAG]
     try:
         if not argv or argv[0] not in COMMANDS:
             name = argv[0] if argv else ""
@@ -104,6 +104,16 @@ def _run_command(argv: list[str] | None) -> int:
         if sentence is None and show_traceback:
             traceback.print_exc()
         return _print_error(sentence or describe_unexpected(error, argv), code)
+
+
+def _with_home(word: str) -> str:
+    """Return a word with `~` as the home directory, where the shell leaves it: in quotes, and after the `=` of a flag.
+
+    >>> _with_home("--out=~/run") == "--out=" + os.path.expanduser("~/run"), _with_home("a~b"), _with_home("--lr=1")
+    (True, 'a~b', '--lr=1')
+    """
+    flag, equals, value = word.partition("=") if word.startswith("--") else ("", "", word)
+    return flag + equals + os.path.expanduser(value)
 
 
 def parse_and_run(command: str, argv: list[str]) -> int:

@@ -90,7 +90,7 @@ def export_student(run: Run, path: Path, kind: str = "safetensors", temperature:
     """
     *written, _ = check_targets(run, path, kind)
     images_BCHW, expected_BC = _trained_outputs(run)
-    student = deployed_network(run).cpu().float()
+    student = without_wrappers(deployed_network(run)).cpu().float()
     write = {"safetensors": _write_safetensors, "torch-export": _write_torch_export, "onnx": _write_onnx}[kind]
     try:
         program = write(student, images_BCHW, student_metadata(run, temperature), path)

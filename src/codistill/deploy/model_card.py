@@ -13,6 +13,8 @@ from typing import Any
 
 from codistill.config import Checkpoint
 from codistill.deploy.calibrate import read_temperature
+from codistill.deploy.card_code import usage_code
+from codistill.deploy.export import SUFFIXES, student_metadata
 from codistill.runs import DataInfo, Environment, RunResult, TableFile, read_record
 from codistill.training import Run, count_trained_and_deployed, deployed_name
 from codistill.utils import InputError, escape_markdown, markdown, on_one_line
@@ -46,7 +48,12 @@ def read_card_records(folder: Path, checkpoint: Checkpoint = "last") -> CardReco
 
 
 def make_model_card(
-    run: Run, records: CardRecords, exported: Path, difference: float, license: str, checkpoint: Checkpoint = "last"
+    run: Run,
+    records: CardRecords,
+    exported: Path,
+    difference: float,
+    license: str,
+    checkpoint: Checkpoint = "last",
 ) -> str:
     """Return the model card of an exported student.
 
@@ -64,6 +71,7 @@ def make_model_card(
     parts = [
         _front_matter(run, result, license),
         _describe_student(run, exported),
+        _describe_use(run, exported, records.temperature),
         _describe_accuracy(run, result, records.grid),
         _describe_training(run, records.environment, result),
     ]
@@ -107,7 +115,9 @@ def _describe_student(run: Run, exported: Path) -> str:
     more = f", and {len(run.data.classes) - MAX_CLASS_NAMES} more" if len(run.data.classes) > MAX_CLASS_NAMES else ""
     size = run.data.image_size
     crop = (
-        f" (the shorter side resized to {round(size * 8 / 7)}, center crop)" if run.data.resize_mode == "crop" else ""
+        f" (the shorter side resized to {round(size * 8 / 7)}, center crop)"
+        if run.data.resize_mode == "crop"
+        else " (others stretched to that size)"
     )
     return (
         f"# {escape_markdown(exported.name)}\n\n"
@@ -115,6 +125,15 @@ def _describe_student(run: Run, exported: Path) -> str:
         f"images of {size} x {size} pixels{crop} and {run.data.channels} channel(s), as (pixels / 255 - mean) "
         f"/ std with mean {list(run.data.mean)} and std {list(run.data.std)}. Deployed: {deployed_name(run)}."
     )
+
+
+def _describe_use(run: Run, exported: Path, temperature: float) -> str:
+    """Return the code that classifies one image; none for images of other channels than files have."""
+    if run.data.channels not in (1, 3):
+        return f"## Use\n\nIt takes images of {run.data.channels} channels, normalized as above."
+    kind = next(kind for kind, suffix in SUFFIXES.items() if suffix == exported.suffix)
+    code = usage_code(exported, kind, student_metadata(run, temperature))
+    return f"## Use\n\n```python\n{code}```"
 
 
 def _describe_accuracy(run: Run, result: dict[str, Any], grid: TableFile | None) -> str:
@@ -132,7 +151,7 @@ def _describe_accuracy(run: Run, result: dict[str, Any], grid: TableFile | None)
     rows = [{"test set, last epoch": labels[k], "value": f"{v:.4g}"} for k, v in student.items() if k in labels]
     text = f"## Accuracy\n\n{result['test']['samples']:,} test images, one run (seed {run.config.seed}), protocol "
     text += f"{run.config.protocol}: "
-    honest = "every choice was made on validation images, and the test set was read once."
+    honest = "the run itself chose nothing on the test set, and read it once, at its end."
     text += honest if run.config.protocol == "honest" else "no validation part, the last epoch counts."
     text += f"\n\n{markdown(rows)}"
     if grid is None:
@@ -165,11 +184,12 @@ def _describe_training(run: Run, environment: Environment, result: dict[str, Any
     device = environment.get("gpu") or f"CPU ({environment.get('threads', '?')} threads)"
     seconds = result.get("seconds", run.progress.seconds)
     paper = getattr(run.method, "citation", None)
+    members = c.topology if run.peers.num_peers > 1 else "network"
     cited = f" ({escape_markdown(paper)})" if paper else ""
     varied = result.get("augmentation") or run.data.describe_augmentation(**c.augmentation_options())
     lines = [
         f"- Data: {escape_markdown(c.data)}; {escape_markdown(result.get('split') or run.splits.describe(run.data))}",
-        f"- Method: {run.method.name}, {run.peers.num_peers} {c.topology}{cited}",
+        f"- Method: {run.method.name}, {run.peers.num_peers} {members}{cited}",
         f"- From {escape_markdown(start)}; {c.epochs} epochs, batch {c.batch_size}, learning rate {c.lr:g}, "
         f"weight decay {c.weight_decay:g}; {escape_markdown(varied)}; seed {c.seed}",
         f"- Cost: {trained:,} parameters trained, {deployed:,} deployed; {seconds:.0f} s on {escape_markdown(device)}",

@@ -27,7 +27,7 @@ from codistill.utils import InputError, check_imports, escape_csv, find_outside_
 
 @dataclass
 class Predictor:
-    """A run's deployed student, and how images become its inputs."""
+    """A run's deployed student, and how images become its inputs; `load_predictor` makes one."""
 
     network: nn.Module
     data_info: DataInfo
@@ -46,14 +46,45 @@ class Predictor:
         scores = self.network(x.to(dtype)).cpu().double() / self.temperature
         return scores.softmax(-1).numpy()
 
+    def predict(self, files: Sequence[str | Path], top: int = 5) -> list[Prediction]:
+        """Return the `top` most probable classes of image files, and of all image files in folders.
+
+        A file that cannot be read has an `error` instead.
+
+        Raises:
+            InputError: a file or folder does not exist, or a folder holds no image or a link to outside it.
+        """
+        return [*predict_images(self, find_images([*map(str, files)]), top)]
+
+    def __repr__(self) -> str:
+        """Return the network's type and the classes, on one line."""
+        return f"Predictor({type(self.network).__name__}, {len(self.data_info['classes'])} classes)"
+
 
 def load_predictor(
     run: str | Path, device: Device = "auto", checkpoint: Checkpoint = "last", allow_import: bool = False
 ) -> Predictor:
     """Load the deployed student of a run folder; the data set it was trained on is not needed.
 
+    Args:
+        run: The run folder.
+        device: Where to run.
+        checkpoint: The newest good one, or the best on validation.
+        allow_import: Run the code that the folder names, where its network or method is one's own.
+
     Raises:
         InputError: there is no such run, its training has not begun, or it names code and `allow_import` is not given.
+
+    >>> from PIL import Image
+    >>> from codistill.config import Config
+    >>> from codistill.training import train
+    >>> options = {"data": "digits", "peers": 1, "train_per_class": 20, "epochs": 1, "out": "runs/tiny"}
+    >>> _ = train(Config("independent", "resnet8", **options))
+    >>> predictor = load_predictor("runs/tiny")
+    >>> Image.new("L", (8, 8)).save("runs/blank.png")
+    >>> [guess] = predictor.predict(["runs/blank.png"], top=1)
+    >>> predictor, guess["file"], len(guess["top"])
+    (Predictor(ResNet, 10 classes), 'runs/blank.png', 1)
     """
     path = Path(run)
     config = open_run(path, without_initial_weights=True, allow_import=allow_import)

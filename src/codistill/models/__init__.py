@@ -8,6 +8,9 @@ if TYPE_CHECKING:
     from codistill.models.external import EXTERNAL_MODELS as EXTERNAL_MODELS
     from codistill.models.external import LogitsOnly as LogitsOnly
     from codistill.models.external import Source as Source
+    from codistill.models.external import accepted_kwargs as accepted_kwargs
+    from codistill.models.external import import_callable as import_callable
+    from codistill.models.external import parse_source as parse_source
     from codistill.models.external import pretrained_statistics as pretrained_statistics
     from codistill.models.external import takes_only_rgb as takes_only_rgb
     from codistill.models.registry import MODELS as MODELS
@@ -22,7 +25,10 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "external": "EXTERNAL_MODELS LogitsOnly Source pretrained_statistics takes_only_rgb",
+        "external": (
+            "EXTERNAL_MODELS LogitsOnly Source accepted_kwargs import_callable parse_source pretrained_statistics "
+            "takes_only_rgb"
+        ),
         "registry": "MODELS WithWeights build has_weights resolve source_of",
         "weights": "without_prefix without_wrappers",
     },

@@ -14,7 +14,7 @@ import inspect
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from types import SimpleNamespace
 from typing import Any
 
@@ -67,6 +67,23 @@ class Source:
             model_cfg = _import_library(self, "timm").get_pretrained_cfg(self.path)
             return None if model_cfg is None or model_cfg.fixed_input_size else model_cfg.input_size[-1]
         return None
+
+    def library_options(self, image_size: int | None) -> dict[str, Any]:
+        """Return the options with which timm or torchvision builds the network for images of this size."""
+        options = self.options
+        if self.kind == "timm" and not self.path.startswith("local-dir:"):
+            model_cfg = _import_library(self, "timm").get_pretrained_cfg(self.path)
+            if (
+                model_cfg is not None
+                and model_cfg.fixed_input_size
+                and image_size not in (None, model_cfg.input_size[-1])
+            ):
+                options = {"img_size": image_size} | options
+        if self.kind == "torchvision":
+            options = _TORCHVISION_DEFAULTS.get(self.path, {}) | options
+            if self.path.startswith("vit_") and image_size is not None:
+                options = {"image_size": image_size} | options
+        return options
 
     def __call__(self, num_classes: int = 1000, in_channels: int = 3, image_size: int | None = None) -> nn.Module:
         """Build one network.
@@ -165,12 +182,10 @@ def _build_timm(source: Source, num_classes: int, in_channels: int, image_size: 
         raise InputError(
             f'--model {source.name}: timm has no "{source.path}"{_suggest_name(source.path, timm.list_models())}'
         )
-    model_cfg = None if local else timm.get_pretrained_cfg(source.path)
-    if model_cfg is not None and model_cfg.fixed_input_size and image_size not in (None, model_cfg.input_size[-1]):
-        source = replace(source, options={"img_size": image_size} | source.options)
+    options = source.library_options(image_size)
     with errors_as_sentences(source):
         return timm.create_model(
-            source.path, pretrained=source.pretrained, num_classes=num_classes, in_chans=in_channels, **source.options
+            source.path, pretrained=source.pretrained, num_classes=num_classes, in_chans=in_channels, **options
         )
 
 
@@ -184,9 +199,7 @@ def _build_torchvision(source: Source, num_classes: int, in_channels: int, image
         )
     if in_channels != 3:
         raise InputError(f"--model {source.name} takes 3 channels, not {in_channels}; leave --channels out or give 3")
-    options = _TORCHVISION_DEFAULTS.get(source.path, {}) | source.options
-    if source.path.startswith("vit_") and image_size is not None:
-        options = {"image_size": image_size} | options
+    options = source.library_options(image_size)
     with errors_as_sentences(source):
         network = models.get_model(source.path, weights=None, num_classes=num_classes, **options)
         if not source.pretrained:

@@ -19,7 +19,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
     Raises:
         InputError: the file is missing, damaged or contains no weights.
     """
-    file = Path(path)
+    file = Path(path).expanduser()  # config files have no shell
     if not file.is_file():
         raise InputError(f"--weights {path} does not exist; name a .safetensors file or a saved state dict")
     try:
@@ -32,9 +32,17 @@ def read_weights(path: str) -> dict[str, Tensor]:
         raise InputError(f"--weights {path} cannot be read ({first_line(error)})") from None
     for key in ("state_dict", "model_state_dict", "model"):
         state = state[key] if isinstance(state, dict) and isinstance(state.get(key), dict) else state
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"--weights {path} contains no state dict; save model.state_dict()")
-    return state
+    if _is_state_dict(state):
+        return state
+    inside = [key for key, value in state.items() if _is_state_dict(value)] if isinstance(state, dict) else []
+    if len(inside) == 1:
+        return state[inside[0]]
+    several = f" but {len(inside)} ({', '.join(map(str, inside))}); save one of them alone" if inside else ""
+    raise InputError(f"--weights {path} contains no state dict{several or '; save model.state_dict()'}")
+
+
+def _is_state_dict(state: object) -> bool:
+    return isinstance(state, dict) and bool(state) and all(isinstance(value, Tensor) for value in state.values())
 
 
 def load_weights(network: nn.Module, weights: dict[str, Tensor], flag: str) -> nn.Module:

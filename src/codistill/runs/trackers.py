@@ -68,7 +68,7 @@ class Tracker:
         if module is None:
             return
         if kind == "tensorboard":  # which hides what an earlier part of the run logged from this epoch on
-            self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=epoch or None)
+            self.writer = module.SummaryWriter(str(folder / "tensorboard"), purge_step=epoch)
             return
         self.module = module
         self.state_path = folder / "tracker.json"

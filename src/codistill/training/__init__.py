@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from codistill.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
-    from codistill.training.build import load_run as load_run
-    from codistill.training.build import load_without_images as load_without_images
     from codistill.training.dry_run import describe_dry_run as describe_dry_run
+    from codistill.training.load import load_run as load_run
+    from codistill.training.load import load_without_images as load_without_images
     from codistill.training.loaders import curve_loader as curve_loader
     from codistill.training.loaders import load_images as load_images
     from codistill.training.loaders import make_loader as make_loader
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "build": "load_run load_without_images",
+        "load": "load_run load_without_images",
         "dry_run": "describe_dry_run",
         "loaders": "curve_loader load_images make_loader test_loader",
         "loop": "Result train",

@@ -1,4 +1,4 @@
-"""Building a run from its config: `build_run`; and from a run folder, with its weights: `load_run`."""
+"""Building a run from its config: `build_run`."""
 
 from __future__ import annotations
 
@@ -6,15 +6,14 @@ import dataclasses
 import os
 import random
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
 
-from codistill.config import Checkpoint, Config, Device, TeacherConfig
-from codistill.data import Augmentation, ImageSet, Loader, Provenance, Splits
+from codistill.config import Config, TeacherConfig
+from codistill.data import Augmentation, ImageSet, Loader, Splits
 from codistill.distributed import Mesh, MeshPeers, ProcessMesh, SingleProcess, convert_batchnorm
 from codistill.methods import Method, build_method
 from codistill.peers import (
@@ -28,7 +27,6 @@ from codistill.peers import (
     build_peers,
     check_mixable,
 )
-from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
 from codistill.training.execution import choose_execution, stack_peers
 from codistill.training.loaders import load_images, make_loader
 from codistill.training.nonfinite_guard import FiniteGuard
@@ -37,12 +35,11 @@ from codistill.training.peer_step import make_mean_teacher
 from codistill.training.previous_batch import PreviousBatch
 from codistill.training.run import Run, zero_sums
 from codistill.training.sam import check_sam
-from codistill.training.state import restore_state
 from codistill.training.step import parameters_of
 from codistill.training.step_graph import StepGraph
 from codistill.training.teacher import load_teacher
 from codistill.training.trial import check_twins_differ, try_networks
-from codistill.utils import DTYPES, InputError, accumulation_dtype, check_imports, pick_device
+from codistill.utils import DTYPES, InputError, accumulation_dtype, pick_device
 
 
 def build_run(
@@ -314,85 +311,3 @@ def build_loader(config: Config, data: ImageSet, splits: Splits, method: Method,
         shard = (0, 1) if config.mixup or config.cutmix else (mesh.data_index, mesh.num_data)
         loader.shard(*shard, mesh.local_members if mesh.num_peer > 1 else range(views))
     return loader
-
-
-def load_run(
-    path: str | Path,
-    data_dir: str | None = None,
-    device: Device = "auto",
-    checkpoint: Checkpoint = "last",
-    allow_import: bool = False,
-    data: ImageSet | None = None,
-) -> Run:
-    """Build the run of a run folder with the weights of a checkpoint, for evaluation and export.
-
-    Args:
-        path: The run folder.
-        data_dir: Where the data is now; default where it was when the run was trained.
-        device: Where to run.
-        checkpoint: The newest good one, or the best on validation.
-        allow_import: Run the code that the folder names, where its network or method is one's own
-            (package.module:callable).
-        data: The images, where they were given from Python.
-
-    Raises:
-        InputError: there is no such run, its checkpoint is missing or damaged, its images have changed, or it names
-            code.
-
-    >>> from codistill.training import train
-    >>> options = {"data": "digits", "peers": 1, "train_per_class": 20, "epochs": 1, "out": "runs/small"}
-    >>> _ = train(Config("independent", "resnet8", **options))
-    >>> run = load_run("runs/small")
-    >>> run.peers.num_peers, run.config.epochs
-    (1, 1)
-    """
-    path = Path(path)
-    config = open_run(path, allow_import=allow_import)
-    check_imports(config.network_names(), path, allow_import)
-    config = dataclasses.replace(config, device=device, data_dir=data_dir or config.data_dir, mesh=None).resolved()
-    state = load_run_checkpoint(path, checkpoint)
-    data_info = read_record(path / "data.json", DataInfo)
-    run = build_run(
-        config,
-        execution=state.get("execution", "loop"),
-        load_weights=False,
-        for_training=False,
-        data=data,
-        data_info=data_info,
-    )
-    restore_state(run, state)
-    return run
-
-
-def load_without_images(
-    path: str | Path, device: Device = "auto", why: str = "", checkpoint: Checkpoint = "last"
-) -> Run:
-    """Load a run with noise of the right shape instead of its images, which are missing or not needed.
-
-    Args:
-        path: The run folder.
-        device: Where to run.
-        why: The reason, in words.
-        checkpoint: The newest good one, or the best on validation.
-
-    Raises:
-        InputError: there is no such run, or its data.json does not state the images' shape.
-    """
-    data_info = read_record(Path(path) / "data.json", DataInfo)
-    if data_info is None:
-        return load_run(path, device=device, checkpoint=checkpoint)
-    size, classes = data_info["image_size"], tuple(data_info["classes"])
-    count = max(min(64, 2**27 // (size**2 * data_info["channels"])), 2)
-    noise = np.random.default_rng(0).integers(0, 256, (count, size, size, data_info["channels"]), dtype=np.uint8)
-    labels = np.arange(count) % len(classes)
-    placeholder = ImageSet(
-        data_info["name"],
-        noise,
-        labels,
-        noise,
-        labels,
-        classes,
-        resize_mode=data_info.get("fit", "stretch"),
-        provenance=Provenance(placeholder_reason=why or "not asked for"),
-    )
-    return load_run(path, device=device, checkpoint=checkpoint, data=placeholder)

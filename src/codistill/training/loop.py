@@ -25,13 +25,14 @@ from codistill.evaluation import evaluate_peers
 from codistill.peers import Peers
 from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker, find_tracker, write_trained_hashes
 from codistill.training.averaging import recompute_statistics
-from codistill.training.build import build_run, load_run
+from codistill.training.build import build_run
 from codistill.training.early_ends import (
     check_finite,
     checkpoint_on_missing_images,
     describe_out_of_memory,
     save_checkpoint,
 )
+from codistill.training.load import load_run
 from codistill.training.loaders import curve_loader, test_loader
 from codistill.training.optim import set_learning_rate
 from codistill.training.reporter import Reporter

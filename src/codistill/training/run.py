@@ -69,6 +69,19 @@ class Run:
     """What set-up changed in the config, in sentences."""
     progress: Progress = field(default_factory=Progress)
 
+    def __repr__(self) -> str:
+        """Return what is trained, and how far it has come, on one line."""
+        c, images = self.config, " without images" if self.data.provenance.placeholder_reason else ""
+        members = f"{self.peers.num_peers} {c.topology} of {' + '.join(c.model)}"
+        return f"Run({c.method.name}, {members} on {c.data}{images}, epoch {self.progress.epoch} of {c.epochs})"
+
+    @property
+    def student(self) -> nn.Module:
+        """The one plain network that the run deploys, in evaluation mode."""
+        from codistill.training.student import deployed_network  # which imports this module
+
+        return deployed_network(self)
+
     @property
     def device(self) -> torch.device:
         """Where this process computes."""

@@ -37,7 +37,7 @@ def load_teacher(config: TeacherConfig, data: ImageSet, known: Iterable[str] = (
     """
     if config.teacher is None:
         raise InputError(f"{config.name} needs a teacher; give --method.teacher: {', '.join(TEACHER_KINDS)}")
-    path = Path(config.teacher)
+    path = Path(config.teacher).expanduser()  # config files have no shell
     if not path.is_dir() and not check_regular(path):
         raise InputError(f"--method.teacher {path} does not exist; give {', '.join(TEACHER_KINDS)}")
     try:
