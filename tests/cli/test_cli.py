@@ -271,3 +271,16 @@ def test_a_network_without_a_place_to_fork_is_named(capsys):
 def test_a_table_without_rows_says_so(capsys):
     print_rows([], "mistakes")
     assert capsys.readouterr().out == "mistakes: none\n"
+
+
+def test_a_tilde_is_the_home_directory_in_every_argument(tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    words = ["--model", "resnet8", "--data", "digits", "--train-per-class", "4", "--batch-size", "20", "--epochs", "1"]
+    assert main(["train", "independent", "--peers", "1", *words, "--out=~/run"]) == 0
+    assert main(["export", "~/run", "--out=~/s.safetensors"]) == 0
+    assert main(["train", "kd", *words, "--weights", "~/s.safetensors", "--method.teacher=~/run", "--out", "~/kd"]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kd", "run", "s.md", "s.py", "s.safetensors"]
+    capsys.readouterr()
+    assert main(["predict", "~/run", "~/none.png"]) == 2
+    assert f"{tmp_path / 'none.png'} does not exist" in capsys.readouterr().err

@@ -1,6 +1,7 @@
 """Exported students in their own runtimes: checked, described, and used by a process that cannot import codistill."""
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -9,10 +10,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from codistill.cli.main import main
-from codistill.deploy.export import _export_errors_as_sentence
+from codistill.deploy.export import SUFFIXES, _export_errors_as_sentence
+from codistill.deploy.predict import load_predictor
 from codistill.training.load import load_run
 from codistill.training.teacher import read_export_metadata
 from codistill.utils.errors import InputError
@@ -102,6 +105,27 @@ def test_the_card_describes_the_folder_and_escapes_names(run, tmp_path, capsys):
     assert "## License\n\nNot stated." in body
     for line in front.strip().splitlines():
         assert ":" in line or line.startswith("-")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("fit", "kind"), [("crop", "safetensors"), ("stretch", "torch-export"), ("stretch", "onnx")])
+def test_the_code_of_the_card_answers_as_predict_does(fit, kind, run, tmp_path, capsys):
+    if kind == "onnx":
+        pytest.importorskip("onnxruntime")
+    place = Path(shutil.copytree(run, tmp_path / "run"))
+    info = json.loads((place / "data.json").read_text())
+    (place / "data.json").write_text(json.dumps(info | {"temperature": 3.5, "fit": fit}))
+    config = json.loads((place / "config.json").read_text())  # without images the fit of data.json counts
+    (place / "config.json").write_text(json.dumps(config | {"data": "folder:moved"}))
+    out = export(place, kind, tmp_path / ("my student" + SUFFIXES[kind]), capsys)
+    pixels = np.random.default_rng(3).integers(0, 256, (23, 40, 3), dtype=np.uint8)
+    Image.fromarray(pixels).save(tmp_path / "photo.jpg")
+    [code] = re.findall(r"```python\n(.*?)```", out.with_suffix(".md").read_text(), re.DOTALL)
+    answer = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, capture_output=True, text=True)
+    [guess] = load_predictor(place, "cpu").predict([tmp_path / "photo.jpg"], top=1)
+    name, value = answer.stdout.rsplit(" tensor(", 1)
+    assert name == guess["top"][0]["class"]
+    assert float(value.strip(")\n")) == pytest.approx(guess["top"][0]["probability"], abs=2e-4)
 
 
 def test_escaping_leaves_no_character_that_markdown_reads():

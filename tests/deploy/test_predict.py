@@ -9,6 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
+import codistill
 from codistill.cli.main import main
 from codistill.data.decode import open_upright, read_pixels
 from codistill.deploy.predict import Predictor
@@ -51,6 +52,20 @@ def test_classes_are_named_in_csv_and_json(run, capsys):
     (guess,) = json.loads(capsys.readouterr().out)
     assert {g["class"] for g in guess["top"]} == {"cat, black", 'dog "x"', "frog"}
     assert sum(g["probability"] for g in guess["top"]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_python_predicts_and_has_the_student_without_the_images(run):
+    predictor = codistill.load_predictor(run / "run")
+    [guess] = predictor.predict([next((run / "elsewhere").rglob("*.png"))], top=2)
+    assert guess["top"][0]["probability"] >= guess["top"][1]["probability"]
+    assert repr(predictor) == "Predictor(ResNet, 3 classes)"
+    with pytest.raises(InputError, match="there is no such folder"):
+        codistill.load_run(run / "run")
+    loaded = codistill.load_run(run / "run", with_images=False)
+    assert "without images, epoch 12 of 12" in repr(loaded)
+    assert not loaded.student.training
+    x = torch.rand(2, loaded.data.channels, 8, 8)
+    assert torch.allclose(loaded.student(x), predictor.network.to("cpu")(x), atol=1e-5)
 
 
 def test_damaged_files_get_a_row_and_the_others_an_answer(run, tmp_path, capsys):

@@ -157,7 +157,7 @@ class Net(nn.Module):
 
 
 @pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "model.", "module._orig_mod.", "model.backbone."])
-@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", None])
+@pytest.mark.parametrize("key", ["state_dict", "model_state_dict", "model", "net", None])
 def test_weights_of_wrapped_networks_load(prefix, key, tmp_path):
     trained = Net()
     state = {prefix + name: value for name, value in trained.state_dict().items()} | {"loss.weight": torch.zeros(3)}
@@ -201,3 +201,10 @@ def test_batches_of_one_image_train_or_are_refused_before_the_first_step(method,
     with pytest.raises(InputError, match=r"--batch-size 1: .* cannot be trained on one image at a time .*; give 2"):
         train(config)
     assert not (tmp_path / "r" / "last.pt").exists()
+
+
+def test_a_file_with_two_state_dicts_names_them(tmp_path):
+    state = nn.Linear(2, 2).state_dict()
+    torch.save({"net": state, "ema": state, "epoch": 3}, tmp_path / "two.pt")
+    with pytest.raises(InputError, match=r"contains no state dict but 2 \(net, ema\); save one of them alone"):
+        read_weights(str(tmp_path / "two.pt"))

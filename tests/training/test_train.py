@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import time
 import warnings
 
 import pytest
@@ -265,6 +266,23 @@ def test_tensorboard_gets_the_curves_or_says_how_to_install_it(tmp_path):
     else:
         train(config)
         assert list((tmp_path / "run" / "tensorboard").iterdir())
+
+
+def test_a_run_that_begins_again_doubles_no_step_of_tensorboards_curves(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from codistill.runs import Tracker
+
+    for epochs, last in ((3, None), (5, "close")):  # killed before the first checkpoint, and begun again
+        tracker = Tracker("tensorboard", tiny(out=str(tmp_path), tracker="tensorboard"), epoch=0)
+        for epoch in range(epochs):
+            tracker.log({"epoch": epoch, "train": {"loss": 1.0 + epochs}})
+        tracker.writer.flush() if last is None else tracker.close()
+        time.sleep(1.1)  # the names of event files have seconds
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("train/loss")] == [(e, 6.0) for e in range(5)]
 
 
 @pytest.mark.parametrize("kind", ["wandb", "trackio"])

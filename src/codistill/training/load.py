@@ -44,6 +44,7 @@ def load_run(
         InputError: there is no such run, its checkpoint is missing or damaged, its images are missing or have changed,
             or it names code.
 
+    >>> from codistill.config import Config
     >>> from codistill.training import train
     >>> options = {"data": "digits", "peers": 1, "train_per_class": 20, "epochs": 1, "out": "runs/small"}
     >>> _ = train(Config("independent", "resnet8", **options))

@@ -72,7 +72,8 @@ class Run:
     def __repr__(self) -> str:
         """Return what is trained, and how far it has come, on one line."""
         c, images = self.config, " without images" if self.data.provenance.placeholder_reason else ""
-        members = f"{self.peers.num_peers} {c.topology} of {' + '.join(c.model)}"
+        count = f"{self.peers.num_peers} {c.topology}" if self.peers.num_peers > 1 else "1 network"
+        members = f"{count} of {' + '.join(c.model)}"
         return f"Run({c.method.name}, {members} on {c.data}{images}, epoch {self.progress.epoch} of {c.epochs})"
 
     @property
