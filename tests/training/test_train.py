@@ -273,11 +273,13 @@ def test_a_run_that_begins_again_doubles_no_step_of_tensorboards_curves(tmp_path
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     from codistill.runs import Tracker
+    from codistill.runs.records import TrainFigures
 
     for epochs, last in ((3, None), (5, "close")):  # killed before the first checkpoint, and begun again
         tracker = Tracker("tensorboard", tiny(out=str(tmp_path), tracker="tensorboard"), epoch=0)
         for epoch in range(epochs):
-            tracker.log({"epoch": epoch, "train": {"loss": 1.0 + epochs}})
+            figures: TrainFigures = {"loss": 1.0 + epochs, "top1": [0.0], "distill": [0.0]}
+            tracker.log({"epoch": epoch, "lr": 0.1, "weight": 1.0, "train": figures})
         tracker.writer.flush() if last is None else tracker.close()
         time.sleep(1.1)  # the names of event files have seconds
     events = EventAccumulator(str(tmp_path / "tensorboard"))
