@@ -202,7 +202,7 @@ def test_an_export_replaces_no_file_of_anybody(run, tmp_path, capsys):
     assert {path.name for path in tmp_path.iterdir()} == names
     assert (tmp_path / "student.py").read_text() == "my own"
     assert (tmp_path / "a.md").read_text() == "my notes"
-    assert '"a.safetensors"' in (tmp_path / "a.py").read_text()
+    assert "'a.safetensors'" in (tmp_path / "a.py").read_text()
     (tmp_path / "c.py").write_text("my own")
     assert "c.py exists" in one_sentence(capsys, ["export", str(run), "--out", str(tmp_path / "c.safetensors")])
     assert {path.name for path in tmp_path.iterdir()} == names | {"c.py"}

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import re
+import runpy
 import shutil
 import struct
 import subprocess
@@ -23,16 +24,17 @@ from PIL import Image
 from codistill.cli.console import RichReporter, new_table, out, print_rows
 from codistill.cli.main import main
 from codistill.cli.options import parse
-from codistill.config.config import Config
-from codistill.data import load_set
+from codistill.config.config import CompareConfig, Config
+from codistill.data import ImageSet, load_set
 from codistill.evaluation import write_confusion
 from codistill.models import build, resolve
 from codistill.reproduce import format_command
+from codistill.reproduce.comparison import write_comparison
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
 from codistill.utils.files import write_json
 from codistill.utils.safe_load import load_tensors
-from codistill.utils.tables import escape_markdown
+from codistill.utils.tables import comma_separated, escape_markdown
 from helpers.command_line import one_sentence
 from helpers.common import read_json
 from helpers.images import Malicious, arrays, write_npz
@@ -278,7 +280,7 @@ def test_names_are_escaped_in_the_model_card_and_the_terminal(tmp_path, capsys):
     student = tmp_path / "a`b\n\n<u>.safetensors"
     assert main(["export", str(out), "--out", str(student)]) == 0
     card = student.with_suffix(".md").read_text().split("---", 2)[2]
-    outside = re.sub(r"`[^`\n]+`", "", card)  # what stands in code is shown as it is
+    outside = re.sub(r"```.*?\n```\n|`[^`\n]+`", "", card, flags=re.DOTALL)  # what stands in code is shown as it is
     for part in ("<b>", "<u>", "[link](", "\x1b"):
         assert part not in outside
     assert "&lt;b&gt;bold" in card
@@ -331,6 +333,36 @@ def test_class_names_in_a_confusion_matrix_are_harmless(tmp_path):
     assert [rows[2][0], *rows[2][1:]] == ["' +1+cmd", "0", "2"]
 
 
+def test_no_cell_begins_at_a_semicolon_in_the_middle_of_a_name():
+    """Where the decimal sign is a comma, spreadsheets split the lines of a CSV file at semicolons."""
+    assert comma_separated([{"a;@x": "b; =cmd()", "c": "1;2"}]) == "a;'@x,c\nb; '=cmd(),1;2\n"
+
+
+def test_names_in_the_tables_of_grids_are_harmless(tmp_path):
+    config = CompareConfig(method="dml", data=f"folder:{EVIL}\u202e")
+    write_comparison([], config, tmp_path, [{"peers": EVIL}], [f"1. {EVIL}", f"- {EVIL}"])
+    text = (tmp_path / "table.md").read_text()
+    assert not obeyed(text)
+    assert "<img" not in text
+    assert "[b]" not in text.replace("\\[b\\]", "")
+    assert "\n1\\. " in text
+    assert "\n\\- " in text
+
+
+def test_a_report_says_which_commands_run_other_code(tmp_path, run, monkeypatch):
+    monkeypatch.setitem(sys.modules, "plotly", SimpleNamespace())
+    monkeypatch.setitem(sys.modules, "plotly.offline", SimpleNamespace(get_plotlyjs=lambda: ""))
+    place = tmp_path / "run \x1b[31m\u202e"
+    shutil.copytree(run, place)
+    config = read_json(place / "config.json")
+    for model, count in (("os:system,command=<b>", 1), ("resnet8", 0)):
+        write_json(place / "config.json", config | {"model": [model]})
+        assert main(["report", str(place), "-o", str(tmp_path / "r.html")]) == 0
+        text = (tmp_path / "r.html").read_text()
+        assert text.count("Runs code that is not codistill's: os:system,command=&lt;b&gt;<") == count
+        assert not obeyed(text)
+
+
 def test_what_the_commands_print_holds_no_control_characters(capsys):
     out.print(f"run folder: {HOSTILE}", HOSTILE)
     table = new_table(HOSTILE)
@@ -360,9 +392,44 @@ def test_words_of_the_command_line_other_than_names_of_networks_allow_no_code(ru
     assert not Path("ran").exists()
 
 
+def test_a_file_called_like_the_option_allows_no_code(run, tmp_path, monkeypatch, capsys):
+    """A wildcard puts the names of files on the command line; after `--` none of them is an option."""
+    monkeypatch.chdir(tmp_path)
+    shutil.copytree(run, "forged")
+    write_json(Path("forged/config.json"), read_json(Path("forged/config.json")) | {"model": ["os:abort"]})
+    Image.new("L", (8, 8)).save("a.png")
+    Path("--allow-import").touch()
+    assert "a wildcard may have put this option there" in one_sentence(
+        capsys, ["predict", "forged", *sorted(os.listdir())]
+    )
+    assert "names code to import and run" in one_sentence(
+        capsys, ["predict", "forged", "--", "--allow-import", "a.png"]
+    )
+    Path("--traceback").touch()
+    assert main(["predict", str(run), "--", "--traceback", "a.png", "--allow-import"]) == 0
+    assert [line.split(",")[0] for line in capsys.readouterr().out.splitlines()] == [
+        "file",
+        "'--traceback",
+        "a.png",
+        "'--allow-import",
+    ]
+
+
+@pytest.mark.parametrize(
+    "name", ['a"b', "{x}", 'q"+__import__("os").abort()+"', "n\nimport os\nos.abort()\n", '"""', "a\\n"]
+)
+def test_the_name_of_an_exported_file_is_no_code_in_the_python_file_beside_it(name, run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(run), "--out", f"{name}.safetensors"]) == 0
+    model, about = runpy.run_path(f"{name}.py")["load"]()
+    assert about["classes"] == [str(c) for c in range(10)]
+    assert sum(p.numel() for p in model.parameters()) == 77_754
+
+
 @pytest.mark.parametrize(
     "options",
     [
+        {"data": "\x15touch ran\n", "out": "\x1b[201~; touch ran\n'"},
         {"data": "--x; touch ran #"},
         {"data": "--$(touch ran)", "weights": "-`touch ran`"},
         {"data_dir": "x\ntouch ran\n", "out": "--a'b; touch ran"},
@@ -373,6 +440,7 @@ def test_a_command_line_that_is_copied_runs_codistill_alone(options, tmp_path, m
     monkeypatch.chdir(tmp_path)
     config = Config("dml", **options)
     command = format_command(config)
+    assert not obeyed(command)  # a pasted control character is a key: Ctrl-U clears the line before it
     script = tmp_path / "bin" / "codistill"
     script.parent.mkdir()
     script.write_text(f"#!{sys.executable}\nimport json, sys\njson.dump(sys.argv[1:], open('words.json', 'w'))\n")
@@ -381,6 +449,43 @@ def test_a_command_line_that_is_copied_runs_codistill_alone(options, tmp_path, m
     assert not Path("ran").exists()
     words = json.loads(Path("words.json").read_text())
     assert parse("train", words[1:]).options == config
+
+
+@pytest.mark.parametrize("where", ["file", "option"])
+def test_kernels_of_the_hub_are_code(where, tmp_path, run, capsys):
+    pytest.importorskip("transformers")
+    folder, kernel = tmp_path / "net", "attn_implementation=owner/kernel"
+    folder.mkdir()
+    described = {"model_type": "resnet", "embedding_size": 8, "hidden_sizes": [8], "depths": [1], "layer_type": "basic"}
+    (folder / "config.json").write_text(json.dumps(described | {"_attn_implementation": "owner/kernel"}))
+    if where == "file":
+        with pytest.raises(InputError, match="names code to run, owner/kernel"):
+            build(resolve(f"hf:{folder}"), num_classes=2, in_channels=3, image_size=8)
+    else:
+        shutil.copytree(run, tmp_path / "run")
+        config = tmp_path / "run" / "config.json"
+        write_json(config, read_json(config) | {"model": [f"hf:{folder},{kernel}"]})
+        assert "names code to import and run" in one_sentence(capsys, ["evaluate", str(tmp_path / "run")])
+
+
+def test_no_advice_of_a_library_to_load_without_the_check_is_repeated(tmp_path):
+    pytest.importorskip("timm")
+    (tmp_path / "config.json").write_text(json.dumps({"architecture": "test_resnet", "num_classes": 2}))
+    torch.save(Malicious(tmp_path / "ran"), tmp_path / "pytorch_model.bin")
+    with pytest.raises(InputError, match="asks for more than tensors and plain values"):
+        build(resolve(f"timm:local-dir:{tmp_path}", pretrained=True), num_classes=2, in_channels=3, image_size=32)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_given_image_that_a_program_would_draw_is_refused(monkeypatch):
+    started = []
+    monkeypatch.setattr("PIL.EpsImagePlugin.Ghostscript", lambda *args, **kwargs: started.append(args))
+    eps = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n"
+    for lazy in (False, True):
+        pairs = [(Image.open(io.BytesIO(eps)), number % 2) for number in range(4)]
+        with pytest.raises(InputError, match="of the format EPS, which a program would draw"):
+            ImageSet.from_dataset(pairs, lazy=lazy)
+    assert not started
 
 
 def test_code_of_a_transformers_folder_is_refused_without_a_question(tmp_path, monkeypatch, capsys):

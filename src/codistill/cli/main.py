@@ -12,6 +12,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import takewhile
 
 from codistill.cli.options import COMMANDS, parse
 from codistill.cli.output import safe_output
@@ -81,8 +82,9 @@ def _run_command(argv: list[str] | None) -> int:
 
         print("\n".join(complete(argv[1:])))
         return 0
-    show_traceback = TRACEBACK_FLAG in argv or os.environ.get("CODISTILL_TRACEBACK", "0") not in ("", "0")
-    argv = [_with_home(word) for word in argv if word != TRACEBACK_FLAG]
+    options = [*takewhile(lambda word: word != "--", argv)]  # what follows are names of files
+    show_traceback = TRACEBACK_FLAG in options or os.environ.get("CODISTILL_TRACEBACK", "0") not in ("", "0")
+    argv = [_with_home(word) for word in options if word != TRACEBACK_FLAG] + argv[len(options) :]
     try:
         if not argv or argv[0] not in COMMANDS:
             name = argv[0] if argv else ""

@@ -164,15 +164,19 @@ class Parsed:
 
 
 def parse(command: str, argv: Sequence[str]) -> Parsed:
-    """Read a command's positional arguments, which come first, and its options.
+    """Read a command's positional arguments, which come first, and its options; files may also follow `--`.
 
     Raises:
         InputError: an argument or an option is missing, unknown or has a wrong type.
         SystemExit: help was asked for and is printed (0).
     """
     spec = COMMANDS[command]
+    files: list[str] = []
+    if "--" in argv and spec.max_arguments is None and command != "compare":
+        end = argv.index("--")
+        argv, files = argv[:end], [*argv[end + 1 :]]
     first = next((i for i, word in enumerate(argv) if word.startswith("-")), len(argv))
-    positionals, rest = list(argv[:first]), [spec.aliases.get(word, word) for word in argv[first:]]
+    positionals, rest = [*argv[:first], *files], [spec.aliases.get(word, word) for word in argv[first:]]
     asks_help = bool({"--help", "-h", "--help-all"} & {*rest})
     if not asks_help:
         _check_positionals(command, positionals)

@@ -18,6 +18,9 @@ from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 from codistill.data.decode import as_rgb
 from codistill.utils import InputError, first_line
 
+_RUN_BY_PROGRAMS = frozenset({"EPS", "WMF"})
+"""Formats that Pillow gives to Ghostscript or to Windows."""
+
 
 def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Read every pair once and return images `N x H x W x C`, uint8, and labels, int64.
@@ -78,6 +81,10 @@ def check_pair(item: Any, where: str) -> Sequence[Any]:
 def to_uint8_hwc(image: Any, where: str) -> np.ndarray:
     """Return an image as `H x W x C`, uint8, or raise InputError."""
     if isinstance(image, Image.Image):
+        if image.format in _RUN_BY_PROGRAMS:
+            raise InputError(
+                f"{where} is an image of the format {image.format}, which a program would draw; convert it"
+            )
         try:
             rgb, gray = as_rgb(image, where)
         except InputError:

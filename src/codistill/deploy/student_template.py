@@ -3,12 +3,12 @@
 LOADER = '''
 
 # ----------------------------------------------------------------------------------------------------------------------
-# The trained student: `model, metadata = load("{weights}")`, then
+# The trained student: `model, metadata = load({weights!r})`, then
 # `metadata["classes"][model(normalize(pixels, metadata)).argmax(-1)]`; the calibrated probabilities are
 # `(model(normalize(pixels, metadata)) / metadata["temperature"]).softmax(-1)`.
 
 
-def load(path: str = "{weights}") -> tuple[nn.Module, dict]:
+def load(path: str = {weights!r}) -> tuple[nn.Module, dict]:
     """Return the trained network in evaluation mode, and the file's metadata (classes, mean, std, image size)."""
     with open(path, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

@@ -159,6 +159,8 @@ def errors_as_sentences(source: Source) -> Iterator[None]:
         raise InputError(f"--model {source.name}: {first_line(error)}") from error
     except Exception as error:  # constructors and downloads may raise anything
         reason = first_line(error).rstrip(".")
+        if "weights_only" in reason:  # torch's and timm's own messages suggest to load them without the check
+            reason = "the file asks for more than tensors and plain values"
         if source.pretrained:
             raise InputError(
                 f"--pretrained: the weights of {source.name} are not on this machine and cannot be downloaded, or do "
@@ -227,6 +229,7 @@ def _build_hf(source: Source, num_classes: int, in_channels: int, image_size: in
         options = {"trust_remote_code": False} | source.options
         model_cfg = transformers.AutoConfig.from_pretrained(source.path, **options)
         trust = {"trust_remote_code": bool(options["trust_remote_code"])}
+        _check_implementations(source, model_cfg)
         model_cfg.num_labels = num_classes
         classifier = transformers.AutoModelForImageClassification
         if source.pretrained:
@@ -242,6 +245,22 @@ def _build_hf(source: Source, num_classes: int, in_channels: int, image_size: in
         if hasattr(model_cfg, "image_size") and image_size is not None:
             model_cfg.image_size = image_size
         return LogitsOnly(classifier.from_config(model_cfg, **trust))
+
+
+def _check_implementations(source: Source, model_cfg: Any) -> None:
+    """Refuse a folder that names kernels of the Hub (owner/name), which are programs; the options may name some.
+
+    Raises:
+        InputError: it does.
+    """
+    for kind in ("attn_implementation", "experts_implementation"):
+        found = getattr(model_cfg, f"_{kind}", None)
+        named = [str(value) for value in (found.values() if isinstance(found, dict) else [found]) if "/" in str(value)]
+        if named and kind not in source.options:
+            raise InputError(
+                f"--model {source.name} names code to run, {named[0]}; take {kind} out of its config.json, "
+                f"or, if you trust it, name it: --model {source.name},{kind}={named[0]}"
+            )
 
 
 def _hf_preprocessing(source: Source) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shlex
 from typing import Any
 
@@ -10,9 +11,10 @@ from codistill.config import Config, UnimportedConfig
 
 
 def format_command(config: Config) -> str:
-    """Return `codistill train ...` with every option that is not the default; it parses into the same config.
+    r"""Return `codistill train ...` with every option that is not the default; it parses into the same config.
 
-    Every word is quoted, since configs travel and this line is pasted into shells.
+    Every word is quoted, since configs travel and this line is pasted into shells. A control character is written by
+    its number (`$'\x1b'`, as bash, zsh and ksh read it): pasted as it is, it would be a key that edits the line.
     """
     words = ["codistill", "train", config.method.import_name or config.method.name]
     words += _to_flags(_fields(config), _fields(Config()), "--", skip="method")
@@ -20,7 +22,21 @@ def format_command(config: Config) -> str:
         words += _to_flags(config.method.options, {}, "--method.")
     else:
         words += _to_flags(_fields(config.method), _fields(type(config.method)()), "--method.")
-    return shlex.join(words)
+    return " ".join(map(_quote, words))
+
+
+def _quote(word: str) -> str:
+    r"""Return a word in quotes for the shell.
+
+    >>> print(_quote("cat's"), _quote("a\x15b"))
+    'cat'"'"'s' $'a\x15b'
+    """
+    if word.isprintable():
+        return shlex.quote(word)
+    shown = (
+        c if c.isprintable() and c not in "'\\" else "".join(map("\\x{:02x}".format, os.fsencode(c))) for c in word
+    )
+    return f"$'{''.join(shown)}'"
 
 
 def _fields(options: Any) -> dict[str, Any]:

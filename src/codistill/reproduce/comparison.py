@@ -10,7 +10,7 @@ from typing import Any
 from codistill.config import CompareConfig, Config, MethodConfig, TeacherConfig, method_config, slug
 from codistill.reproduce.grid import MAX_SEEDS, Cell, list_failures, read_results
 from codistill.runs import GridInfo, read_record, write_record
-from codistill.utils import InputError, Rows, markdown, write_text
+from codistill.utils import InputError, Rows, markdown_page, write_text
 
 
 def check_options(config: CompareConfig) -> None:
@@ -217,4 +217,4 @@ def write_comparison(
         | ({"first_seed": config.first_seed, "summary": [*summary]}),
     )
     write_record(folder / "table.json", {"title": title, "rows": rows, "failures": list_failures(cells)})
-    write_text(folder / "table.md", "\n\n".join((title, *summary, markdown(rows))))
+    write_text(folder / "table.md", markdown_page((title, *summary), rows))

@@ -19,7 +19,7 @@ from codistill.utils import (
     Rows,
     comma_separated,
     latex,
-    markdown,
+    markdown_page,
     write_text,
 )
 
@@ -34,9 +34,9 @@ def write_table(plan: Plan, rows: Rows, summary: Sequence[str]) -> None:
     """
     folder, notes = plan.folder, table_notes(plan)
     failures = list_failures([*plan.cells])
-    lists = "\n".join(f"- {line}" for line in (*notes, *(f"Failed: {line}" for line in failures)))
+    lines = (*notes, *(f"Failed: {line}" for line in failures))
     texts = {
-        "table.md": "\n\n".join((plan.title(), *summary, f"{markdown(rows)}\n{lists}\n")),
+        "table.md": markdown_page((plan.title(), *summary), rows, lines),
         "table.csv": comma_separated(rows),
         "table.tex": latex(rows, plan.title()),
     }

@@ -108,6 +108,7 @@ def load_without_images(
         labels,
         classes,
         resize_mode=data_info.get("fit", "stretch"),
+        bits=data_info.get("bits", 16),
         provenance=Provenance(placeholder_reason=why or "not asked for"),
     )
     return load_run(path, device=device, checkpoint=checkpoint, allow_import=allow_import, data=placeholder)

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from codistill.utils.allow_import import current_network_name as current_network_name
     from codistill.utils.allow_import import current_policy as current_policy
     from codistill.utils.allow_import import import_object as import_object
+    from codistill.utils.allow_import import is_user_code as is_user_code
     from codistill.utils.allow_import import use_policy as use_policy
     from codistill.utils.cpu_memory import keep_freed_memory as keep_freed_memory
     from codistill.utils.cpu_memory import release_kept_memory as release_kept_memory
@@ -67,13 +68,14 @@ if TYPE_CHECKING:
     from codistill.utils.tables import latex as latex
     from codistill.utils.tables import looks_numeric as looks_numeric
     from codistill.utils.tables import markdown as markdown
+    from codistill.utils.tables import markdown_page as markdown_page
 
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
         "allow_import": (
             "ImportPolicy check_imports check_method_import command_line current_network_name current_policy "
-            "import_object use_policy"
+            "import_object is_user_code use_policy"
         ),
         "cpu_memory": "keep_freed_memory release_kept_memory",
         "device": (
@@ -93,6 +95,8 @@ __getattr__, __dir__ = lazy_names(
         "safe_load": "check_npz_sizes find_outside_links load_tensors",
         "shares": "share_out",
         "signals": "SignalReceived catch_signals ignore_interrupt pending_signal raise_on_signals",
-        "tables": "Rows comma_separated escape_csv escape_json escape_markdown latex looks_numeric markdown",
+        "tables": (
+            "Rows comma_separated escape_csv escape_json escape_markdown latex looks_numeric markdown markdown_page"
+        ),
     },
 )

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import difflib
 import importlib
+import os
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +24,8 @@ _NETWORK_FLAGS = {"--model": None, "--method.teacher-model": 1}
 """Options whose values are names of networks, and how many values follow each: None is any number."""
 _LIBRARIES = ("timm", "torchvision", "hf")
 # Options with which a library runs code, or unpickles a file; the last names files for timm to load.
-_RUN_CODE = ("trust_remote_code", "checkpoint_path", "pretrained_cfg")
+# The implementations may be kernels of the Hub, which are programs.
+_RUN_CODE = ("trust_remote_code", "checkpoint_path", "pretrained_cfg", "attn_implementation", "experts_implementation")
 # Networks that codistill used to build itself, and that run folders name by their function.
 _OLD_NETWORKS = {
     f"{module}:mobilenet_v2_{suffix}": f"torchvision:mobilenet_v2,width_mult={width}"
@@ -60,12 +62,21 @@ def command_line(argv: Sequence[str], *, names_methods: bool = False) -> Iterato
     Args:
         argv: The words after the command.
         names_methods: Whether the words before the first option are methods (`train`, `compare`).
+
+    Raises:
+        InputError: the flag may be the name of a file, which a shell's wildcard put there.
     """
-    names = _named_networks(argv)
+    options = [*takewhile(lambda word: word != "--", argv)]  # what follows are names of files
+    names = _named_networks(options)
     if names_methods:
-        names |= frozenset(takewhile(lambda word: not word.startswith("-"), argv))
-    with use_policy(ImportPolicy(names, allow_all=FLAG in argv)):
-        yield [word for word in argv if word != FLAG]
+        names |= frozenset(takewhile(lambda word: not word.startswith("-"), options))
+    if FLAG in options and os.path.lexists(FLAG):
+        raise InputError(
+            f"a file in this folder is called {FLAG}, so a wildcard may have put this option there; remove the file, "
+            "or give the command in another folder"
+        )
+    with use_policy(ImportPolicy(names, allow_all=FLAG in options)):
+        yield [word for word in options if word != FLAG] + [*argv[len(options) :]]
 
 
 def _named_networks(argv: Sequence[str]) -> frozenset[str]:

@@ -11,12 +11,16 @@ import csv
 import io
 import json
 import re
+from collections.abc import Iterable
 from typing import Any
 
 from codistill.utils.errors import on_one_line
 from codistill.utils.files import finite_or_null
 
 Rows = list[dict[str, str]]
+
+_FORMULA = r"=+\-@\uff1d\uff0b\uff0d\uff20"
+"""Characters that begin a formula, for the inside of a regular expression's brackets."""
 
 _LATEX = {
     "\\": r"\textbackslash{}", "{": r"\{", "}": r"\}", "$": r"\$", "&": r"\&", "#": r"\#", "%": r"\%", "_": r"\_",
@@ -44,6 +48,17 @@ def escape_markdown(text: str) -> str:
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
+def markdown_page(paragraphs: Iterable[str], rows: Rows, notes: Iterable[str] = ()) -> str:
+    """Write paragraphs of plain text, a table, and a list of notes as Markdown."""
+    items = "".join(f"- {escape_markdown(note)}\n" for note in notes)
+    return "\n\n".join([*map(_escape_paragraph, paragraphs), markdown(rows) + f"\n{items}" * bool(items)])
+
+
+def _escape_paragraph(text: str) -> str:
+    """Return text as `escape_markdown` does, that begins no list and no quotation either."""
+    return re.sub(r"^(\d*)([-+>.)])", r"\1\\\2", escape_markdown(text))
+
+
 def comma_separated(rows: Rows) -> str:
     """Write rows as CSV; cells that a spreadsheet would take for formulas are disarmed."""
     stream = io.StringIO()
@@ -56,12 +71,14 @@ def comma_separated(rows: Rows) -> str:
 def escape_csv(cell: object) -> str:
     """Return a cell's text on one line, with an apostrophe before what a spreadsheet would take for a formula.
 
-    >>> escape_csv("=HYPERLINK(1)"), escape_csv("+1.25 ± 0.10 (n.s.)"), escape_csv("-"), escape_csv(7)
-    ("'=HYPERLINK(1)", '+1.25 ± 0.10 (n.s.)', '-', '7')
+    >>> escape_csv("=HYPERLINK(1)"), escape_csv("a;=cmd()"), escape_csv("+1.25 ± 0.10 (n.s.)"), escape_csv("-")
+    ("'=HYPERLINK(1)", "a;'=cmd()", '+1.25 ± 0.10 (n.s.)', '-')
     """
     text = on_one_line(cell)
     number = re.fullmatch(r"[+-]?\d+(\.\d+)?( ± \d+(\.\d+)?)?( \([\w. =%-]*\))?", text, re.ASCII)
-    return f"'{text}" if text.lstrip()[:1] in {*"=+-@\uff1d\uff0b\uff0d\uff20"} and text != "-" and not number else text
+    # Where the decimal sign is a comma, spreadsheets begin a new cell at a semicolon.
+    text = text if number else re.sub(rf"([;|]\s*)(?=[{_FORMULA}])", r"\1'", text)
+    return f"'{text}" if re.match(rf"\s*[{_FORMULA}]", text) and text != "-" and not number else text
 
 
 def escape_json(values: Any, indent: int | None = None) -> str:

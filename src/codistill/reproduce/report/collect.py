@@ -21,7 +21,7 @@ from codistill.reproduce.table_figures import make_figures
 from codistill.reproduce.table_folder import read_plan
 from codistill.reproduce.table_rows import cost_columns, make_table_rows, network_label, summarize_table, table_notes
 from codistill.runs import Details, Environment, EpochLine, GridInfo, RunResult, read_epoch_lines, read_record
-from codistill.utils import InputError, Rows
+from codistill.utils import InputError, Rows, is_user_code
 
 
 @dataclass
@@ -39,6 +39,12 @@ class RunData:
     def command(self) -> str:
         """The shell command that trains it again."""
         return format_command(self.config)
+
+    @property
+    def imported_names(self) -> list[str]:
+        """The networks and the method that are code of neither codistill nor a library."""
+        names = [name for name in self.config.network_names() if is_user_code(name)]
+        return names + ([self.config.method.import_name] if self.config.method.import_name else [])
 
 
 @dataclass

@@ -11,7 +11,7 @@ from pathlib import Path
 from codistill.reproduce.report.charts import make_charts
 from codistill.reproduce.report.collect import Section, collect_sections
 from codistill.runs import Environment
-from codistill.utils import InputError, Rows, finite_or_null, write_text
+from codistill.utils import InputError, Rows, finite_or_null, on_one_line, write_text
 
 _NAME_COLUMNS = ("network", "method", "peers", "run")
 _COST_PREFIXES = ("trained", "training", "deployed", "parameters", "s per run")
@@ -65,7 +65,7 @@ def write_report(paths: list[Path], out: Path, title: str | None = None, contact
     data = [{"groups": [group.label for group in s.groups], "charts": make_charts(s)} for s in sections]
     page = _PAGE.format(
         policy=_POLICY,
-        title=html.escape(title or (sections[0].name if len(sections) == 1 else "Runs and tables")),
+        title=_escape(title or (sections[0].name if len(sections) == 1 else "Runs and tables")),
         version=__version__,
         css=_read_asset("page.css"),
         js=_read_asset("page.js"),
@@ -79,6 +79,11 @@ def write_report(paths: list[Path], out: Path, title: str | None = None, contact
     write_text(out, page)
     runs = sum(len(group.runs) for section in sections for group in section.groups)
     return f"{len(sections)} section{'s' if len(sections) > 1 else ''}, {runs} runs, {len(page) / 2**20:.1f} MB"
+
+
+def _escape(text: str) -> str:
+    """Return text on one line, without control characters, that is no markup."""
+    return html.escape(on_one_line(text))
 
 
 def _read_asset(name: str) -> str:
@@ -101,12 +106,12 @@ def _section_html(section: Section, number: int, mistakes: str) -> str:
     results = [column for column in section.rows[0] if column not in (*_NAME_COLUMNS, *costs)]
     rows = [{" ".join(names): " ".join(row[name] for name in names)} | row for row in section.rows]
     head = " ".join(names)
-    notes = "".join(f"<li>{html.escape(note)}</li>" for note in section.notes)
+    notes = "".join(f"<li>{_escape(note)}</li>" for note in section.notes)
     return "\n".join(
         [
-            f"<section><h2>{html.escape(section.title)}</h2>",
-            f"<p>Network: {html.escape(min(networks))}</p>" if len(networks) == 1 and min(networks) else "",
-            *(f"<p>{html.escape(sentence)}</p>" for sentence in section.summary),
+            f"<section><h2>{_escape(section.title)}</h2>",
+            f"<p>Network: {_escape(min(networks))}</p>" if len(networks) == 1 and min(networks) else "",
+            *(f"<p>{_escape(sentence)}</p>" for sentence in section.summary),
             _table_html([{name: row[name] for name in (head, *results)} for row in rows], section.lower_is_better),
             _failures_html(section.failures),
             f'<div class="chips" id="chips-{number}"></div><div class="charts" id="charts-{number}"></div>',
@@ -130,14 +135,14 @@ def _unique_costs(rows: Rows) -> Rows:
 
 
 def _table_html(rows: Rows, lower_is_better: bool) -> str:
-    head = "".join(f'<th class="{"words" if name == "evaluated" else ""}">{html.escape(name)}</th>' for name in rows[0])
+    head = "".join(f'<th class="{"words" if name == "evaluated" else ""}">{_escape(name)}</th>' for name in rows[0])
     lines = []
     for row in rows:
         classes = [
             "words" if name == "evaluated" else difference_class(name, text, lower_is_better)
             for name, text in row.items()
         ]
-        cells = [f'<td class="{css_class}">{html.escape(text)}</td>' for css_class, text in zip(classes, row.values())]
+        cells = [f'<td class="{css_class}">{_escape(text)}</td>' for css_class, text in zip(classes, row.values())]
         lines.append(f"<tr>{''.join(cells)}</tr>")
     return (
         f'<div class="scroll" tabindex="0"><table><thead><tr>{head}</tr></thead>'
@@ -159,7 +164,7 @@ def difference_class(column: str, text: str, lower_is_better: bool) -> str:
 def _failures_html(failures: list[str]) -> str:
     if not failures:
         return ""
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in failures)
+    items = "".join(f"<li>{_escape(line)}</li>" for line in failures)
     return f"<details open><summary>Without a result: {len(failures)}</summary><ul>{items}</ul></details>"
 
 
@@ -168,13 +173,15 @@ def _commands_html(section: Section) -> str:
     parts = []
     for group in section.groups:
         lines = html.escape("\n".join(run.command for run in group.runs))
+        own = sorted({name for run in group.runs for name in run.imported_names})
+        warning = f"<p>Runs code that is not codistill's: {_escape(', '.join(own))}</p>" if own else ""
         parts.append(
-            f"<details><summary>Train again: {html.escape(group.label)}</summary>"
+            f"<details><summary>Train again: {_escape(group.label)}</summary>{warning}"
             f'<pre>{lines}</pre><button type="button" data-copy>copy</button></details>'
         )
     environments = [run.environment for group in section.groups for run in group.runs if run.environment]
     machines = sorted(set(map(_describe_environment, environments)))
-    items = "".join(f"<li>{html.escape(line)}</li>" for line in machines)
+    items = "".join(f"<li>{_escape(line)}</li>" for line in machines)
     return f'<h2>Commands</h2>{"".join(parts)}<ul class="soft">{items}</ul>'
 
 
