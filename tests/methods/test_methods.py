@@ -8,7 +8,8 @@ import pytest
 import torch
 from scipy import optimize
 
-from codistill.config.methods import METHODS, DivergenceConfig, ONEConfig, TeacherConfig
+from codistill.config.config import Config
+from codistill.config.methods import METHODS, CLILRConfig, DivergenceConfig, ONEConfig, TeacherConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, soften
 from codistill.methods import CLASSES, CLILR, DML, KD, KDCL, ONE, PCL, Independent, Method, OKDDip, PeerInfo
 from codistill.methods.simplex import best_mixture, frank_wolfe_gap, quadratic_on_simplex
@@ -121,6 +122,17 @@ def test_cl_ilr_equals_the_loop(scale, variant, temperature):
     terms = CLILR(4, variant, beta=0.3 if variant == "paper" else 0.5)(PeerOutputs(z, h), y, weight=0.37)
     naive = oracles.cl_ilr(z, y, variant=variant, temperature=temperature, beta=0.3, weight=0.37)
     all_reduce_flag(terms["loss"], naive, [z])
+
+
+@scales
+def test_cl_ilr_without_the_doubtful_square_equals_the_loop(scale):
+    z, h, y = random_peers(batch=3, classes=5, scale=scale)
+    terms = CLILR(4, beta=0.3, temperature=3.0, temperature_squared=False)(PeerOutputs(z, h), y, weight=0.37)
+    how = {"variant": "paper", "temperature": 3.0, "beta": 0.3}
+    plain, whole = (oracles.cl_ilr(z, y, weight=weight, **how) for weight in (0.0, 0.37))
+    all_reduce_flag(terms["loss"], plain + (whole - plain) / 9, [z])
+    with pytest.raises(InputError, match=r"or drop --method\.variant"):
+        Config(CLILRConfig(variant="okddip_code", temperature_squared=False)).resolved()
 
 
 @scales

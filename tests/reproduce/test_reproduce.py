@@ -63,6 +63,31 @@ def test_every_published_table_has_a_recipe_and_numbers():
             assert left_out <= {"FFL-S", "gain", "wrn16_2", "resnet32", "resnet50"}, (name, held - places)
 
 
+def test_vgg_has_dropout_in_branches_alone_as_in_okddips_scripts():
+    for method in TABLES["okddip_table2"].methods:
+        config = TABLES["okddip_table2"].config("vgg16", method)
+        assert config.model == ("vgg16" if config.topology == "branches" else "vgg16_no_dropout",), method
+
+
+@pytest.mark.parametrize(
+    ("table", "words"),
+    [
+        ("okddip_table3", "ramps of 24 epochs"),
+        ("okddip_table4", "the code averages logits"),
+        ("okddip_table5", "without the second level 4 peers train"),
+        ("pcl_cifar100", "peer 0 is judged"),
+        ("pcl_imagenet", "a ramp of 24 epochs"),
+        ("kdcl_table2", "lambda = 1 on ImageNet"),
+        ("kdcl_table2", "slides weigh logits"),
+        ("kdcl_table4", "200 epochs for MobileNets without"),
+        ("kdcl_table5", "Table 2's schedule holds here"),
+        ("kdcl_table7", "slides weigh logits"),
+    ],
+)
+def test_what_no_source_states_is_named_below_the_table(table, words):
+    assert words in "; ".join(TABLES[table].guesses)
+
+
 @pytest.mark.parametrize("scale", ["smoke", "short", "full"])
 def test_every_recipe_resolves_at_every_scale(scale):
     for name, network, method in every_cell():

@@ -32,7 +32,15 @@ compdef _codistill codistill
 DATA = ("digits", "fashion-mnist", "cifar10", "cifar100", "folder:", "npz:")
 MODELS = (
     *("resnet8", "resnet20", "resnet32", "resnet56", "resnet110", "resnet110_basic", "wrn16_2", "wrn40_2", "wrn20_8"),
-    *("vgg16", "vgg19", "densenet40_12", "densenet40_12_plain", "densenet100_12"),
+    *(
+        "vgg16",
+        "vgg19",
+        "vgg16_no_dropout",
+        "vgg19_no_dropout",
+        "densenet40_12",
+        "densenet40_12_plain",
+        "densenet100_12",
+    ),
     *("timm:", "torchvision:", "hf:"),
 )
 """Written out, because importing the networks imports torch."""

@@ -109,8 +109,19 @@ class CLILRConfig(DivergenceConfig):
     """Weight of the distillation term (variant okddip_code)."""
     ramp_epochs: Annotated[float | None, AT_LEAST_0] = None
     """Length of the ramp; default 80/300 of the epochs under okddip_code, none in the paper."""
+    temperature_squared: bool = True
+    """Multiply the soft term by T^2 (variant paper). Doubtful: a public implementation of the paper does not, which at
+    T = 2 is a quarter of the term."""
     rescale: bool = True
     """Back-propagation rescaling: each fork divides the gradient that enters the trunk by its number of children."""
+
+    def check(self, options: Options) -> None:
+        """Refuse a soft term without T^2 in the variant of a code that has it."""
+        super().check(options)
+        if self.variant == "okddip_code" and not self.temperature_squared:
+            raise InputError(
+                "--method.no-temperature-squared is for the paper's form; drop it, or drop --method.variant okddip_code"
+            )
 
     def default_ramp(self, epochs: int) -> float:
         """Return the length for `okddip_code`; the paper has no ramp."""
@@ -212,8 +223,8 @@ class KDCLConfig(DivergenceConfig):
     mix: Literal["probs", "logits"] = "probs"
     """What the weights of `general` mix."""
     holdout_fraction: Annotated[float, BETWEEN_0_AND_1] = 0.05
-    """Fraction of the training set held out for the weights of `general` (a guess: the paper holds out a number
-    per class)."""
+    """Fraction of the training set held out for the weights of `general` (a guess: our sources do not state the
+    paper's)."""
 
     def needs_holdout(self) -> bool:
         """Return whether the weights of `general` are solved for."""

@@ -4,7 +4,8 @@
     L   = sum_h b CE(z_h, y) + (1 - b) T^2 softCE(z_h; q_h),       b = 0.5, T = 2
 
 softCE(z; q) = -sum_c q_c log softmax(z / T)_c. Heads fork from a shared trunk, flat or as a tree; each fork divides the
-gradient that it passes to the layers below by its number of children (back-propagation rescaling).
+gradient that it passes to the layers below by its number of children (back-propagation rescaling). Whether the paper
+has the factor T^2 is doubtful: a public implementation has none (`temperature_squared=False`).
 
 OKDDip's code (`variant="okddip_code"`): CE + w(e) T^2 KL, T = 3, 1e-7 on the target, nothing detached.
 Shapes: P peers (H heads), B batch, C classes.
@@ -50,7 +51,8 @@ class CLILR(Method):
         self.paper = options.variant == "paper"
         self.temperature = options.temperature or (2.0 if self.paper else 3.0)
         self.ce_weight = options.beta if self.paper else 1.0
-        self.weight = 1 - options.beta if self.paper else options.weight
+        without_square = self.temperature**-2 if self.paper and not options.temperature_squared else 1.0
+        self.weight = (1 - options.beta) * without_square if self.paper else options.weight
         self.ramp_epochs = options.ramp_length()
         self.rescale_trunk = options.rescale
         self.divergence = Divergence(options, self.temperature, 0.0 if self.paper else SOURCE_EPS)

@@ -26,6 +26,8 @@ MODELS: dict[str, Callable[..., nn.Module]] = {
     "wrn20_8": resnet.wrn20_8,
     "vgg16": vgg.vgg16,
     "vgg19": vgg.vgg19,
+    "vgg16_no_dropout": vgg.vgg16_no_dropout,
+    "vgg19_no_dropout": vgg.vgg19_no_dropout,
     "densenet40_12": densenet.densenet40_12,
     "densenet40_12_plain": densenet.densenet40_12_plain,
     "densenet100_12": densenet.densenet100_12,

@@ -90,3 +90,13 @@ def vgg16(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.5) ->
 def vgg19(num_classes: int = 100, in_channels: int = 3, dropout: float = 0.5) -> nn.Module:
     """Sixteen convolutions and three linear layers; 20,612,004 parameters at 100 classes."""
     return VGG((2, 2, 4, 4, 4), num_classes, in_channels, dropout)
+
+
+def vgg16_no_dropout(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
+    """`vgg16` without dropout: what OKDDip's scripts train as whole networks; their branches have 0.5."""
+    return vgg16(num_classes, in_channels, dropout=0.0)
+
+
+def vgg19_no_dropout(num_classes: int = 100, in_channels: int = 3) -> nn.Module:
+    """`vgg19` without dropout."""
+    return vgg19(num_classes, in_channels, dropout=0.0)

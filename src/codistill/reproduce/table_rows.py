@@ -14,9 +14,11 @@ from codistill.utils import Rows
 
 LEGEND = (
     "mean ± deviation over seeds (n=1: one run, no deviation); vs equal cost: last epoch against the baseline of equal "
-    "training cost, paired over seeds, ± 95 % t-interval, n.s. = not significant (Holm, over the table); passes: "
-    "forwards and backwards of one plain network that a training step costs; FLOPs: matrix "
-    "products and convolutions, forward and backward; peak MB: of the GPU, or of the whole process on a CPU"
+    "training cost (as many members, or as many times the epochs as its name says), paired over seeds, ± 95 % "
+    "t-interval, n.s. = not significant (Holm, over the table); passes: forwards and backwards of one plain network "
+    "that a training step costs, so that unequal FLOPs show; ensembles: of all members, OKDDip's without its leader; "
+    "FLOPs: matrix products and convolutions, forward and backward; peak MB: of the GPU, or of the whole process on a "
+    "CPU"
 )
 
 
@@ -151,6 +153,8 @@ def table_notes(plan: Plan) -> list[str]:
     if o.protocol == "honest":
         notes.append("A tenth of the training set is held out for validation; the paper trains on all of it.")
     else:
-        notes.append("The best test epoch is chosen on the test set, as the papers do; the last epoch is not.")
+        notes.append(
+            "The best test epoch is chosen on the test set, as in OKDDip's code and ONE's script; the last is not."
+        )
     notes.append(LEGEND + ".")
     return notes

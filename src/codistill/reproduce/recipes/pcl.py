@@ -65,6 +65,7 @@ def _ref(network: str, method: str) -> tuple[CellRef, ...]:
 _GUESSES = (
     "the options of the other methods: each follows its own paper, KDCL with minlogit and augmentations per network",
     "OKDDip's 3 members are 2 peers and the leader",
+    "of PCL and the methods without a leader, peer 0 is judged, not its mean teacher",
 )
 TABLES = {
     "pcl_cifar100": TableRecipe(cifar100, NETWORKS, tuple(METHODS), _ref, EQUAL_COST, guesses=_GUESSES),
@@ -77,6 +78,8 @@ TABLES = {
         {"PCL": "Ind-branch"},
         guesses=(
             "the schedule: 90 epochs, batch 256, learning rate 0.1 divided by 10 at 30 and 60, weight decay 1e-4",
+            "a ramp of 24 epochs, 80/300 of the schedule; on CIFAR it is 80 of 300",
+            "student peer 0 is judged, not its mean teacher",
             "the fork at layer3, so that a branch consists of the last two stages; not checked against the paper",
         ),
     ),
