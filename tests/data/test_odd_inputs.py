@@ -3,6 +3,7 @@
 import os
 import struct
 import unicodedata
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,15 +12,17 @@ from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
 from codistill.config import Config
-from codistill.data import ImageSet, count_trained_images, decode, load_set
+from codistill.data import FileLoader, ImageSet, count_trained_images, decode, load_set
 from codistill.data.decode import FORMATS, fit_square, hash_content, open_upright
 from codistill.data.external_test_set import match_classes
 from codistill.data.folder_listing import list_judged_part
 from codistill.data.image_folder import load_folder
-from codistill.data.loader import Augmentation
+from codistill.data.loader import Augmentation, LoaderOptions
 from codistill.methods.base import check_targets
+from codistill.utils import set_progress_display
 from codistill.utils.errors import InputError
 from codistill.utils.shares import share_out
+from helpers.folders import train_on, write_images
 from helpers.images import pixel_loader, random_images, whole_epoch
 
 
@@ -193,6 +196,33 @@ def test_images_that_were_trained_on_are_noticed(tmp_path):
     write(tmp_path / "b", {"cat": 3}, first=50)
     assert count_trained_images(list_judged_part(tmp_path / "b")[0].files, data.provenance.content_hashes) == 0
     assert hash_content(tmp_path / "none") == 0
+
+
+def test_other_contents_under_the_same_names_are_no_ground_to_go_on(tmp_path, capsys):
+    write_images(tmp_path / "images", parts=("train", "test"))
+    assert train_on(tmp_path / "images", tmp_path / "run") == 0
+    (tmp_path / "images").rename(tmp_path / "moved")
+    assert train_on(tmp_path / "moved", tmp_path / "run", "--resume", "auto") == 0
+    Image.new("RGB", (30, 30)).save(tmp_path / "moved" / "train" / "ant" / "0.png")
+    write_images(tmp_path / "other", parts=("train", "test"), seed=1)
+    capsys.readouterr()
+    for folder in ("moved", "other"):
+        assert train_on(tmp_path / folder, tmp_path / "run", "--resume", "auto") == 2
+        assert "training images are not those that the run" in capsys.readouterr().err
+
+
+def test_files_that_are_judged_show_their_progress(tmp_path):
+    files = list_judged_part(write_images(tmp_path, parts=("cat",)) / "cat")[0]
+    loader = FileLoader(
+        replace(files.files, size=8), files.labels, (0.5,) * 3, (0.5,) * 3, LoaderOptions(batch_size=10)
+    )
+    shown = []
+    set_progress_display(lambda items, description: shown.append((len(items), description)) or iter(items))
+    try:
+        assert len([*loader.epoch()]) == 3
+    finally:
+        set_progress_display(None)
+    assert shown == [(3, "decoding batches")]
 
 
 # -- sets from Python, labels ------------------------------------------------------------------------------------------

@@ -23,7 +23,7 @@ from rich.text import Text
 
 from codistill.runs import EpochLine, Figures, RunResult
 from codistill.training import Reporter
-from codistill.utils import Rows, looks_numeric, on_one_line
+from codistill.utils import Rows, looks_numeric, on_one_line, set_progress_display
 
 FILE_WIDTH = 160  # columns where the output is no terminal
 
@@ -127,6 +127,7 @@ class RichReporter(Reporter):
 
     def begin(self, notes: list[str], epochs: int, steps: int, start: int) -> None:
         """Print the notes and start the bar."""
+        set_progress_display(None)  # until now for decoding; in training there is this bar alone
         for note in notes:
             err.print(note, style="dim")
         self.epochs, self.steps = epochs, steps

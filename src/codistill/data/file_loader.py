@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader, Dataset
 from codistill.data.decoding_workers import PlannedBatches, SampleRef, SentBatch, receive, send, start_loader
 from codistill.data.lazy_images import LazyImages
 from codistill.data.loader import Augmentation, Loader, LoaderOptions
-from codistill.utils import InputError, UnreadableError
+from codistill.utils import InputError, UnreadableError, track
 
 if TYPE_CHECKING:
     from torchvision.transforms import v2
@@ -161,7 +161,9 @@ class FileLoader(Loader):
             self._sample_refs(epoch, order_N, self._local_slice(batch)) for batch in self._batch_slices(start)
         )
         batches = receive(loader, self.timeout)
-        for batch, (pixels_VBHWC, unreadable, bad) in zip(self._batch_slices(start), batches):
+        slices = [*self._batch_slices(start)]
+        shown = track(slices, "decoding batches") if self.options.augmentation is None else slices
+        for batch, (pixels_VBHWC, unreadable, bad) in zip(shown, batches):
             self._count_unreadable(unreadable)
             local_draws = {name: d[self._local_views, self._local_slice(batch)] for name, d in draws.items()}
             moved = pixels_VBHWC.to(self.device, non_blocking=True)

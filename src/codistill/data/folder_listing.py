@@ -111,7 +111,7 @@ def _find_parts(path: Path, left_out: LeftOut) -> tuple[Path, dict[str, str]]:
         InputError: there is no such folder, two folders are the same part, or a part is missing.
     """
     if not path.is_dir():
-        raise InputError(f"--data folder:{path}: there is no such folder")
+        raise InputError(f"--data folder:{path}: there is no such folder; one that has moved is named with --data-dir")
     parts = _parts_of(path)
     folders = [name for name in _visible_folders(path) if not is_hidden(name)]
     if not parts:

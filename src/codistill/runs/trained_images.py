@@ -6,16 +6,27 @@ from pathlib import Path
 
 import numpy as np
 
-from codistill.utils import write_atomically
+from codistill.utils import InputError, write_atomically
 
 FILE = "trained_images.bin"
 
 
 def write_trained_hashes(folder: Path, hashes: np.ndarray) -> None:
-    """Write the hashes (uint64), if they are not there."""
+    """Write the hashes (uint64); if they are there, check that they are the same.
+
+    Raises:
+        InputError: the run was begun on other contents of its files.
+    """
+    hashes = np.sort(hashes).astype("<u8")
     if not (folder / FILE).exists():
-        content = np.sort(hashes).astype("<u8").tobytes()
-        write_atomically(folder / FILE, lambda stream: stream.write(content))
+        write_atomically(folder / FILE, lambda stream: stream.write(hashes.tobytes()))
+        return
+    changed = int((~np.isin(hashes, read_trained_hashes(folder))).sum())
+    if changed:
+        raise InputError(
+            f"--resume: {changed:,} of the {len(hashes):,} training images are not those that the run in {folder} was "
+            "begun on (their files have the same names and other contents); put them back, or name another --out"
+        )
 
 
 def read_trained_hashes(folder: Path) -> np.ndarray:

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+from codistill.cli.console import show_progress
 from codistill.cli.option_types import PredictOptions
 from codistill.cli.options import Parsed
 from codistill.deploy import find_images, format_csv, load_predictor, predict_images
-from codistill.utils import InputError, escape_json
+from codistill.utils import InputError, escape_json, set_progress_display, track
 
 
 def run(parsed: Parsed) -> int:
@@ -17,7 +18,9 @@ def run(parsed: Parsed) -> int:
     files = find_images(parsed.positionals[1:])
     predictor = load_predictor(parsed.positionals[0], options.device, options.checkpoint)
     top = min(options.top, len(predictor.data_info["classes"]))
-    rows = [*predict_images(predictor, files, top, options.batch_size)]
+    set_progress_display(show_progress)
+    answers = predict_images(predictor, files, top, options.batch_size)
+    rows = [row for _, row in zip(track(files, "reading images"), answers)]
     if options.json:
         print(escape_json(rows, indent=2))
     else:

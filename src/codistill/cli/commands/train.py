@@ -22,6 +22,7 @@ def run(parsed: Parsed) -> int:
             out.print(line, highlight=False, markup=False)
         return 0
     for config in _configs_of_seeds(options, parsed.seeds):
+        set_progress_display(show_progress)
         reporter = RichReporter()
         try:
             result = train(config, reporter)
