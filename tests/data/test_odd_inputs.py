@@ -202,8 +202,10 @@ def test_other_contents_under_the_same_names_are_no_ground_to_go_on(tmp_path, ca
     write_images(tmp_path / "images", parts=("train", "test"))
     assert train_on(tmp_path / "images", tmp_path / "run") == 0
     (tmp_path / "images").rename(tmp_path / "moved")
+    (tmp_path / "run" / "result.json").unlink()  # as if killed before the test set was read
     assert train_on(tmp_path / "moved", tmp_path / "run", "--resume", "auto") == 0
     write_images(tmp_path / "other", parts=("train", "test"), seed=1)
+    (tmp_path / "run" / "result.json").unlink()
     capsys.readouterr()
     assert train_on(tmp_path / "other", tmp_path / "run", "--resume", "auto") == 2
     assert "21 of the 21 training images are not those that the run" in capsys.readouterr().err
