@@ -194,6 +194,8 @@ def test_model_may_be_repeated_for_peers_of_different_sizes(tmp_path):
         ("train okddip --peers 4 --model resnet8 --model resnet20", "--model is given 2 times for --peers 4"),
         ("train okddip --config nothing.json", "--config: cannot read"),
         ("train okddip --resume nothing", "there is no run there"),
+        ("compare okddip --dry-run", "--dry-run is no option of this command, but of codistill train; drop it"),
+        ("train okddip --weights /dev/zero", "/dev/zero is no regular file; name a file"),
         ("evaluate", "evaluate takes one RUN"),
         ("evaluate nothing", "nothing is no run folder"),
         ("export nothing", "nothing is no run folder"),

@@ -7,8 +7,10 @@ import sys
 import pytest
 from rich.console import Console
 
-from codistill.cli.console import RichReporter, TimeLeft, progress_bar
+from codistill.cli.console import RichReporter, TimeLeft, progress_bar, show_progress
+from codistill.cli.main import main
 from codistill.cli.output import SafeStream
+from codistill.utils.progress import set_progress_display, track
 
 HELP = [sys.executable, "-m", "codistill", "list", "data"]
 
@@ -103,3 +105,27 @@ def test_the_cursor_is_shown_again_however_a_run_ends(terminal, monkeypatch):
     reporter.step(0, 1, 1.0)
     reporter.stop()
     assert terminal.file.getvalue().rstrip("\n").endswith("\x1b[?25h")
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_the_cursor_is_shown_again_where_a_command_ends_while_images_are_decoded(terminal, monkeypatch, begun):
+    """An exception leaves the display open, or the bar half begun."""
+
+    def decode(*_):
+        for _ in track([1, 2, 3], "decoding images"):
+            raise MemoryError
+
+    def begin(*_):
+        terminal.show_cursor(False)
+        raise MemoryError
+
+    monkeypatch.setattr("codistill.cli.console.err", terminal)
+    monkeypatch.setattr(sys.modules["codistill.cli.main"], "parse_and_run", decode if begun else begin)
+    set_progress_display(show_progress)
+    try:
+        assert main(["list", "data"]) == 1
+    finally:
+        set_progress_display(None)
+    shown = terminal.file.getvalue()
+    assert "\x1b[?25l" in shown
+    assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")

@@ -39,7 +39,9 @@ def test_options_outside_the_identity_exist(options):
     ("values", "sentence"),
     [
         ({"epochs": 0}, "--epochs is 0; give at least 1"),
-        ({"image_size": 7}, "--image-size is 7; give at least 8"),
+        ({"image_size": 7}, "--image-size is 7; give from 8 to 4,096"),
+        ({"image_size": 1_000_000}, "--image-size is 1000000; give from 8 to 4,096"),
+        ({"data_workers": 100_000}, "--data-workers is 100000; give from 0 to 1,000"),
         ({"lr": math.nan}, "--lr is nan; give a number above 0"),
         ({"lr": 0.0}, "--lr is 0.0; give a number above 0"),
         ({"weight_decay": math.inf}, "--weight-decay is inf; give 0 or more"),

@@ -134,3 +134,12 @@ def test_missing_npz_and_a_folder_in_its_place_are_errors(tmp_path):
     (tmp_path / "folder.npz").mkdir()
     with pytest.raises(InputError, match="cannot be read"):
         load_set(f"npz:{tmp_path / 'folder.npz'}")
+
+
+@pytest.mark.parametrize("shape", [(0, 0, 3), (3, 0, 0), (0, 8, 3), (8, 8, 0)])
+def test_images_without_pixels_are_an_error(shape, tmp_path):
+    x = np.zeros((4, *shape), np.uint8)
+    y = np.arange(4) % 2
+    np.savez(tmp_path / "none.npz", x_train=x, y_train=y, x_test=x, y_test=y)
+    with pytest.raises(InputError, match=r"--data npz:.*none\.npz: "):
+        load_set(f"npz:{tmp_path / 'none.npz'}")

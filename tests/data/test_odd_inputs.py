@@ -122,6 +122,23 @@ def test_no_fifo_device_or_folder_is_opened(tmp_path):
             open_upright(path)
 
 
+def test_a_link_to_itself_is_an_unreadable_file(tmp_path):
+    folder = write(tmp_path / "images", {"ant": 6, "bee": 6})
+    (folder / "ant" / "loop.png").symlink_to("loop.png")
+    with pytest.raises(InputError, match=r"loop.png cannot be read as an image \(Too many levels of symbolic links\)"):
+        load_set(f"folder:{folder}")
+    (folder / "loop").symlink_to("loop")  # beside the classes
+    messages = load_set(f"folder:{folder}", skip_corrupt=True).provenance.messages
+    assert any("1 image files cannot be read and are left out" in message for message in messages)
+
+
+def test_images_larger_than_the_memory_are_refused_before_they_are_decoded(tmp_path, monkeypatch):
+    folder = write_images(tmp_path / "images", parts=("train", "test"))
+    monkeypatch.setattr("codistill.data.image_folder.physical_memory", lambda: 2**30)
+    with pytest.raises(InputError, match=r"decoded images take .* GiB, and this machine has 1.0; .* --image-size"):
+        load_set(f"folder:{folder}", image_size=4096, pipeline="resident")
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("broken"), KeyError("x"), RecursionError()])
 def test_whatever_a_decoder_raises_names_the_file(error, tmp_path, monkeypatch):
     Image.new("RGB", (8, 8)).save(tmp_path / "x.png")

@@ -131,6 +131,42 @@ def test_workers_that_cannot_start_are_told(folder, monkeypatch):
         list(make_loader(folder, 1).epoch(0))
 
 
+def test_workers_of_which_the_second_cannot_start_end_at_once(folder, monkeypatch, capfd):
+    """torch would wait five seconds for each that has started, and print a traceback."""
+    start, started = multiprocessing.Process.start, []
+
+    def start_one(process):
+        if started:
+            raise OSError(28, "No space left on device")
+        started.append(process)
+        start(process)
+
+    monkeypatch.setattr(multiprocessing.Process, "start", start_one)
+    began = time.monotonic()
+    with pytest.raises(DecodingError, match=r"3 processes that decode images cannot start.*No space left on device"):
+        list(make_loader(folder, 3).epoch(0))
+    gc.collect()
+    assert time.monotonic() - began < 4.0
+    assert not started[0].is_alive()
+    assert capfd.readouterr().err == ""
+
+
+def test_the_files_that_workers_need_are_counted_before_they_start(folder, monkeypatch):
+    limits = []
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (40, 4096))
+    monkeypatch.setattr(resource, "setrlimit", lambda _, limit: limits.append(limit))
+    make_loader(folder, 2)._start_workers()
+    assert limits == [(52, 4096)]  # raised as far as needed, and no further
+
+    def refuse(*_):
+        raise ValueError("not allowed to raise maximum limit")
+
+    monkeypatch.setattr(resource, "setrlimit", refuse)
+    with pytest.raises(DecodingError, match=r"2 processes .* need 52 open files, and this process may have 40.*ulimit"):
+        make_loader(folder, 2)._start_workers()
+    make_loader(folder, 0)._start_workers()  # no process needs none
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("ends", ["signal", "timeout"])
 def test_a_run_whose_workers_stop_keeps_its_steps(folder, impatient, monkeypatch, capsys, tmp_path, ends):

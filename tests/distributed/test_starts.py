@@ -1,13 +1,17 @@
 """Starts of a job that go wrong: every rank ends in time, and one says why."""
 
 import os
+import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
+from torch.distributed import HashStore
 
 from codistill.cli.main import main
+from codistill.distributed.heartbeat import Heartbeat
 from helpers.processes import free_port
 
 WORDS = ["train", "independent", "--peers", "2", "--model", "tiny_network:Tiny", "--data", "digits", "--device", "cpu"]
@@ -59,12 +63,53 @@ def test_a_rank_that_never_comes(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"), [("RANK", "x"), ("RANK", "-1"), ("WORLD_SIZE", "0"), ("WORLD_SIZE", "two"), ("RANK", "2")]
 )
-def test_numbers_of_the_environment_are_checked(name, value, monkeypatch, tmp_path):
+def test_numbers_of_the_environment_are_checked(name, value, monkeypatch, tmp_path, capsys):
     for key, text in ({"RANK": "0", "WORLD_SIZE": "2"} | {name: value}).items():
         monkeypatch.setenv(key, text)
     assert main([*WORDS, "--out", str(tmp_path / "run"), "--mesh", "data=2"]) == 2
-    monkeypatch.setenv("RANK", "0")
     assert not (tmp_path / "run").exists()
+    assert f"the environment variable {name} is" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("by_torchrun", [True, False])
+def test_a_rank_that_was_started_by_hand_says_what_is_wrong_with_its_own_command(by_torchrun, monkeypatch, capsys):
+    """torchrun gives all ranks one command, and the first rank speaks for all."""
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    if by_torchrun:
+        monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert main(["train", "independent", "--epcohs", "3"]) == 2
+    assert capsys.readouterr().err.startswith("codistill: rank 1: unknown option") is not by_torchrun
+
+
+def test_a_port_that_another_program_holds_ends_in_time(monkeypatch, capsys, tmp_path):
+    """It takes the connection and never answers."""
+    with socket.socket() as place:
+        place.bind(("127.0.0.1", 0))
+        place.listen()
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(place.getsockname()[1])}
+        for name, text in (address | {"RANK": "1", "WORLD_SIZE": "2"}).items():
+            monkeypatch.setenv(name, text)
+        began = time.monotonic()
+        words = [*WORDS, "--out", str(tmp_path / "run"), "--mesh", "data=2", "--collective-timeout", "1"]
+        assert main(words) == 1
+    assert time.monotonic() - began < 10
+    assert "rank 1: the ranks did not meet within 1 seconds (" in capsys.readouterr().err
+
+
+def test_a_store_that_does_not_answer_is_asked_once():
+    """Its rank was stopped: each question would take as long again."""
+    heartbeat = Heartbeat(HashStore(), 0, 2, timeout=1.0)
+    try:
+        assert heartbeat._answer_seconds == 4.0  # as long as a diagnosis takes
+        heartbeat._answer_seconds = 0.1
+        began = time.monotonic()
+        assert heartbeat._ask_store(lambda: time.sleep(30)) is None
+        assert "does not answer" in str(heartbeat.diagnose("timed out"))
+        heartbeat.report_failure("timed out")
+        assert time.monotonic() - began < 3.0
+    finally:
+        heartbeat.stop()
 
 
 def test_a_local_world_of_none_is_refused(monkeypatch):

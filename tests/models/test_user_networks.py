@@ -40,6 +40,20 @@ class InPlace(Flat):
         y.add_(1)
         return self.head(z.flatten(1))
 
+class not_finite(Flat):
+    def forward(self, x):
+        return super().forward(x) * float("nan")
+
+class complex_numbers(Flat):
+    def forward(self, x):
+        return super().forward(x) * 1j
+
+class ends_in_training(Flat):
+    def forward(self, x):
+        if self.training:
+            raise ValueError("stop")
+        return super().forward(x)
+
 def quit():
     raise SystemExit(3)
 """
@@ -87,6 +101,9 @@ def test_a_trial_changes_no_number(own):
     [
         ("own_networks:InPlace", "training fails on images of 1 x 8 x 8 (one of the variables needed for gradient"),
         ("own_networks:quit", "cannot be built (it ends the process with 3)"),
+        ("own_networks:not_finite", "returns numbers that are not finite; peers need floating-point logits"),
+        ("own_networks:complex_numbers", "returns numbers of torch.complex64; peers need floating-point logits"),
+        ("own_networks:ends_in_training", "cannot train on images of 1 x 8 x 8 (stop); fix its forward, or give"),
         ("time:time", "is a function of Python itself"),
         ("os:abort", "is a function of Python itself"),
         ("torch.nn:Identity", "returned Identity, which has no parameters to train"),

@@ -429,6 +429,13 @@ def test_mistakes_end_in_one_sentence(words, sentence, tmp_path, capsys):
     assert sentence in said
 
 
+def test_a_grid_in_the_place_of_a_file_is_an_input_error(tmp_path):
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "grid"):
+        with pytest.raises(InputError, match=rf"--out {out} cannot be a folder .*name another one"):
+            run_grid([Cell("a", Config("independent", peers=1, **TINY))], [0], out)
+
+
 def test_two_rows_that_share_a_folder_are_an_input_error(tmp_path):
     cells = [Cell(name, Config("independent", peers=1, **TINY)) for name in ("a b", "a-b")]
     with pytest.raises(InputError, match="rename one"):

@@ -84,6 +84,18 @@ def test_what_is_no_regular_file_is_refused_without_waiting(kind, name, run, tmp
     assert f"{run / name} is {'a folder' if kind == 'folder' else 'no regular file'}" in said
 
 
+@pytest.mark.parametrize("words", ["report RUN --out FILE", "evaluate RUN --confusion FILE"])
+def test_a_device_is_not_replaced_by_a_file(words, run, tmp_path, capsys):
+    os.mkfifo(tmp_path / "device")
+    (tmp_path / "link").symlink_to("/dev/null")
+    for name in ("device", "link"):
+        names = {"RUN": run, "FILE": tmp_path / name}
+        said = one_sentence(capsys, [str(names.get(word, word)) for word in words.split()])
+        assert f"{tmp_path / name} is no regular file; name a file" in said
+    assert (tmp_path / "device").is_fifo()
+    assert (tmp_path / "link").is_char_device()
+
+
 def test_a_byte_order_mark_is_read_over_and_an_absurd_size_refused(run, monkeypatch):
     for name in ("config.json", "result.json"):
         (run / name).write_bytes(b"\xef\xbb\xbf" + (run / name).read_bytes())

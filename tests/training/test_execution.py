@@ -24,6 +24,19 @@ from codistill.utils.errors import InputError
 from helpers.common import close
 from helpers.runs import StopAt, tiny
 
+
+class Viewing(nn.Module):
+    """Takes its maps apart by the strides that they have alone."""
+
+    def __init__(self, num_classes=10):
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding=1)
+        self.head = nn.Linear(4, num_classes)
+
+    def forward(self, x):
+        return self.head(self.conv(x).view(len(x), 4, -1).mean(2))
+
+
 CASES = [
     ("okddip", "networks"),
     ("okddip", "branches"),
@@ -248,3 +261,11 @@ def test_weights_that_are_made_anew_are_not_stacked(remake):
     peers = NetworkPeers(network, 2, 10, in_channels=1, image_size=8)
     with pytest.raises(InputError, match="--execution stacked: weight norm, spectral norm or pruning"):
         StackedPeers(peers, torch.randn(2, 1, 8, 8))
+
+
+def test_a_network_that_fails_on_stacked_maps_is_refused():
+    peers = NetworkPeers(Viewing, 2, 10, in_channels=1, image_size=8)
+    images = torch.randn(2, 1, 8, 8).to(memory_format=torch.channels_last)
+    peers.member(0)(images.contiguous())  # alone it works
+    with pytest.raises(InputError, match=r"fails on the channels of all members at once .*use --execution loop"):
+        StackedPeers(peers, images)

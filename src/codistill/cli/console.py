@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 from rich.console import Console
@@ -77,7 +77,7 @@ class _NoteColumn(TextColumn):
         return text
 
 
-def show_progress(items: Sequence[Any], description: str) -> Iterator[Any]:
+def show_progress(items: Sequence[Any], description: str) -> Generator[Any, None, None]:
     """Yield the items under a progress bar, which disappears at the end; on the first rank of a job alone."""
     with progress_bar(err) as bar:
         bar.live.transient = True

@@ -24,6 +24,7 @@ from codistill.utils import (
     StoppedEarly,
     command_line,
     describe_unexpected,
+    end_displays,
     explain_failure,
     first_line,
     on_one_line,
@@ -85,6 +86,8 @@ def _run_command(argv: list[str] | None) -> int:
     options = [*takewhile(lambda word: word != "--", argv)]  # what follows are names of files
     show_traceback = TRACEBACK_FLAG in options or os.environ.get("CODISTILL_TRACEBACK", "0") not in ("", "0")
     argv = [_with_home(word) for word in options if word != TRACEBACK_FLAG] + argv[len(options) :]
+    if "RANK" in os.environ and not show_traceback:  # read when torch is imported, whose C++ prints pages of frames
+        os.environ.setdefault("TORCH_CPP_LOG_LEVEL", "FATAL")
     try:
         if not argv or argv[0] not in COMMANDS:
             name = argv[0] if argv else ""
@@ -136,10 +139,21 @@ def _print_warning(message: object, *_: object, **__: object) -> None:
     print(f"codistill: warning: {on_one_line(message)}", file=sys.stderr)
 
 
+def _restore_terminal() -> None:
+    """End what an exception has left open, and show the cursor, also where a signal arrived while a bar began."""
+    end_displays()
+    if (console := sys.modules.get("codistill.cli.console")) is not None:
+        console.err.show_cursor(True)
+
+
 def _print_error(message: object, code: int) -> int:
     """Print a sentence and return the code; in a job of several processes, a failure of one rank names the rank."""
+    _restore_terminal()
     rank = os.environ.get("RANK", "0") if "WORLD_SIZE" in os.environ else "0"
-    if rank == "0" or code not in (2, 75):  # input and signals are the same on all ranks: the first prints it
-        prefix = f"rank {rank}: " if rank != "0" else ""
+    # torchrun gives all ranks the same command and the same signals, so the first one prints what these end in. Ranks
+    # that were started by hand may differ, and a RANK that is no number has no first.
+    same = "TORCHELASTIC_RUN_ID" in os.environ and rank.isdecimal()
+    if rank == "0" or code not in (2, 75) or not same:
+        prefix = f"rank {rank}: " if rank.isdecimal() and rank != "0" else ""
         print(f"codistill: {prefix}{on_one_line(message)}", file=sys.stderr, flush=True)
     return code

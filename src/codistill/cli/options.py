@@ -344,4 +344,6 @@ def _reject_unknown(word: str, default: Any) -> None:
         names |= {"--config", "--seeds", "--dry-run", "--recipe"}
         method = method_config(default.method) if isinstance(default.method, str) else default.method
         names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(method)}
+    if word.split("=")[0] in names:
+        raise InputError(f"{word} is no option of this command, but of codistill train; drop it")
     raise InputError(f'unknown option "{word}"{suggest(word.split("=")[0], names)}')

@@ -16,11 +16,12 @@ from codistill.config.ranges import (
     AT_LEAST_0,
     AT_LEAST_1,
     AT_LEAST_1_SECOND,
-    AT_LEAST_8,
     EACH_AT_LEAST_1,
     FROM_0_BELOW_1,
     FROM_0_TO_1,
+    FROM_0_TO_1000,
     FROM_8_TO_16,
+    FROM_8_TO_4096,
     SEED,
 )
 
@@ -73,13 +74,13 @@ class DataOptions:
     val_fraction: Annotated[float, FROM_0_BELOW_1] = 0.1
     """Fraction of the training set kept for validation: deterministic, balanced over classes, the same for every
     seed."""
-    image_size: Annotated[int | None, AT_LEAST_8] = None
+    image_size: Annotated[int | None, FROM_8_TO_4096] = None
     """Height and width to which the images of a folder are resized; default their own, or 224 if they differ."""
     data_pipeline: Literal["auto", "resident", "files"] = "auto"
     """resident: decode the images of a folder once, into memory; files: decode them in worker processes in every epoch,
     with random resized crops for training and center crops for evaluation. auto: files if the decoded images take 2 GiB
     or more."""
-    data_workers: Annotated[int | None, AT_LEAST_0] = None
+    data_workers: Annotated[int | None, FROM_0_TO_1000] = None
     """Processes that decode image files; 0 decodes in the training process. Default: one per CPU, at most 8."""
     bits: Annotated[int, FROM_8_TO_16] = 16
     """Bits that image files of 16 bits a pixel use: 12 for many cameras and microscopes, whose images are black

@@ -74,7 +74,8 @@ def opened(file: str | Path) -> Iterator[Image.Image]:
         raise InputError(f"{file} does not exist; name image files that are there") from None
     except Exception as error:  # whatever a decoder raises, MemoryError included: it is about this file alone
         reason = "its content is none of " + ", ".join(FORMATS)
-        reason = reason if isinstance(error, Image.UnidentifiedImageError) else first_line(error)
+        if not isinstance(error, Image.UnidentifiedImageError):
+            reason = getattr(error, "strerror", None) or first_line(error)
         raise InputError(f"{file} cannot be read as an image ({reason}); fix or remove it") from None
 
 

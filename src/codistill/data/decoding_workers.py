@@ -17,6 +17,7 @@ import shutil
 import signal
 import tempfile
 import time
+import traceback
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -29,6 +30,7 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
+from torch.utils.data.dataloader import _BaseDataLoaderIter
 
 from codistill.utils import DecodingError, SignalReceived, first_line, pending_signal
 
@@ -36,6 +38,10 @@ SampleRef = tuple[int, int, int]
 """Epoch, position in it, and index of the sample at that position."""
 SECONDS_BETWEEN_LOOKS = 1.0
 """A process that waits for a batch looks this often whether a signal has arrived."""
+DESCRIPTORS_A_WORKER = 5
+"""Files that the main process opens for a worker: pipes of its queue, of its end and of its start."""
+OTHER_DESCRIPTORS = 32
+"""Files that the main process has open besides, and may open at a time."""
 SECONDS_AFTER_SIGNAL = 10.0
 """Time that a batch has to come once a signal has arrived; a batch that comes is trained on before the run ends."""
 
@@ -61,11 +67,15 @@ def start_loader(decoder: Dataset, workers: int, *, pin_memory: bool, persistent
         workers: Processes that decode; 0 decodes in this one.
         pin_memory: Whether batches are copied to pinned memory.
         persistent: Whether the processes are kept from epoch to epoch.
+
+    Raises:
+        DecodingError: this process may not open as many files as that many workers need.
     """
+    _check_descriptors(workers)
     atexit.unregister(end_workers)
     atexit.register(end_workers)  # last in, first out: before multiprocessing waits for its children
     folders = _make_folders() if workers else ()
-    loader = DataLoader(
+    loader = _QuietLoader(
         decoder,
         batch_sampler=PlannedBatches(),
         num_workers=workers,
@@ -78,6 +88,32 @@ def start_loader(decoder: Dataset, workers: int, *, pin_memory: bool, persistent
     )
     weakref.finalize(loader, _remove_folders, folders, os.getpid())
     return loader
+
+
+class _QuietLoader(DataLoader):
+    """A DataLoader that does not advise on the number of its workers, as the user has chosen it."""
+
+    def check_worker_number_rationality(self) -> None:
+        """Say nothing."""
+
+
+def _check_descriptors(workers: int) -> None:
+    """Raise the limit of open files where the workers of two loaders (training, and evaluation) would exceed it."""
+    try:
+        import resource
+    except ImportError:  # no POSIX
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    needed = OTHER_DESCRIPTORS + 2 * workers * DESCRIPTORS_A_WORKER
+    if not workers or soft >= needed or soft == resource.RLIM_INFINITY:
+        return
+    try:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (needed, hard))
+    except (ValueError, OSError):
+        raise DecodingError(
+            f"{workers} processes that decode images need {needed} open files, and this process may have {soft}; raise "
+            f"the limit (ulimit -n {needed}), or give a smaller --data-workers (0: none)"
+        ) from None
 
 
 def _identity(batch: Any) -> Any:
@@ -206,10 +242,28 @@ def _begin(loader: DataLoader) -> Iterator[Any]:
     except (RuntimeError, OSError) as error:
         if loader.num_workers == 0:
             raise
+        _discard_unfinished(error)
         raise DecodingError(
             f"{loader.num_workers} processes that decode images cannot start ({first_line(error).rstrip('. ')}); give "
             "a smaller --data-workers (0: none)"
         ) from None
+
+
+def _discard_unfinished(error: Exception) -> None:
+    """Kill the workers of an iterator whose construction raised the error, and close its files.
+
+    torch would do that when the iterator is collected: it waits five seconds for each worker, and prints a traceback,
+    because attributes are missing.
+    """
+    for frame, _ in traceback.walk_tb(error.__traceback__):
+        iterator = frame.f_locals.get("self")
+        if isinstance(iterator, _BaseDataLoaderIter):
+            for worker in getattr(iterator, "_workers", ()):
+                with suppress(AttributeError, ValueError):  # the last one may not have started
+                    worker.kill()
+                    worker.join()
+            vars(iterator)["_shutdown"] = True
+    traceback.clear_frames(error.__traceback__)
 
 
 def _timed_out(error: Exception) -> bool:

@@ -164,7 +164,7 @@ def _part_of(name: str) -> str | None:
 
 def _visible_folders(path: Path) -> list[str]:
     with os.scandir(path) as entries:
-        return [entry.name for entry in entries if entry.is_dir() and not is_hidden(entry.name)]
+        return [entry.name for entry in entries if _is_folder(entry) and not is_hidden(entry.name)]
 
 
 def _has_folders_only(path: Path) -> bool:
@@ -173,7 +173,7 @@ def _has_folders_only(path: Path) -> bool:
     with os.scandir(path) as entries:
         for entry in entries:
             if not is_hidden(entry.name):
-                if not entry.is_dir():
+                if not _is_folder(entry):
                     return False
                 any_folder = True
     return any_folder
@@ -192,7 +192,7 @@ def list_part(path: Path, left_out: LeftOut) -> tuple[Part, tuple[str, ...]]:
     with os.scandir(path) as entries:
         for entry in entries:
             _check_link(entry, path, root, is_top=True)
-            if not entry.is_dir():
+            if not _is_folder(entry):
                 if not is_hidden(entry.name):
                     left_out.endings[f"{os.path.splitext(entry.name)[1].lower()} (in no class)".strip()] += 1
             elif is_hidden(entry.name):
@@ -247,6 +247,14 @@ def _walk(path: Path, folder: str, root: str, left_out: LeftOut) -> Iterator[tup
         yield place, names
 
 
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether an entry is a folder or a link to one; a link that leads to itself leads to none."""
+    try:
+        return entry.is_dir()
+    except OSError:
+        return False
+
+
 def _check_link(entry: os.DirEntry[str], path: Path, root: str, *, is_top: bool) -> None:
     """Raise for a link out of the folder, or one that could make a recursive walk loop.
 
@@ -261,7 +269,7 @@ def _check_link(entry: os.DirEntry[str], path: Path, root: str, *, is_top: bool)
             f"--data folder: {entry.path} is a link out of {path}; only links inside are followed, so copy the file "
             "there"
         )
-    if entry.is_dir() and (not is_top or target == root):
+    if _is_folder(entry) and (not is_top or target == root):
         raise InputError(
             f"--data folder: {entry.path} is a link to a folder, as only the folder of a class may be; copy its target"
         )

@@ -22,7 +22,7 @@ from codistill.data.folder_listing import Part, list_parts
 from codistill.data.image_files import ImageFiles
 from codistill.data.image_set import ImageSet, Provenance
 from codistill.data.lazy_images import common_side, evenly_spaced
-from codistill.utils import InputError, track
+from codistill.utils import InputError, physical_memory, track
 
 RESIDENT_LIMIT = 2 * 2**30
 """Bytes of decoded images (one per channel and pixel, 3 channels) up to which a folder is kept in memory."""
@@ -71,6 +71,7 @@ def load_folder(
         provenance = Provenance(_checksum(parts), (message, *messages))
         fields = _lazy_fields(train, val, test, image_size or common_side(sizes), 1 if gray else 3)
     else:
+        _check_memory(count * area * 3, count)
         fields, provenance = _resident_fields(parts, image_size, skip_corrupt=skip_corrupt)
         provenance = replace(provenance, messages=(*provenance.messages, *messages))
     if (
@@ -83,6 +84,16 @@ def load_folder(
             provenance, messages=(*provenance.messages, "all training images are of one and the same color")
         )
     return ImageSet(f"folder:{path}", classes=classes, flip=True, bits=bits, provenance=provenance, **fields)
+
+
+def _check_memory(num_bytes: float, count: int) -> None:
+    """Raise where the decoded images are larger than the memory of this machine."""
+    memory = physical_memory()
+    if memory is not None and num_bytes > memory:
+        raise InputError(
+            f"--data folder: {count:,} decoded images take {num_bytes / 2**30:,.1f} GiB, and this machine has "
+            f"{memory / 2**30:,.1f}; give --data-pipeline files, or a smaller --image-size"
+        )
 
 
 def _messages_on_bits(files: ImageFiles, bits: int) -> list[str]:

@@ -232,6 +232,10 @@ class ImageSet:
             )
         if shape[0] != shape[1]:
             raise InputError(f"{flag}: images are {shape[0]} x {shape[1]}; they must be square{hint}")
+        if not shape[-1]:
+            raise InputError(
+                f"{flag}: images are of shape {' x '.join(map(str, shape))}, without a channel; give 1 or 3"
+            )
         if shape[0] < 8:
             raise InputError(f"{flag}: images of {shape[0]} x {shape[0]} are too small; 8 x 8 is the minimum")
         counts = np.bincount(self.y_train)
@@ -285,6 +289,8 @@ class ImageSet:
 
 def statistics(images: np.ndarray) -> tuple[tuple[float, ...], tuple[float, ...]]:
     """Return per-channel mean and deviation of pixels / 255, of uint8 images `N x H x W x C`."""
+    if not images.size:  # `ImageSet.check` refuses them
+        return (0.0,) * images.shape[-1], (1.0,) * images.shape[-1]
     pixels = images.reshape(-1, images.shape[-1])
     mean = [float(pixels[:, c].mean(dtype=np.float64) / 255) for c in range(pixels.shape[1])]
     std = [float(pixels[:, c].std(dtype=np.float64) / 255) or 1.0 for c in range(pixels.shape[1])]

@@ -23,7 +23,7 @@ from codistill.utils import MachineError, OtherRankFailedError
 
 Answer = TypeVar("Answer")
 ANSWER_SECONDS = 20.0
-"""Time that the job's store has for an answer."""
+"""Time that the job's store has for an answer, or the time of a collective where that is less."""
 INTERVAL = 0.5  # seconds between two beats
 MAX_MISSED_BEATS = 4  # beats that a living rank may miss
 
@@ -69,11 +69,14 @@ class Heartbeat:
         store: The store that all ranks of the job share.
         rank: Number of this rank.
         world: Number of ranks.
+        timeout: Seconds that a collective may take.
     """
 
-    def __init__(self, store: Store, rank: int, world: int) -> None:
+    def __init__(self, store: Store, rank: int, world: int, timeout: float = ANSWER_SECONDS) -> None:
         self.store = PrefixStore("codistill", store)
         self.rank, self.world = rank, world
+        self._answer_seconds = min(ANSWER_SECONDS, max(timeout, 2 * INTERVAL * MAX_MISSED_BEATS))
+        self._store_answers = True
         self.step = 0
         """Steps done, set by the training loop; a rank that hangs is behind the others."""
         self._ended = threading.Event()
@@ -94,7 +97,7 @@ class Heartbeat:
     def stop(self) -> None:
         """Stop counting."""
         self._ended.set()
-        self._thread.join(timeout=5)
+        self._thread.join(timeout=5 if self._store_answers else 0)
 
     def report_failure(self, reason: str) -> None:
         """Write the reason why this rank ends to the store, and stop counting."""
@@ -116,11 +119,13 @@ class Heartbeat:
         return found
 
     def _ask_store(self, question: Callable[[], Answer]) -> Answer | None:
-        """Return the store's answer; None where it fails, or takes longer than ANSWER_SECONDS.
+        """Return the store's answer; None where it fails or takes too long, and for every question after that.
 
         Where no torchrun keeps the store, a rank does; if that one is stopped, a question would wait for ever.
         """
         answers: list[Answer] = []
+        if not self._store_answers:
+            return None
 
         def ask() -> None:
             with contextlib.suppress(RuntimeError):
@@ -128,7 +133,8 @@ class Heartbeat:
 
         thread = threading.Thread(target=ask, daemon=True)
         thread.start()
-        thread.join(ANSWER_SECONDS)
+        thread.join(self._answer_seconds)
+        self._store_answers = bool(answers)
         return answers[0] if answers else None
 
     def _diagnose(self, reason: str) -> MachineError | OtherRankFailedError:

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import threading
+from collections.abc import Callable
 from datetime import timedelta
 from importlib.metadata import version
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from torch.distributed import Store
 
 from codistill.config import Config, mesh_shape
 from codistill.distributed.heartbeat import Heartbeat, rendezvous
-from codistill.distributed.mesh import Mesh, SingleProcess
+from codistill.distributed.mesh import Mesh, SingleProcess, Value
 from codistill.distributed.process_mesh import ProcessMesh
 from codistill.utils import InputError, MachineError, OtherRankFailedError, environment_number, first_line
 
 MAY_DIFFER = frozenset({"out", "resume", "data_dir", "device", "data_workers", "tracker"})
 """Options that each rank may have for itself; the main rank's folder counts."""
+SECONDS_OF_GRACE = 2.0
+"""Time that torch has to say itself why the ranks did not meet."""
 _job: list[Heartbeat] = []  # of this process, once it has joined the job; consecutive runs share it
 
 
@@ -81,9 +86,13 @@ def join_job(backend: str, timeout: float) -> Heartbeat:
         MachineError: the ranks do not meet in time.
     """
     wait = timedelta(seconds=timeout)
-    try:
+
+    def meet() -> tuple[Store, int, int]:
         store, rank, world = next(dist.rendezvous("env://", timeout=wait))
-        store = rendezvous(store, rank, world, timeout)
+        return rendezvous(store, rank, world, timeout), rank, world
+
+    try:
+        store, rank, world = _wait_for(meet, timeout + SECONDS_OF_GRACE)
         dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=wait)
     except ValueError as error:
         raise InputError(f"the ranks cannot meet ({first_line(error)}); start them with torchrun") from None
@@ -94,7 +103,36 @@ def join_job(backend: str, timeout: float) -> Heartbeat:
             f"the ranks did not meet within {timeout:g} seconds ({first_line(error)}); start as many as WORLD_SIZE "
             "says, each with a RANK of its own, and give torchrun another --master-port if this one is in use"
         ) from None
-    return Heartbeat(store, rank, world)
+    return Heartbeat(store, rank, world, timeout)
+
+
+def _wait_for(function: Callable[[], Value], seconds: float) -> Value:
+    """Return what a function returns, or raise what it raises.
+
+    It runs in a thread of its own: torch tries an address that does not answer for more than its timeout, waits for
+    ever where another program holds the port, and handles no signal meanwhile.
+
+    Raises:
+        RuntimeError: it takes longer than `seconds`.
+    """
+    ended: list[tuple[Value | None, BaseException | None]] = []
+
+    def run() -> None:
+        try:
+            ended.append((function(), None))
+        except BaseException as error:
+            ended.append((None, error))
+
+    thread = threading.Thread(target=run, daemon=True)
+    thread.start()
+    thread.join(seconds)
+    if not ended:
+        address = ":".join(os.environ.get(name, "") for name in ("MASTER_ADDR", "MASTER_PORT"))
+        raise RuntimeError(f"no rank 0 answers at {address}")
+    value, error = ended[0]
+    if error is not None:
+        raise error
+    return cast(Value, value)
 
 
 def _check_ranks_agree(config: Config, heartbeat: Heartbeat) -> None:

@@ -19,7 +19,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from codistill.distributed.heartbeat import Heartbeat
 from codistill.distributed.mesh import Mesh, Value
-from codistill.utils import InputError, MachineError, OtherRankFailedError, first_line
+from codistill.utils import InputError, MachineError, OtherRankFailedError, SignalReceived, first_line
 
 BUCKET = 25 * 2**20  # bytes of gradients in one message
 
@@ -236,7 +236,8 @@ class ProcessMesh(Mesh):
         except OtherRankFailedError:
             raise
         except BaseException as error:
-            self.heartbeat.report_failure(f"{type(error).__name__}: {error}")
+            signal = isinstance(error, SignalReceived)
+            self.heartbeat.report_failure(f"{'a signal' if signal else type(error).__name__}: {error}")
             raise
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from codistill.utils import InputError, first_line, load_tensors
+from codistill.utils import InputError, check_regular, first_line, load_tensors
 
 WRAPPER = "_orig_mod."
 """What torch.compile puts into the names of the weights of a compiled module."""
@@ -20,7 +20,7 @@ def read_weights(path: str) -> dict[str, Tensor]:
         InputError: the file is missing, damaged or contains no weights.
     """
     file = Path(path).expanduser()  # config files have no shell
-    if not file.is_file():
+    if not check_regular(file):
         raise InputError(f"--weights {path} does not exist; name a .safetensors file or a saved state dict")
     try:
         if file.suffix == ".safetensors":

@@ -213,6 +213,9 @@ def _whole_outputs(model: nn.Module, example: Inputs, advice: str) -> Tensor:
     if not isinstance(outputs, Tensor) or outputs.dim() != 2:
         kind = f"a tensor of shape {tuple(outputs.shape)}" if isinstance(outputs, Tensor) else type(outputs).__name__
         raise InputError(f"--model {_model_name(model)} returns {kind}; peers need logits, one row per sample")
+    if not outputs.is_floating_point() or not outputs.isfinite().all():
+        kind = "numbers that are not finite" if outputs.is_floating_point() else f"numbers of {outputs.dtype}"
+        raise InputError(f"--model {_model_name(model)} returns {kind}; peers need floating-point logits, so fix it")
     if len(outputs) != len(tensors_of(example)[0]):
         one = shape.replace("images", "one image")
         raise InputError(
@@ -260,7 +263,7 @@ def _check_training(member: SplitMember, example: Inputs, advice: str) -> None:
         ):
             features = call_network(member.body, repeat_first_row(example, 2))
     except Exception as error:  # whatever the network's own code raises
-        larger = "give a larger --image-size" if advice == IMAGE_ADVICE else advice
+        larger = "fix its forward, or give a larger --image-size" if advice == IMAGE_ADVICE else advice
         raise InputError(
             f"--model {_model_name(member.body)} cannot train on {describe_inputs(example)} "
             f"({first_line(error)}); {larger}"

@@ -25,7 +25,7 @@ from codistill.peers.branches import BranchPeers
 from codistill.peers.inputs import Views
 from codistill.peers.modes import copy_module, frozen_batchnorm_stats, train_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule
-from codistill.utils import InputError
+from codistill.utils import InputError, first_line, out_of_memory
 
 CHANNELWISE = (nn.ReLU, nn.Identity, nn.AvgPool2d, nn.MaxPool2d, nn.AdaptiveAvgPool2d)
 MERGED_CHANNELS = 64
@@ -207,10 +207,15 @@ class StackedPeers:
         self.repeats_images = repeats_images
         try:
             logits_PBC = _training_logits(self.peers, self, example)
-        except RuntimeError:
-            if repeats_images:
+        except Exception as error:  # whatever the network's own code raises
+            if out_of_memory(error) is not None:
                 raise
-            return False
+            if not repeats_images:
+                return False
+            raise InputError(
+                f"--execution stacked: the network fails on the channels of all members at once ({first_line(error)}); "
+                "use --execution loop"
+            ) from None
         return torch.allclose(logits_PBC, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
     def _convert(self, module: nn.Module, members: Sequence[nn.Module]) -> nn.Module:

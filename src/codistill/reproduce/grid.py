@@ -168,7 +168,10 @@ def _make_jobs(cells: list[Cell], seeds: Sequence[int], folder: Path) -> list[Jo
         raise InputError("two rows of this grid have names that differ in punctuation or case only; rename one")
     for job in jobs:
         job.depends_on = next((j for j in jobs if j.cell.label == job.cell.teacher and j.seed == job.seed), None)
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        raise InputError(f"--out {folder} cannot be a folder ({error.strerror}); name another one") from None
     for job in jobs:
         outcome = read_outcome(job.config)
         if outcome is not None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from codistill.utils.allow_import import is_user_code as is_user_code
     from codistill.utils.allow_import import use_policy as use_policy
     from codistill.utils.cpu_memory import keep_freed_memory as keep_freed_memory
+    from codistill.utils.cpu_memory import physical_memory as physical_memory
     from codistill.utils.cpu_memory import release_kept_memory as release_kept_memory
     from codistill.utils.device import DTYPES as DTYPES
     from codistill.utils.device import accumulation_dtype as accumulation_dtype
@@ -49,6 +50,7 @@ if TYPE_CHECKING:
     from codistill.utils.files import write_json as write_json
     from codistill.utils.files import write_text as write_text
     from codistill.utils.parameters import count_parameters as count_parameters
+    from codistill.utils.progress import end_displays as end_displays
     from codistill.utils.progress import set_progress_display as set_progress_display
     from codistill.utils.progress import track as track
     from codistill.utils.safe_load import check_npz_sizes as check_npz_sizes
@@ -77,7 +79,7 @@ __getattr__, __dir__ = lazy_names(
             "ImportPolicy check_imports check_method_import command_line current_network_name current_policy "
             "import_object is_user_code use_policy"
         ),
-        "cpu_memory": "keep_freed_memory release_kept_memory",
+        "cpu_memory": "keep_freed_memory physical_memory release_kept_memory",
         "device": (
             "DTYPES accumulation_dtype allocated_bytes peak_megabytes pick_device reset_peak_memory synchronize"
         ),
@@ -91,7 +93,7 @@ __getattr__, __dir__ = lazy_names(
             "write_json write_text"
         ),
         "parameters": "count_parameters",
-        "progress": "set_progress_display track",
+        "progress": "end_displays set_progress_display track",
         "safe_load": "check_npz_sizes find_outside_links load_tensors",
         "shares": "share_out",
         "signals": "SignalReceived catch_signals ignore_interrupt pending_signal raise_on_signals",

@@ -32,8 +32,10 @@ def write_atomically(
         before_rename: Called when all is written, just before the file gets its name.
 
     Raises:
+        InputError: the name is that of a folder or of no regular file, such as /dev/null, which would be replaced.
         MachineError: the disk is full or the folder cannot be written to.
     """
+    check_regular(path)
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-Display = Callable[[Sequence[Any], str], Iterator[Any]]
+Display = Callable[[Sequence[Any], str], Generator[Any, None, None]]
 
 _display: Display | None = None
+_shown: list[Generator[Any, None, None]] = []
+"""The displays that were begun, the innermost last."""
 
 
 def set_progress_display(display: Display | None) -> None:
@@ -23,4 +25,13 @@ def track(items: Sequence[Item], description: str) -> Iterator[Item]:
     >>> [*track([1, 2], "counting")]
     [1, 2]
     """
-    return iter(items) if _display is None else _display(items, description)
+    if _display is None:
+        return iter(items)
+    _shown.append(_display(items, description))
+    return _shown[-1]
+
+
+def end_displays() -> None:
+    """End the displays that an exception has left open: a terminal would keep its cursor hidden."""
+    while _shown:
+        _shown.pop().close()
