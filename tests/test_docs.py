@@ -46,6 +46,20 @@ def test_commands_in_the_documents_parse(line, tmp_path, monkeypatch):
     parse(words[0], words[1:])
 
 
+def test_no_command_in_the_documents_is_left_untried():
+    for page in PAGES:
+        for language, block in re.findall(r"^```(\S*)\n(.*?)^```", page.read_text(), re.DOTALL | re.MULTILINE):
+            untried = language != "sh" and re.search("^codistill (train|compare|reproduce) ", block, re.MULTILINE)
+            assert not untried, (page, block)
+
+
+def test_files_that_the_documents_name_exist():
+    pages = [*PAGES, ROOT / "benchmarks" / "RESULTS.md", ROOT / "CONTRIBUTING.md"]
+    named = {name for page in pages for name in re.findall(r"\b(?:tests|src|examples)/[\w/]+\.py\b", page.read_text())}
+    assert len(named) > 10
+    assert [name for name in sorted(named) if not (ROOT / name).is_file()] == []
+
+
 SOURCES = [path for path in sorted((ROOT / "src").rglob("*.py")) if ">>> " in path.read_text()]
 
 

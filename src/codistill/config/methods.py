@@ -174,7 +174,8 @@ class OKDDipConfig(DivergenceConfig):
     mask_self: bool = False
     """Exclude a peer's own prediction from its target (removes the optimum in which every peer attends to itself)."""
     ablation: Literal["none", "random", "entropy", "mean", "symmetric", "no_leader"] = "none"
-    """The ablations of the paper's Table 5. `no_leader` is also the ensemble form of its Table 4."""
+    """The ablations of the paper's Table 5. `no_leader` with `--deploy ensemble` is near the form of its Table 4, whose
+    ensemble averages logits in the code."""
     entropy_weight: Annotated[float, FINITE] = 0.1
     """Weight of the entropy term of `--method.ablation entropy` (a guess: the paper gives no value)."""
 

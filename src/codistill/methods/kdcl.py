@@ -8,9 +8,9 @@
     general   f_t = sum_i w_i f_i, w = argmin w' C w, sum w = 1,       once an epoch, on a holdout:
               C_ij = E[(f_i - t) . (f_j - t)]                          f softmax outputs, t one-hot labels
 
-Each network gets its own view of every image (invariant collaborative learning), and all learn one target. The paper
-defines the error of `general` on the outputs, its slides weigh logits: `mix` selects what the teacher mixes. Networks
-may differ in architecture and size.
+T and l are known from notes on the paper, for CIFAR. Each network gets its own view of every image (invariant
+collaborative learning), and all learn one target. The paper defines the error of `general` on the outputs, its slides
+weigh logits: `mix` selects what the teacher mixes. Networks may differ in architecture and size.
 Shapes: P peers, B batch, C classes, N holdout samples.
 """
 

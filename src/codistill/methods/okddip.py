@@ -8,7 +8,8 @@ m - 1 auxiliary peers teach each other through attention, and together they teac
     L = sum_a CE(z_a, y) + CE(z_lead, y) + w(e) T^2 [sum_a KL(t_a || q_a) + KL(t_lead || q_lead)]
 
 Where the sources differ: the paper mixes probabilities (above), its code mixes logits and softens afterwards, and adds
-1e-7 to every target probability (`variant="okddip_code"`). Neither detaches a target. Members are summed, not averaged.
+1e-7 to every target probability (`variant="okddip_code"`). The ramp w(e) is the code's; the paper's loss has none.
+Neither detaches a target. Members are summed, not averaged.
 Shapes: P members, the leader last; A = P - 1 auxiliary peers; B batch; C classes; D features.
 """
 
@@ -45,9 +46,10 @@ class OKDDip(Method):
     Args:
         num_peers: Members, the leader (the last one) included; at least 3.
         feature_dim: Width D of the auxiliary peers' features; the projections go from D to D // 8.
-        options: The fields of `OKDDipConfig`; give `ramp_epochs` in a run of your own that is shorter than the papers'
-            300 epochs, since the default ramp of 80 epochs is only scaled to the length of a run by `codistill.train`.
-        seed: Chooses the member that is deployed under `ablation="no_leader"`.
+        options: The fields of `OKDDipConfig`; give `ramp_epochs` in a run of your own that is shorter than the 300
+            epochs of OKDDip's code, since the default ramp of 80 epochs is only scaled to the length of a run by
+            `codistill.train`.
+        seed: Under `ablation="no_leader"` member seed % num_peers is deployed.
 
     Raises:
         InputError: the features are too narrow to project.

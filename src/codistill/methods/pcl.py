@@ -6,9 +6,10 @@
         + w(e) 1/(m-1) sum_i sum_{j != i} T^2 KL(sg z_j^mt || z_i)      every other peer's mean teacher
     theta_mt <- phi theta_mt + (1 - phi) theta,  phi = min(1 - 1/(g + 1), 0.999),  step g = 0, 1, ...
 
-View i of an image, augmented separately, goes to peer i and to its mean teacher. Mean teachers use batch statistics for
-the targets; their running statistics are averaged like the weights, for evaluation. w(e) ramps up over epochs (not
-epoch / lambda, as in a public re-implementation). Peer 0 is deployed; its mean teacher and the ensemble are options.
+No code was released; this is as notes on the paper give it. View i of an image, augmented separately, goes to peer i
+and to its mean teacher. Mean teachers use batch statistics for the targets; their running statistics are averaged like
+the weights, for evaluation. w(e) ramps up over epochs (not epoch / lambda, as in a public re-implementation). Peer 0 is
+deployed; its mean teacher and the ensemble are options.
 Shapes: P peers (m), B batch, C classes.
 """
 

@@ -37,7 +37,7 @@ class Figure:
 
     @property
     def compared(self) -> BySeed:
-        """The values to compare with the paper's number: the best epoch if there is one, since papers print that."""
+        """The values to compare with the paper's number: the best epoch if there is one, as OKDDip's code prints."""
         return self.best or self.last
 
 
