@@ -1,6 +1,7 @@
 """Inputs other than images: token ids with a mask, rows of a table, waves; every topology and every method."""
 
 import io
+import time
 
 import pytest
 import torch
@@ -197,6 +198,23 @@ def test_the_student_is_saved_exported_and_costed(kind, tmp_path):
     )
     cost = inference_cost(student, map_tensors(lambda x: x[0], inputs))
     assert cost["flops_an_image"] > 0
+
+
+@pytest.mark.parametrize(("seconds", "forwards"), [(0.0, 12), (0.06, 2)])
+def test_a_slow_student_is_not_timed_for_long(seconds, forwards, monkeypatch):
+    class Slow(nn.Linear):
+        calls = 0
+
+        def forward(self, x):
+            self.calls += 1
+            time.sleep(seconds)
+            return super().forward(x)
+
+    monkeypatch.setattr("codistill.evaluation.cost.MAX_SECONDS", 0.05)
+    student = Slow(3, 2).eval()
+    figures = inference_cost(student, torch.zeros(3))
+    assert student.calls == 1 + forwards  # of one image and of 64, and one that counts FLOPs
+    assert figures["ms_an_image"] >= 1000 * seconds
 
 
 def test_rotations_are_of_images():

