@@ -6,10 +6,10 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from typing import Any, TypeVar
 
 Item = TypeVar("Item")
-Display = Callable[[Sequence[Any], str], Generator[Any, None, None]]
+Display = Callable[[Sequence[Any], str], Iterator[Any]]
 
 _display: Display | None = None
-_shown: list[Generator[Any, None, None]] = []
+_shown: list[Iterator[Any]] = []
 """The displays that were begun, the innermost last."""
 
 
@@ -34,4 +34,5 @@ def track(items: Sequence[Item], description: str) -> Iterator[Item]:
 def end_displays() -> None:
     """End the displays that an exception has left open: a terminal would keep its cursor hidden."""
     while _shown:
-        _shown.pop().close()
+        if isinstance(shown := _shown.pop(), Generator):
+            shown.close()
