@@ -5,15 +5,19 @@ from typing import TYPE_CHECKING
 from codistill.utils.lazy import lazy_names
 
 if TYPE_CHECKING:
+    from codistill.data.content_hashes import count_known as count_known
+    from codistill.data.content_hashes import known_hashes as known_hashes
     from codistill.data.datasets import SETS as SETS
     from codistill.data.datasets import load_set as load_set
     from codistill.data.decode import ENDINGS as ENDINGS
+    from codistill.data.decode import hash_content as hash_content
     from codistill.data.decode import read_pixels as read_pixels
     from codistill.data.device_loader import DeviceLoader as DeviceLoader
     from codistill.data.external_test_set import count_trained_images as count_trained_images
     from codistill.data.external_test_set import load_external_test_set as load_external_test_set
     from codistill.data.file_loader import FileLoader as FileLoader
     from codistill.data.folder_listing import is_hidden as is_hidden
+    from codistill.data.image_files import ImageFiles as ImageFiles
     from codistill.data.image_set import ImageSet as ImageSet
     from codistill.data.image_set import Provenance as Provenance
     from codistill.data.lazy_images import LazyImages as LazyImages
@@ -30,12 +34,14 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
+        "content_hashes": "count_known known_hashes",
         "datasets": "SETS load_set",
-        "decode": "ENDINGS read_pixels",
+        "decode": "ENDINGS hash_content read_pixels",
         "device_loader": "DeviceLoader",
         "external_test_set": "count_trained_images load_external_test_set",
         "file_loader": "FileLoader",
         "folder_listing": "is_hidden",
+        "image_files": "ImageFiles",
         "image_set": "ImageSet Provenance",
         "lazy_images": "LazyImages",
         "loader": "Augmentation Loader LoaderOptions",

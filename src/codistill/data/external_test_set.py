@@ -10,9 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from codistill.data.content_hashes import count_known, hash_images
 from codistill.data.datasets import load_set
-from codistill.data.decode import hash_content
-from codistill.data.image_files import ImageFiles
 from codistill.data.image_set import Pixels
 from codistill.utils import InputError
 
@@ -50,16 +49,13 @@ def load_external_test_set(
 
 
 def count_trained_images(images: Pixels, trained_hashes: np.ndarray) -> int:
-    """Return how many of the images are files whose content was trained on; 0 where they are no files.
+    """Return how many of the images were trained on: files of the same content, or arrays of the same pixels.
 
     Args:
         images: Images to be judged on.
-        trained_hashes: The hashes (`hash_content`) of the training images' files.
+        trained_hashes: The hashes (`hash_images`) of the training images.
     """
-    if not isinstance(images, ImageFiles) or not len(trained_hashes):
-        return 0
-    hashes = [hash_content(images.path(index)) for index in range(len(images))]
-    return int(np.isin(np.array(hashes, dtype=np.uint64), trained_hashes[trained_hashes != 0]).sum())
+    return count_known(hash_images(images), trained_hashes) if len(trained_hashes) else 0
 
 
 def match_classes(name: str, classes: Sequence[str], known: Sequence[str]) -> tuple[np.ndarray, str]:

@@ -151,7 +151,8 @@ def _resident_fields(
     paths = [_paths(d.part) for d in decoded]
     file_names = {"training": np.concatenate(paths[: len(paths) - 1]), "test": paths[-1]}
     checksum = _checksum([d.part for d in decoded])
-    return fields, Provenance(checksum, messages, content_hashes=hashes, file_names=file_names)
+    how = {"content_hashes": hashes, "test_hashes": decoded[-1].hashes, "file_names": file_names}
+    return fields, Provenance(checksum, messages, **how)
 
 
 def _paths(part: Part) -> np.ndarray:

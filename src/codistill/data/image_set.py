@@ -37,6 +37,8 @@ class Provenance:
     """Why the run's own images are missing, where noise of their shape replaces them."""
     content_hashes: np.ndarray | None = field(default=None, repr=False, compare=False)
     """A hash of each training image's file (`hash_content`), where the files were decoded into memory."""
+    test_hashes: np.ndarray | None = field(default=None, repr=False, compare=False)
+    """The same of the test images."""
     file_names: Mapping[str, np.ndarray] | None = field(default=None, repr=False, compare=False)
     """The files' paths by part (training, test), as bytes, where the files were decoded into memory."""
 

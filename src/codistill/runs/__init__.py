@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from codistill.runs.run_folder import open_run as open_run
     from codistill.runs.trackers import Tracker as Tracker
     from codistill.runs.trackers import find_tracker as find_tracker
+    from codistill.runs.trained_images import has_trained_hashes as has_trained_hashes
     from codistill.runs.trained_images import read_trained_hashes as read_trained_hashes
     from codistill.runs.trained_images import write_trained_hashes as write_trained_hashes
 
@@ -41,6 +42,6 @@ __getattr__, __dir__ = lazy_names(
         ),
         "run_folder": "RunFolder open_run",
         "trackers": "Tracker find_tracker",
-        "trained_images": "read_trained_hashes write_trained_hashes",
+        "trained_images": "has_trained_hashes read_trained_hashes write_trained_hashes",
     },
 )

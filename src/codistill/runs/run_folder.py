@@ -7,7 +7,7 @@ metrics.jsonl      one line per epoch
 last.pt            the newest checkpoint: weights, optimizers, position, every random state (checkpoint.py)
 last-1.pt ...      those before it (--keep-checkpoints);  best.pt: the best epoch on validation, where there is one
 run.lock           locked by the process that trains; the system releases the lock when that process dies
-trained_images.bin hashes of the image files that were trained on, where they were decoded into memory
+trained_images.bin hashes of the images that were trained on (of a folder, an npz file, or from Python)
 result-60-epochs.json, details-60-epochs.json    those of an earlier end, where --epochs was raised after it
 details.json       what a report draws: reliability by bins, confusion matrix of the deployed member
 result.json        the final figures; it exists if and only if the run is complete

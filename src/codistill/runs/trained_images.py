@@ -1,4 +1,4 @@
-"""trained_images.bin in a run folder: which image files were trained on, as 64-bit hashes of their contents, sorted."""
+"""trained_images.bin in a run folder: which images were trained on, as 64-bit hashes of their contents, sorted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,11 @@ import numpy as np
 from codistill.utils import InputError, write_atomically
 
 FILE = "trained_images.bin"
+
+
+def has_trained_hashes(folder: Path) -> bool:
+    """Return whether the hashes are there."""
+    return (folder / FILE).exists()
 
 
 def write_trained_hashes(folder: Path, hashes: np.ndarray) -> None:

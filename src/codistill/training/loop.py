@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
-import numpy as np
 from torch import nn
 
 from codistill.config import Config, learning_rate_at
@@ -23,7 +22,7 @@ from codistill.data import ImageSet, Loader
 from codistill.distributed import init_mesh, resume_after_restart
 from codistill.evaluation import evaluate_peers
 from codistill.peers import Peers
-from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker, find_tracker, write_trained_hashes
+from codistill.runs import CheckpointState, EpochLine, RunFolder, Tracker, find_tracker
 from codistill.training.averaging import recompute_statistics
 from codistill.training.build import build_run
 from codistill.training.early_ends import (
@@ -49,6 +48,7 @@ from codistill.training.summary import (
     measure_cost,
     run_result,
 )
+from codistill.training.trained_images import TrainedImages
 from codistill.utils import (
     InputError,
     MachineError,
@@ -197,8 +197,9 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
     complete = mesh.run_on_main_rank(lambda: folder.complete)
     if state is not None:
         mesh.run_on_all_ranks(lambda: restore_state(run, state))
+    trained_images = TrainedImages(run, folder)
     if not complete:
-        mesh.run_on_main_rank(lambda: write_metadata(run, folder))
+        mesh.run_on_main_rank(lambda: write_metadata(run, folder, trained_images))
     tracker = Tracker(run.config.tracker if mesh.rank == 0 else "none", run.config, run.progress.epoch)
     notes = describe_run(run, None if state is None else state["file"])
     reporter.begin(notes, run.config.epochs, len(run.loader), run.progress.epoch)
@@ -207,10 +208,13 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
         try:
             fit(run, folder, reporter, tracker)
             figures, details = evaluate_test_set(run)
+            mesh.run_on_main_rank(trained_images.finish)
         except (RuntimeError, MemoryError) as error:
             if out_of_memory(error) is None:
                 raise
             raise describe_out_of_memory(run, folder, error) from error
+        finally:
+            trained_images.stop()
         mesh.run_on_main_rank(lambda: folder.write_result(figures, details))
     tracker.close()
     figures = mesh.run_on_main_rank(folder.read_result)
@@ -220,13 +224,11 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
     return Result(folder.path, {**figures}, run)
 
 
-def write_metadata(run: Run, folder: RunFolder) -> None:
+def write_metadata(run: Run, folder: RunFolder, trained_images: TrainedImages) -> None:
     """Write the files on config, machine and data where they are missing; drop metrics that will be redone."""
     folder.write_metadata()
     folder.write_data_info(run.data.metadata())
-    hashes = run.data.provenance.content_hashes
-    if hashes is not None:
-        write_trained_hashes(folder.path, hashes[np.concatenate([run.splits.train, run.splits.holdout])])
+    trained_images.begin()
     folder.truncate_metrics(run.progress.epoch)
 
 

@@ -56,7 +56,7 @@ def run(parsed: Parsed) -> int:
     if options.json:
         print(escape_json(figures | {"deployed": name} | extra))
         return 0
-    title = f"{options.data or f'{trained.config.data} {options.split}'}, {loader.num_samples:,} images"
+    title = f"{options.data or f'{trained.config.data} {options.split}'}, {figures['members']['samples']:,} images"
     out.print(members_table(figures["members"], name, title, figures[trained.config.average_key]))
     _print_extra_metrics(extra, name)
     return 0
@@ -71,8 +71,8 @@ def _load_images(trained: Run, options: EvaluateOptions, folder: Path) -> Loader
         known = count_trained_images(images, read_trained_hashes(folder))
         if known:
             warnings.warn(
-                f"{known:,} of the {len(labels):,} images of {options.data} were trained on (their files are the "
-                "same), so the figures are too good; judge on other images",
+                f"{known:,} of the {len(labels):,} images of {options.data} were trained on (they are the same), "
+                "so the figures are too good; judge on other images",
                 stacklevel=1,
             )
         config = dataclasses.replace(trained.config, skip_corrupt=True)  # unreadable files are left out and named
