@@ -234,7 +234,7 @@ def test_files_that_are_judged_show_their_progress(tmp_path):
         replace(files.files, size=8), files.labels, (0.5,) * 3, (0.5,) * 3, LoaderOptions(batch_size=10)
     )
     shown = []
-    set_progress_display(lambda items, description: shown.append((len(items), description)) or iter(items))
+    set_progress_display(lambda items, text: shown.append((len(items), text)) or (item for item in items))
     try:
         assert len([*loader.epoch()]) == 3
     finally:

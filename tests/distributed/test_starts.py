@@ -8,10 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from torch.distributed import HashStore
 
 from codistill.cli.main import main
 from codistill.distributed.heartbeat import Heartbeat
+from helpers.folders import write_images
 from helpers.processes import free_port
 
 WORDS = ["train", "independent", "--peers", "2", "--model", "tiny_network:Tiny", "--data", "digits", "--device", "cpu"]
@@ -19,7 +21,9 @@ WORDS += ["--train-per-class", "6", "--batch-size", "16", "--epochs", "1", "--co
 TESTS = str(Path(__file__).parents[1] / "helpers")
 
 
-def start(ranks: list[dict[str, str]], more: list[list[str]], out: Path) -> list[subprocess.Popen]:
+def start(
+    ranks: list[dict[str, str]], more: list[list[str]], out: Path, folders: tuple[Path | None, ...] = (None, None)
+) -> list[subprocess.Popen]:
     port = str(free_port())
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
     path = os.pathsep.join([TESTS, os.environ.get("PYTHONPATH", "")])
@@ -30,8 +34,9 @@ def start(ranks: list[dict[str, str]], more: list[list[str]], out: Path) -> list
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            cwd=folder,
         )
-        for rank, words in zip(ranks, more)
+        for rank, words, folder in zip(ranks, more, folders)
     ]
 
 
@@ -49,6 +54,19 @@ def test_ranks_with_other_options_are_refused_before_the_first_step(first, secon
     assert [job.returncode for job in jobs] == [2, 2]
     assert errors == [f"codistill: {said}; give all the same\n", ""]
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_a_rank_whose_files_have_the_same_names_and_another_content_is_refused(tmp_path):
+    for name in ("a", "b"):
+        write_images(tmp_path / name / "images", per_class=8)
+    Image.new("RGB", (30, 30)).save(tmp_path / "b" / "images" / "val" / "cat" / "3.png")
+    words = ["--mesh", "data=2", "--data", "folder:images", "--image-size", "16"]
+    words[:0] = ["--train-per-class", "4", "--batch-size", "8"]
+    jobs = start([{"RANK": "0"}, {"RANK": "1"}], [words] * 2, tmp_path / "run", (tmp_path / "a", tmp_path / "b"))
+    errors = [job.communicate(timeout=120)[1] for job in jobs]
+    assert [job.returncode for job in jobs] == [2, 2], errors
+    assert "--data folder:images: rank 1 has other images than rank 0; give all ranks the same files" in errors[0]
 
 
 @pytest.mark.slow

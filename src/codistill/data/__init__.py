@@ -7,6 +7,7 @@ from codistill.utils.lazy import lazy_names
 if TYPE_CHECKING:
     from codistill.data.content_hashes import count_known as count_known
     from codistill.data.content_hashes import known_hashes as known_hashes
+    from codistill.data.content_hashes import sample_checksum as sample_checksum
     from codistill.data.datasets import SETS as SETS
     from codistill.data.datasets import load_set as load_set
     from codistill.data.decode import ENDINGS as ENDINGS
@@ -34,7 +35,7 @@ if TYPE_CHECKING:
 __getattr__, __dir__ = lazy_names(
     __name__,
     {
-        "content_hashes": "count_known known_hashes",
+        "content_hashes": "count_known known_hashes sample_checksum",
         "datasets": "SETS load_set",
         "decode": "ENDINGS hash_content read_pixels",
         "device_loader": "DeviceLoader",

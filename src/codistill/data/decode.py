@@ -131,15 +131,6 @@ def as_rgb(image: Image.Image, file: str | Path, bits: int = 16) -> tuple[Image.
     return image.convert("RGB"), gray
 
 
-def largest_value(file: str | Path) -> int | None:
-    """Return the largest pixel of a gray file of 16 bits, None for other files and for those that cannot be read."""
-    try:
-        with opened(file) as image:
-            return int(np.asarray(image).max(initial=0)) if image.mode.startswith("I") else None
-    except InputError:
-        return None
-
-
 def hash_content(file: str | Path) -> int:
     """Return 64 bits of the BLAKE2 hash of a file's content; 0 where it cannot be read."""
     try:

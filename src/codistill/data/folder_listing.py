@@ -6,7 +6,7 @@ import os
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -18,12 +18,13 @@ from codistill.utils import InputError
 
 SYSTEM_NAMES = frozenset(
     {"__macosx", "@eadir", "lost+found", "#recycle", "$recycle.bin", "system volume information", "__pycache__"}
-    | {"thumbs.db", "desktop.ini"}
+    | {"@recycle", "@recently-snapshot", "@tmp", "#snapshot", "network trash folder", "temporary items"}
+    | {"thumbs.db", "ehthumbs.db", "ehthumbs_vista.db", "desktop.ini", "icon\r"}
 )
 """Folders and files that systems write, in lower case; they are passed over, as are names that begin with a dot."""
 PART_NAMES = {
     **dict.fromkeys(("train", "training"), "train"),
-    **dict.fromkeys(("val", "valid", "validation", "dev"), "val"),
+    **dict.fromkeys(("val", "valid", "validation", "dev", "eval", "evaluation"), "val"),
     **dict.fromkeys(("test", "testing"), "test"),
 }
 """Usual names of the parts, in lower case; `set`, `data`, `images` or `split` may follow."""
@@ -47,6 +48,8 @@ class LeftOut:
 
     endings: Counter[str] = field(default_factory=Counter)
     """Number of files of each ending that is none of `ENDINGS`."""
+    loose: int = 0
+    """Number of files beside the classes' folders."""
     folders: list[str] = field(default_factory=list)
     """Folders beside the parts."""
     hidden: list[str] = field(default_factory=list)
@@ -56,9 +59,11 @@ class LeftOut:
         """Return what is left out, in sentences."""
         messages = []
         if self.folders:
-            messages.append(f"folders beside the parts are left out: {', '.join(sorted(self.folders)[:5])}")
+            messages.append(f"folders beside the parts are left out: {_enumerate(self.folders)}")
         if self.hidden:
-            messages.append(f"hidden and system folders are left out: {', '.join(sorted(set(self.hidden))[:5])}")
+            messages.append(f"hidden and system folders are left out: {_enumerate(self.hidden)}")
+        if self.loose:
+            messages.append(f"files beside the folders of the classes are left out: {self.loose:,}")
         if self.endings:
             counts = ", ".join(f"{ending or 'no ending'} {count:,}" for ending, count in self.endings.most_common(5))
             messages.append(
@@ -66,6 +71,16 @@ class LeftOut:
                 f"{', '.join(sorted(ENDINGS))}"
             )
         return messages
+
+
+def _enumerate(names: Iterable[str]) -> str:
+    """Return the first five names, and how many more there are.
+
+    >>> _enumerate("gfedcbaa")
+    'a, b, c, d, e and 2 more'
+    """
+    names = sorted({*names})
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
 
 
 def is_hidden(name: str) -> bool:
@@ -115,13 +130,13 @@ def _find_parts(path: Path, left_out: LeftOut) -> tuple[Path, dict[str, str]]:
     parts = _parts_of(path)
     folders = [name for name in _visible_folders(path) if not is_hidden(name)]
     if not parts:
-        with_parts = [name for name in folders if _has_folders_only(path / name) and _parts_of(path / name)]
+        with_parts = [name for name in folders if _holds_parts_or_classes(path / name) and _parts_of(path / name)]
         if len(with_parts) > 1:
             raise InputError(
                 f"--data folder:{path}: {' and '.join(sorted(with_parts)[:3])} have parts of their own; name "
                 "one of them"
             )
-        inside = with_parts or [name for name in folders if len(folders) == 1 and _has_folders_only(path / name)]
+        inside = with_parts or [name for name in folders if len(folders) == 1 and _holds_parts_or_classes(path / name)]
         if inside and _part_of(inside[0]) is None:
             left_out.folders += [name for name in folders if name not in inside]
             path = path / inside[0]
@@ -142,9 +157,9 @@ def _parts_of(path: Path) -> dict[str, str]:
     found: dict[str, str] = {}
     for name in sorted(_visible_folders(path)):
         part = _part_of(name)
-        if part in found and _has_folders_only(path / name):
+        if part in found and _holds_parts_or_classes(path / name):
             raise InputError(f"--data folder:{path}: {found[part]} and {name} are both the part {part}; move one away")
-        if part is not None and _has_folders_only(path / name):
+        if part is not None and _holds_parts_or_classes(path / name):
             found[part] = name
     return {part: found[part] for part in ("train", "val", "test") if part in found} if _is_whole(found) else {}
 
@@ -165,6 +180,19 @@ def _part_of(name: str) -> str | None:
 def _visible_folders(path: Path) -> list[str]:
     with os.scandir(path) as entries:
         return [entry.name for entry in entries if _is_folder(entry) and not is_hidden(entry.name)]
+
+
+def _holds_parts_or_classes(path: Path) -> bool:
+    """Return whether a folder holds folders and no images; a list of files beside them, or a text, is no image."""
+    any_folder = False
+    with os.scandir(path) as entries:
+        for entry in entries:
+            if not is_hidden(entry.name):
+                if _is_folder(entry):
+                    any_folder = True
+                elif os.path.splitext(entry.name)[1].lower() in ENDINGS:
+                    return False
+    return any_folder
 
 
 def _has_folders_only(path: Path) -> bool:
@@ -194,7 +222,7 @@ def list_part(path: Path, left_out: LeftOut) -> tuple[Part, tuple[str, ...]]:
             _check_link(entry, path, root, is_top=True)
             if not _is_folder(entry):
                 if not is_hidden(entry.name):
-                    left_out.endings[f"{os.path.splitext(entry.name)[1].lower()} (in no class)".strip()] += 1
+                    left_out.loose += 1
             elif is_hidden(entry.name):
                 left_out.hidden.append(entry.name)
             else:
@@ -204,6 +232,7 @@ def list_part(path: Path, left_out: LeftOut) -> tuple[Part, tuple[str, ...]]:
     for name in folders:
         if any(_has_folders_only(path / folder) for folder in folders[name]):
             others = [other for other in sorted(folders) if other != name][:2]
+            _check_unsorted_part(path, name, others)
             raise InputError(
                 f"--data folder:{path}: {name} contains only folders, so it and {' and '.join(others) or 'others'} are "
                 "parts and not classes; call parts train, val and test, or put the images into the classes' folders"
@@ -223,6 +252,16 @@ def list_part(path: Path, left_out: LeftOut) -> tuple[Part, tuple[str, ...]]:
             )
         labels.append(np.full(len(files) - before, label, dtype=np.int64))
     return Part(ImageFiles(str(path), np.array(files, dtype=np.bytes_)), np.concatenate(labels)), classes
+
+
+def _check_unsorted_part(path: Path, name: str, others: list[str]) -> None:
+    """Raise InputError where a part has classes and another one has images in no class."""
+    for other in others:
+        if _part_of(name) and _part_of(other) and not _has_folders_only(path / other):
+            raise InputError(
+                f"--data folder:{path}: {name} has a folder for each class and {other} has not; sort its images into "
+                "such folders, or move it away"
+            )
 
 
 def _walk(path: Path, folder: str, root: str, left_out: LeftOut) -> Iterator[tuple[str, list[str]]]:

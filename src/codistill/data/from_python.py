@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import math
 import unicodedata
-from collections.abc import Iterable, Iterator, Sequence
+import warnings
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import numpy as np
@@ -15,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import ConcatDataset, Dataset, IterableDataset, Subset
 
+from codistill.data.bit_depth import NUM_DEEP_IMAGES, PixelRange, describe_ranges, pixel_range
 from codistill.data.decode import as_rgb
 from codistill.utils import InputError, first_line
 
@@ -35,9 +38,11 @@ def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None
     """
     images: list[np.ndarray] = []
     labels: list[int] = []
+    ranges = []
     for number, item in enumerate(_iterate(pairs, part)):
         where = f"item {number} of the {part} data"
         image, label = check_pair(item, where)
+        ranges += [range_of(image)] if len(ranges) < NUM_DEEP_IMAGES else []
         pixels = _resize(to_uint8_hwc(image, where), image_size)
         if images and pixels.shape[:2] != images[0].shape[:2]:
             raise InputError(
@@ -48,9 +53,18 @@ def read_pairs(pairs: Iterable[Any] | Dataset, part: str, image_size: int | None
         labels.append(class_index(label, where))
     if not images:
         raise InputError(f"the {part} data hold no items")
+    for message in describe_ranges(ranges, flag=False):
+        warnings.warn(f"the {part} data: {message}", stacklevel=3)
     if len({image.shape[2] for image in images}) > 1:  # gray and color images
         images = [np.repeat(image, 3, axis=2) if image.shape[2] == 1 else image for image in images]
     return np.stack(images), np.asarray(labels, dtype=np.int64)
+
+
+def range_of(image: Any) -> PixelRange | None:
+    """Return the range of a PIL image of 16 bits; None for other images, and for one that cannot be decoded."""
+    with suppress(Exception):  # decoding it for its pixels raises an error that names it
+        return pixel_range(image) if isinstance(image, Image.Image) and image.format not in _RUN_BY_PROGRAMS else None
+    return None
 
 
 def _iterate(pairs: Any, part: str) -> Iterator[Any]:
@@ -137,7 +151,10 @@ def class_index(label: Any, where: str) -> int:
 
 
 def listed_classes(pairs: Any) -> tuple[str, ...] | None:
-    """Return the class names that a data set lists in `classes`, also through `Subset` and `ConcatDataset`.
+    """Return the class names that a data set lists, also through `Subset` and `ConcatDataset`; None if it lists none.
+
+    They are its `classes` (a sequence, or a mapping from or to numbers), or else its `class_to_idx`, as torchvision's
+    data sets have them.
 
     Raises:
         InputError: the parts of a `ConcatDataset` list different classes.
@@ -149,13 +166,33 @@ def listed_classes(pairs: Any) -> tuple[str, ...] | None:
         if len(listed) > 1:
             raise InputError("the data sets of a ConcatDataset number their classes differently; give equal ones")
         return listed.pop()
-    listed = getattr(pairs, "classes", None)
-    is_list = isinstance(listed, Sequence) and not isinstance(listed, str)
-    return tuple(unicodedata.normalize("NFC", str(name)) for name in listed) if is_list else None
+    for listed in (getattr(pairs, "classes", None), getattr(pairs, "class_to_idx", None)):
+        if isinstance(listed, Mapping):
+            names = {number: name for name, number in listed.items()} if 0 not in listed else listed
+            listed = [names[number] for number in range(len(names))] if {*names} == {*range(len(names))} else None
+        if isinstance(listed, np.ndarray | Tensor):
+            listed = listed.tolist()
+        if isinstance(listed, Sequence) and not isinstance(listed, str) and listed:
+            return tuple(unicodedata.normalize("NFC", str(name)) for name in listed)
+    return None
 
 
-def match_labels(labels: np.ndarray, test: Any, train: Any, classes: Sequence[str] | None) -> np.ndarray:
+def _numbers_its_own_way(pairs: Any) -> bool:
+    """Return whether a data set changes its labels after they were numbered as its classes are listed."""
+    if isinstance(pairs, ConcatDataset):
+        return any(map(_numbers_its_own_way, pairs.datasets))
+    if isinstance(pairs, Subset):
+        return _numbers_its_own_way(pairs.dataset)
+    return getattr(pairs, "target_transform", None) is not None
+
+
+def match_labels(
+    labels: np.ndarray, test: Any, train: Any, classes: Sequence[str] | None
+) -> tuple[np.ndarray, str | None]:
     """Return the test data's labels in the training data's numbers, matched by the class names that both list.
+
+    Where only one of them lists names, or changes its labels (`target_transform`), they are taken as they are, and the
+    second value says so.
 
     Args:
         labels: Labels of the test data.
@@ -166,18 +203,23 @@ def match_labels(labels: np.ndarray, test: Any, train: Any, classes: Sequence[st
     Raises:
         InputError: the test data lists a class that the training data does not.
     """
-    known, listed = listed_classes(train) or classes, listed_classes(test)
-    if known is None or listed is None or tuple(known) == listed:
-        return labels
+    own, listed = listed_classes(train), listed_classes(test)
+    known = own or classes
+    if (own is None and listed is None) or (known is not None and tuple(known) == listed):
+        return labels, None
+    if known is None or listed is None or _numbers_its_own_way(test) or _numbers_its_own_way(train):
+        which = "training" if known is None else "test"
+        why = f"the {which} data lists no class names" if known is None or listed is None else "labels are transformed"
+        return labels, f"{why}, so the test data's labels are taken as numbers of the training data's classes"
     unknown = [name for name in listed if name not in known]
-    if unknown or len(set(listed)) < len(listed):
+    if unknown or len(set(listed)) < len(listed) or len(set(known)) < len(known):
         raise InputError(
             f"the test data has the classes {', '.join(unknown[:3]) or 'of equal names'}, which the training data does "
             "not list, so its labels cannot be matched; give both the same classes"
         )
     if labels.max(initial=0) >= len(listed):
         raise InputError(f"the test data has a label {labels.max()}, but lists {len(listed)} classes")
-    return np.array([list(known).index(name) for name in listed], dtype=np.int64)[labels]
+    return np.array([list(known).index(name) for name in listed], dtype=np.int64)[labels], None
 
 
 def class_names(given: Sequence[str] | None, pairs: Any, labels: Sequence[np.ndarray]) -> tuple[str, ...]:

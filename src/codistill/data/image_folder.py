@@ -16,18 +16,17 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from codistill.data.bit_depth import messages_on_bits
 from codistill.data.class_balance import balanced_part
-from codistill.data.decode import hash_content, largest_value, open_upright
+from codistill.data.decode import hash_content, open_upright
 from codistill.data.folder_listing import Part, list_parts
 from codistill.data.image_files import ImageFiles
 from codistill.data.image_set import ImageSet, Provenance
-from codistill.data.lazy_images import common_side, evenly_spaced
+from codistill.data.lazy_images import common_side
 from codistill.utils import InputError, physical_memory, track
 
 RESIDENT_LIMIT = 2 * 2**30
 """Bytes of decoded images (one per channel and pixel, 3 channels) up to which a folder is kept in memory."""
-NUM_DEEP_IMAGES = 16
-"""Files that are decoded to find out which range files of 16 bits use."""
 
 
 def load_folder(
@@ -59,7 +58,7 @@ def load_folder(
         val = listed["val"] if len(listed) == 3 else None
         test = listed["test" if "test" in listed else "val"]
     parts = [train, val, test]
-    messages = [*left_out.messages(), *_messages_on_bits(train.files, bits)]
+    messages = [*left_out.messages(), *messages_on_bits(train.files, bits)]
     sizes, gray = train.files.probe()
     area = image_size**2 if image_size else sum(w * h for w, h in sizes) / max(len(sizes), 1)
     count = sum(len(part.labels) for part in parts if part is not None)
@@ -74,14 +73,8 @@ def load_folder(
         _check_memory(count * area * 3, count)
         fields, provenance = _resident_fields(parts, image_size, skip_corrupt=skip_corrupt)
         provenance = replace(provenance, messages=(*provenance.messages, *messages))
-    if (
-        isinstance(x := fields["x_train"], np.ndarray)
-        and len(x)
-        and (x[0] == x.flat[0]).all()
-        and (x == x.flat[0]).all()
-    ):
-        provenance = replace(
-            provenance, messages=(*provenance.messages, "all training images are of one and the same color")
+        _check_classes(
+            f"--data folder:{path}", classes, fields["y_train"][: len(fields["y_train"]) - fields["num_val"]]
         )
     return ImageSet(f"folder:{path}", classes=classes, flip=True, bits=bits, provenance=provenance, **fields)
 
@@ -96,16 +89,13 @@ def _check_memory(num_bytes: float, count: int) -> None:
         )
 
 
-def _messages_on_bits(files: ImageFiles, bits: int) -> list[str]:
-    """Return a message where 16-bit files use less than a quarter of the range, as cameras of 10 to 14 bits do."""
-    values = (largest_value(files.path(index)) for index in evenly_spaced(len(files), NUM_DEEP_IMAGES))
-    largest = max((value for value in values if value is not None), default=0)
-    if not largest or largest >= 2 ** (bits - 2):
-        return []
-    return [
-        f"files of 16 bits a pixel use values up to {largest:,} only, of {2**bits - 1:,}, so the upper 8 bits hardly "
-        f"differ; --bits {max(largest.bit_length(), 8)} reads that range"
-    ]
+def _check_classes(flag: str, classes: Sequence[str], labels: np.ndarray) -> None:
+    """Raise InputError for a class without training images, all of whose files were left out."""
+    missing = np.setdiff1d(np.arange(len(classes)), labels)
+    if len(missing):
+        raise InputError(
+            f"{flag}: no training image of the class {classes[missing[0]]} can be read; fix some, or remove the class"
+        )
 
 
 def _lazy_fields(train: Part, val: Part | None, test: Part, size: int, channels: int) -> dict[str, Any]:

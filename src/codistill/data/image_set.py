@@ -112,7 +112,7 @@ class ImageSet:
             train: A map-style data set, or any iterable, of pairs.
             test: The test part; default a fifth of `train`, balanced over classes.
             classes: Their names, in the order of the labels; default the data set's `classes`, or numbers. Where the
-                test data lists `classes` too, its labels are matched by these names.
+                test data lists `classes` (or `class_to_idx`) too, its labels are matched by these names.
             image_size: Side to stretch images to; default their own size.
             flip: Whether left and right may be swapped in training.
             name: Name of the set in the run.
@@ -129,19 +129,23 @@ class ImageSet:
         """
         read: Callable[..., tuple[Any, np.ndarray]] = read_lazily if lazy else read_pairs
         x, y = read(train, "training", image_size)
+        note = None
         if test is None:
             mask = balanced_part(y, 0.2, seed=0)
             x, y, x_test, y_test = x[~mask], y[~mask], x[mask], y[mask]
         else:
             x_test, y_test = read(test, "test", image_size)
-            y_test = match_labels(y_test, test, train, classes)
+            y_test, note = match_labels(y_test, test, train, classes)
+        notes = (note,) if note else ()
         names = class_names(classes, train, (y, y_test))
         name = f"{GIVEN}:{name}"
         if not lazy:
-            return cls(name, x, y, x_test, y_test, names, pad=max(1, x.shape[1] // 8), flip=flip)
+            provenance = Provenance(messages=notes)
+            pad = max(1, x.shape[1] // 8)
+            return cls(name, x, y, x_test, y_test, names, pad=pad, flip=flip, provenance=provenance)
         x, x_test = as_common_squares(x, x_test)
         message = f"{len(x) + len(x_test):,} images are read from the data set again in every epoch"
-        provenance = Provenance(checksum(x, x_test, (y, y_test)), (message,))
+        provenance = Provenance(checksum(x, x_test, (y, y_test)), (message, *notes))
         return cls(name, x, y, x_test, y_test, names, pad=0, flip=flip, resize_mode="crop", provenance=provenance)
 
     @property

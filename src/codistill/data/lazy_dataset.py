@@ -5,6 +5,7 @@ Shapes: N items.
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Sequence
 from contextlib import suppress
@@ -15,7 +16,8 @@ import numpy as np
 from PIL import Image
 from torch.utils.data import ConcatDataset, Subset
 
-from codistill.data.from_python import check_pair, class_index, to_uint8_hwc
+from codistill.data.bit_depth import NUM_DEEP_IMAGES, describe_ranges
+from codistill.data.from_python import check_pair, class_index, range_of, to_uint8_hwc
 from codistill.data.lazy_images import NUM_PROBED_IMAGES, LazyImages, common_side, evenly_spaced
 from codistill.utils import InputError, first_line
 
@@ -71,14 +73,18 @@ class DatasetImages(LazyImages):
         Raises:
             InputError: none of them can be read.
         """
-        shapes, error = [], None
+        shapes, error, ranges = [], None, []
         for index in evenly_spaced(len(self), NUM_PROBED_IMAGES):
             try:
-                shapes.append(to_uint8_hwc(self.item(index)[0], self.path(index)).shape)
+                image = self.item(index)[0]
+                shapes.append(to_uint8_hwc(image, self.path(index)).shape)
+                ranges += [range_of(image)] if len(ranges) < NUM_DEEP_IMAGES else []
             except InputError as unreadable:  # reading it again raises an error that names it
                 error = unreadable
         if not shapes and error is not None:
             raise error
+        for message in describe_ranges(ranges, flag=False):
+            warnings.warn(f"the {self.part} data: {message}", stacklevel=3)
         return [(width, height) for height, width, _ in shapes], all(channels == 1 for *_, channels in shapes)
 
 

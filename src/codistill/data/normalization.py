@@ -37,6 +37,7 @@ def with_normalization(
     """
     if data_info is not None:
         return replace(data, mean=tuple(data_info["mean"]), std=tuple(data_info["std"]))
+    data = _with_note_on_color(data, data.std)
     parsed = parse_normalize(rule)
     if parsed == "imagenet":
         return _with_statistics(data, IMAGENET)
@@ -51,8 +52,17 @@ def with_normalization(
             )
         return _with_statistics(data, next(iter(known.values())))
     if not data.mean and isinstance(data.x_train, LazyImages):
-        return _with_statistics(data, statistics(data.x_train.sample()))
+        found = statistics(data.x_train.sample())
+        return _with_note_on_color(_with_statistics(data, found), found[1])
     return data
+
+
+def _with_note_on_color(data: ImageSet, std: tuple[float, ...]) -> ImageSet:
+    """Return the set with a message where all of its training images are of one color: `statistics` then returns 1."""
+    if not std or {*std} != {1.0}:
+        return data
+    messages = (*data.provenance.messages, "all training images are of one and the same color")
+    return replace(data, provenance=replace(data.provenance, messages=messages))
 
 
 def _with_statistics(data: ImageSet, found: Statistics) -> ImageSet:

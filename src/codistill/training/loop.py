@@ -18,7 +18,7 @@ from typing import Any, cast
 from torch import nn
 
 from codistill.config import Config, learning_rate_at
-from codistill.data import ImageSet, Loader
+from codistill.data import ImageSet, Loader, sample_checksum
 from codistill.distributed import init_mesh, resume_after_restart
 from codistill.evaluation import evaluate_peers
 from codistill.peers import Peers
@@ -165,7 +165,7 @@ def _check_data_agree(run: Run) -> None:
     """
     if run.mesh.world == 1:
         return
-    checksums = run.mesh.all_gather_object(run.data.checksum())
+    checksums = run.mesh.all_gather_object((run.data.checksum(), sample_checksum(run.data)))
     others = [rank for rank, checksum in enumerate(checksums) if checksum != checksums[0]]
     if others and run.mesh.rank:
         raise OtherRankFailedError(2)
