@@ -4,6 +4,7 @@ import os
 import signal
 
 import pytest
+import torch
 
 from codistill.cli.main import main
 from codistill.utils.signals import catch_signals, raise_on_signals
@@ -61,6 +62,25 @@ def test_an_ignored_signal_stays_ignored():
         assert caught == []
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.parametrize(
+    ("flag", "value", "sentence"),
+    [("--tracker", "trackio", "pip install 'codistill[trackio]'"), ("--device", "mps", "this machine has none"),
+     ("--weights", "nowhere.pt", "nowhere.pt does not exist")],
+)  # fmt: skip
+def test_a_comparison_that_lacks_something_starts_no_worker(flag, value, sentence, tmp_path, capsys):
+    if value == "mps" and torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    words = ["compare", "dml", "--model", "resnet8", "--data", "digits", "--epochs", "1", flag, value]
+    assert main([*words, "--out", str(tmp_path / "grid")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_misses_its_tracker_too(tmp_path):
+    assert main([*WORDS, str(tmp_path / "run"), "--tracker", "trackio", "--dry-run"]) == 2
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_refused_start_leaves_no_folder_and_does_not_block_its_own(tmp_path, capsys):

@@ -9,8 +9,8 @@ from typing import Any
 
 from codistill.config import CompareConfig, Config, MethodConfig, TeacherConfig, method_config, slug
 from codistill.reproduce.grid import MAX_SEEDS, Cell, list_failures, read_results
-from codistill.runs import GridInfo, read_record, write_record
-from codistill.utils import InputError, Rows, markdown_page, write_text
+from codistill.runs import GridInfo, find_tracker, read_record, write_record
+from codistill.utils import InputError, Rows, markdown_page, pick_device, write_text
 
 
 def check_options(config: CompareConfig) -> None:
@@ -187,15 +187,17 @@ def describe_comparison(cells: list[Cell], config: CompareConfig, folder: Path) 
     """Return lines about the data and the options of the runs.
 
     Raises:
-        InputError: a config cannot be used, or the data cannot be read.
+        InputError: a config cannot be used, the data cannot be read, or a tracker, the device or weights are missing.
     """
     from codistill.models import build, resolve
     from codistill.training import load_images
 
+    find_tracker(config.tracker)  # here and not in every worker, as all that follows
+    pick_device(config.device)
     resolved = [cell.run_config(folder, 0) for cell in cells]
     data, splits = load_images(resolved[0], None, None)
     for name in dict.fromkeys(config.model):  # once here, so that no run starts with a network that cannot be built
-        network = resolve(name, pretrained=config.pretrained)
+        network = resolve(name, pretrained=config.pretrained, weights=config.weights)
         build(network, num_classes=len(data.classes), in_channels=data.channels, image_size=data.image_size)
     line = (
         f"{config.data}: {splits.describe(data)}, {len(data.classes)} classes; "

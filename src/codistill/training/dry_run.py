@@ -6,6 +6,7 @@ import itertools
 import time
 
 from codistill.config import Config
+from codistill.runs import find_tracker
 from codistill.training.build import build_run
 from codistill.training.run import Run
 from codistill.training.step import train_step
@@ -22,11 +23,12 @@ def describe_dry_run(config: Config) -> list[str]:
     top.
 
     Raises:
-        InputError: the config cannot be used, or asks for several processes.
+        InputError: the config cannot be used (its tracker is missing too), or asks for several processes.
     """
     if config.mesh is not None:
         raise InputError("--dry-run measures one process; drop --mesh")
     config = config.resolved()
+    find_tracker(config.tracker)
     run = build_run(config)
     notes = describe_run(run)
     reset_peak_memory(run.device)
