@@ -146,3 +146,23 @@ class Viewing(torch.nn.Module):
 
     def forward(self, x):
         return x.view(len(x), 32)
+
+
+def test_files_of_a_folder_that_are_left_out_are_told(run, tmp_path, capsys):
+    for name in ("a.png", "b.heic", "c.heic", "notes.txt", ".thumbnails/a.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("RGB", (8, 8)).save(tmp_path / name, format="PNG")
+    assert main(["predict", str(run / "run"), str(tmp_path)]) == 0
+    said = capsys.readouterr()
+    assert len(said.out.splitlines()) == 2
+    assert f"{tmp_path}: hidden and system folders are left out: .thumbnails" in said.err
+    assert f"{tmp_path}: 3 files are left out for their endings (.heic 2, .txt 1); read are .bmp" in said.err
+
+
+def test_outputs_that_are_not_finite_are_no_prediction(run, monkeypatch, capsys):
+    file = str(next((run / "elsewhere").rglob("*.png")))
+    monkeypatch.setattr(Predictor, "probabilities", lambda self, pixels: np.full((len(pixels), 3), np.nan))
+    assert main(["predict", str(run / "run"), file]) == 2
+    said = capsys.readouterr()
+    assert said.out.splitlines()[1].endswith(",the network's outputs are not finite: its training diverged")
+    assert "predict: none of the 1 files can be classified (the network's outputs are not finite" in said.err

@@ -7,7 +7,7 @@ import torch
 
 from codistill.config import KDCLConfig, OKDDipConfig
 from codistill.training.loop import train
-from codistill.utils import InputError
+from codistill.utils import InputError, write_json
 from helpers.common import read_json
 from helpers.runs import StopAt, tiny
 
@@ -98,3 +98,16 @@ def test_without_resume_the_way_to_go_on_is_said(tmp_path):
     run(tmp_path / "run", **SHORT)
     with pytest.raises(InputError, match="or go on with --resume auto"):
         run(tmp_path / "run", **LONG)
+
+
+@pytest.mark.filterwarnings("ignore:this run ended after 2 epochs before")
+def test_a_temperature_does_not_outlive_the_weights_that_it_was_fitted_to(tmp_path):
+    run(tmp_path / "run", **SHORT)
+    info = read_json(tmp_path / "run" / "data.json")
+    write_json(tmp_path / "run" / "data.json", info | {"temperature": 12.5, "temperature_best": 3.5})
+    run(tmp_path / "run", resume="auto", **LONG)
+    after = read_json(tmp_path / "run" / "data.json")
+    assert "temperature" not in after
+    is_better = read_json(tmp_path / "run" / "result.json")["best_validation"]["epoch"] > 1
+    assert ("temperature_best" in after) != is_better  # best.pt was replaced, or not
+    assert {name: value for name, value in after.items() if name != "temperature_best"} == info

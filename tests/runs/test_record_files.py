@@ -285,3 +285,23 @@ def test_a_folder_that_is_taken_away_while_it_trains_is_noticed(how, tmp_path):
             with pytest.raises(MachineError, match="was deleted, renamed or replaced while the run trained"):
                 write()
         assert folder.path.exists() == (how == "unlocked")
+
+
+def test_an_empty_folder_in_the_place_of_the_runs_is_left_alone(tmp_path):
+    folder = RunFolder(Config("okddip", out=str(tmp_path / "run")).resolved())
+    with folder.lock():
+        folder.path.rename(tmp_path / "elsewhere")
+        folder.path.mkdir()
+        with pytest.raises(MachineError, match="replaced while the run trained"):
+            folder.append_metrics(LINE)
+    assert folder.path.is_dir()
+
+
+def test_a_config_that_is_deleted_while_a_run_trains_is_written_again(tmp_path):
+    folder = RunFolder(Config("okddip", out=str(tmp_path / "run")).resolved())
+    with folder.lock():
+        folder.write_metadata()
+        before = (folder.path / "config.json").read_bytes()
+        (folder.path / "config.json").unlink()
+        folder.write_result({}, {})
+    assert (folder.path / "config.json").read_bytes() == before

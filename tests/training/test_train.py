@@ -52,7 +52,8 @@ def test_a_cosine_begins_where_the_warm_up_ends():
     ("options", "said"),
     [
         ({"warmup_epochs": 3.0}, "warm-up of 3 epochs does not end within the 2 epochs"),
-        ({"warmup_epochs": 1.5, "milestones": (1,)}, "warm-up of 1.5 epochs ends after the milestone 1"),
+        ({"warmup_epochs": 1.5, "milestones": (1,)}, "warm-up of 1.5 epochs does not end before the milestone 1"),
+        ({"warmup_epochs": 1.0, "milestones": (1,)}, "warm-up of 1 epochs does not end before the milestone 1"),
     ],
 )
 def test_a_warm_up_without_a_peak_is_told(options, said, tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -199,10 +200,14 @@ def members_table(figures: Figures, deployed: str, title: str, averages: Figures
 def _add_figures(
     table: Table, name: str, deployed: str, top1: float, top5: float | None, nll: float, ece: float
 ) -> None:
-    percentages = [f"{value:.2f}" for value in (top1, top5) if value is not None]
-    table.add_row(
-        on_one_line(name) + (" (deployed)" if name == deployed else ""), *percentages, f"{nll:.4f}", f"{ece:.4f}"
-    )
+    percentages = [show_figure(value, 2) for value in (top1, top5) if value is not None]
+    name = on_one_line(name) + (" (deployed)" if name == deployed else "")
+    table.add_row(name, *percentages, show_figure(nll, 4), show_figure(ece, 4))
+
+
+def show_figure(value: float, digits: int) -> str:
+    """Return a figure for a table; that of a diverged run says so."""
+    return f"{value:.{digits}f}" if math.isfinite(value) else "not finite"
 
 
 def print_rows(rows: Rows, title: str) -> None:

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from codistill.data.external_test_set import count_trained_images as count_trained_images
     from codistill.data.external_test_set import load_external_test_set as load_external_test_set
     from codistill.data.file_loader import FileLoader as FileLoader
+    from codistill.data.folder_listing import LeftOut as LeftOut
     from codistill.data.folder_listing import is_hidden as is_hidden
     from codistill.data.image_files import ImageFiles as ImageFiles
     from codistill.data.image_set import ImageSet as ImageSet
@@ -41,7 +42,7 @@ __getattr__, __dir__ = lazy_names(
         "device_loader": "DeviceLoader",
         "external_test_set": "count_trained_images load_external_test_set",
         "file_loader": "FileLoader",
-        "folder_listing": "is_hidden",
+        "folder_listing": "LeftOut is_hidden",
         "image_files": "ImageFiles",
         "image_set": "ImageSet Provenance",
         "lazy_images": "LazyImages",

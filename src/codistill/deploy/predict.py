@@ -8,6 +8,7 @@ from __future__ import annotations
 import csv
 import io
 import os
+import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +19,7 @@ import torch
 from torch import nn
 
 from codistill.config import Checkpoint, Device
-from codistill.data import ENDINGS, is_hidden, read_pixels
+from codistill.data import ENDINGS, LeftOut, is_hidden, read_pixels
 from codistill.deploy.calibrate import read_temperature
 from codistill.runs import DataInfo, load_run_checkpoint, open_run, read_record
 from codistill.training import load_student
@@ -127,11 +128,20 @@ def find_images(names: Sequence[str]) -> list[Path]:
 
 
 def _find_images_in(folder: Path) -> list[Path]:
-    """Return the image files under a folder, sorted; hidden and system folders and files are passed over."""
-    found = []
+    """Return the image files under a folder, sorted, and warn of what is left out."""
+    found, left_out = [], LeftOut()
     for place, folders, names in os.walk(folder):
+        left_out.hidden += filter(is_hidden, folders)
         folders[:] = [name for name in folders if not is_hidden(name)]
-        found += [Path(place, name) for name in names if Path(name).suffix.lower() in ENDINGS and not is_hidden(name)]
+        for name in names:
+            if is_hidden(name):
+                continue
+            if (ending := os.path.splitext(name)[1].lower()) in ENDINGS:
+                found.append(Path(place, name))
+            else:
+                left_out.endings[ending] += 1
+    for message in left_out.messages():
+        warnings.warn(f"{folder}: {message}", stacklevel=2)
     return sorted(found)
 
 
@@ -160,6 +170,9 @@ def predict_images(predictor: Predictor, files: Sequence[Path], top: int, batch_
         probs_BC = predictor.probabilities(np.stack(pixels)) if pixels else np.zeros((0, len(info["classes"])))
         good = (row for row in rows if "error" not in row)
         for row, probs_C in zip(good, probs_BC):
+            if not np.isfinite(probs_C).all():
+                row["error"] = "the network's outputs are not finite: its training diverged"
+                continue
             best = np.argsort(-probs_C, kind="stable")[:top]
             row["top"] = [{"class": info["classes"][c], "probability": float(probs_C[c])} for c in best]
         yield from rows

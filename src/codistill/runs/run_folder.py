@@ -39,6 +39,7 @@ from codistill.utils import (
     finite_or_null,
     is_same_file,
     lock,
+    read_file,
     write_atomically,
     write_text,
 )
@@ -87,6 +88,7 @@ class RunFolder:
         self._lock_stream: IO[str] | None = None
         self.begun_with: int | None = None
         """Epochs of a run that now goes on to others; None where they stay."""
+        self._displaced = False
         self._check_folder()
 
     def _check_folder(self) -> None:
@@ -190,6 +192,7 @@ class RunFolder:
         Otherwise the folder would be made anew with half of a run in it, or two processes would train in it.
         """
         if self._lock_stream is not None and not is_same_file(self._lock_stream, self.path / "run.lock"):
+            self._displaced = True
             raise MachineError(
                 f"the run folder {self.path} or its run.lock was deleted, renamed or replaced while the run trained; "
                 "nothing more was written: move it back, or name it with --resume, to continue from its last checkpoint"
@@ -198,8 +201,8 @@ class RunFolder:
     def _remove_if_unused(self, created: list[Path]) -> None:
         """Remove the folder, and those above it that were created with it, where no run began in it."""
         with suppress(OSError):
-            files = list(self.path.iterdir())
-            if all(map(_is_leftover, files)):
+            files = [*self.path.iterdir()]
+            if not self._displaced and all(map(_is_leftover, files)):
                 for file in files:
                     file.unlink(missing_ok=True)
                 for folder in created:
@@ -233,6 +236,7 @@ class RunFolder:
     def write_result(self, figures: Mapping[str, Any], details: Mapping[str, Any]) -> None:
         """Write details.json, and then result.json, which marks the run as complete."""
         self.check_in_place()
+        self.write_metadata()  # again, should a file have been deleted
         write_record(self.path / "details.json", details)
         write_record(self.path / "result.json", figures)
 
@@ -259,13 +263,21 @@ class RunFolder:
     def save(self, state: Mapping[str, Any]) -> None:
         """Write last.pt, with every random state; `keep_checkpoints` - 1 older ones are kept."""
         self.check_in_place()
+        self._forget_temperature("temperature")
         rotate_older = lambda: rotate(self.path, self.config.keep_checkpoints)  # noqa: E731
         write_atomically(self.checkpoint_path, lambda stream: write_checkpoint(state, stream), rotate_older)
 
     def save_best(self, state: Mapping[str, Any]) -> None:
         """Write best.pt, the checkpoint of the best epoch on validation."""
         self.check_in_place()
+        self._forget_temperature("temperature_best")
         write_atomically(self.path / "best.pt", lambda stream: write_checkpoint(state, stream))
+
+    def _forget_temperature(self, key: str) -> None:
+        """Drop a temperature that was fitted (`evaluate --calibrate`) to weights which a checkpoint now replaces."""
+        path = self.path / "data.json"
+        if f'"{key}"'.encode() in (read_file(path) or b"") and (info := self.read_data_info()) is not None:
+            write_record(path, {name: value for name, value in info.items() if name != key})
 
     def load(self) -> CheckpointState | None:
         """Return the newest good checkpoint, None if there is none yet; damaged ones are renamed."""

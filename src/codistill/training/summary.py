@@ -150,7 +150,7 @@ def _warn_of_settings(run: Run) -> None:
 
 
 def _describe_warmup(config: Config) -> str | None:
-    """Return a sentence about a warm-up that ends after the run or after a milestone, None for any other."""
+    """Return a sentence about a warm-up that does not end before the run or a milestone does, None for any other."""
     warmup = config.warmup_epochs
     if not warmup:
         return None
@@ -158,12 +158,12 @@ def _describe_warmup(config: Config) -> str | None:
         return (
             f"the warm-up of {warmup:g} epochs does not end within the {config.epochs} epochs; shorten --warmup-epochs"
         )
-    missed = [m for m in config.milestones or () if m < warmup] if config.schedule == "step" else []
+    missed = [m for m in config.milestones or () if m <= warmup] if config.schedule == "step" else []
     if missed:
         numbers = ", ".join(map(str, missed))
         return (
-            f"the warm-up of {warmup:g} epochs ends after the milestone {numbers}, so the peak learning rate is never "
-            "reached; shorten --warmup-epochs, or give later --milestones"
+            f"the warm-up of {warmup:g} epochs does not end before the milestone {numbers}, so the peak learning "
+            "rate is never reached; shorten --warmup-epochs, or give later --milestones"
         )
     return None
 

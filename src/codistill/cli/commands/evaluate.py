@@ -7,7 +7,7 @@ import warnings
 from pathlib import Path
 from typing import Any
 
-from codistill.cli.console import err, members_table, out, print_rows, show_progress
+from codistill.cli.console import err, members_table, out, print_rows, show_figure, show_progress
 from codistill.cli.option_types import EvaluateOptions
 from codistill.cli.options import Parsed
 from codistill.data import Loader, count_trained_images, load_external_test_set
@@ -119,7 +119,7 @@ def _print_extra_metrics(extra: dict[str, Any], name: str) -> None:
         print_rows(rows, f"{name}, class by class")
     if "calibration" in extra:
         rows = [
-            {"temperature": f"{c['temperature']:.4f}", "ECE": f"{c['ece']:.4f}", "NLL": f"{c['nll']:.4f}"}
+            {"temperature": f"{c['temperature']:.4f}", "ECE": show_figure(c["ece"], 4), "NLL": show_figure(c["nll"], 4)}
             for c in extra["calibration"]
         ]
         print_rows(rows, f"{name}, without and with the temperature fitted on validation (kept for predict)")
@@ -130,4 +130,4 @@ def _print_extra_metrics(extra: dict[str, Any], name: str) -> None:
 
 
 def _format_value(value: str | float | None) -> str:
-    return "-" if value is None else f"{value:.2f}" if isinstance(value, float) else str(value)
+    return "-" if value is None else show_figure(value, 2) if isinstance(value, float) else str(value)

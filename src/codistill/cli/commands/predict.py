@@ -27,5 +27,5 @@ def run(parsed: Parsed) -> int:
         print(format_csv(rows, top), end="")
     errors = [row["error"] for row in rows if "error" in row]
     if len(errors) == len(rows):
-        raise InputError(f"predict: none of the {len(rows)} files can be read ({errors[0]})")
+        raise InputError(f"predict: none of the {len(rows)} files can be classified ({errors[0]})")
     return 0
