@@ -39,6 +39,12 @@ QUICK = [
     (2, "kdcl, general", False, ["data=1,peer=2"]),
     (2, "kd", False, ["data=1,peer=2"]),
     (2, "codistillation", False, ["data=1,peer=2"]),
+    (2, "codistillation, disjoint", False, ["data=1,peer=2"]),
+    (2, "codistillation, disjoint, two parts, mixed", False, ["data=2,peer=1"]),
+    (2, "codistillation, disjoint, branches", True, ["data=2,peer=1"]),
+    (4, "codistillation", True, ["data=2,peer=2"]),
+    (4, "codistillation, disjoint", True, ["data=2,peer=2", "data=1,peer=4", "data=4,peer=1"]),
+    (4, "codistillation, disjoint, dist", True, ["data=2,peer=2"]),
     (2, "cl_ilr, two parts, mixed", False, ["data=1,peer=2"]),
     (2, "dml, okddip_code", False, ["data=2,peer=1"]),
     (2, "kd, dist", False, ["data=2,peer=1"]),
@@ -137,6 +143,18 @@ def test_peers_send_outputs_and_no_gradients(found):
     sent = torch.load(found / f"{number}.pt", weights_only=False)["sent"]
     assert not any("gradients" in purpose for purpose in sent)
     assert sent["peer: outputs"] == 5 * 60 * 10 * 8  # 5 epochs, 60 images, the logits of one member, float64
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["codistillation", "codistillation, disjoint"])
+def test_codistillation_sends_weights_now_and_then_and_no_outputs(found, case):
+    number = PLAN.index((2, case, False, ["data=1,peer=2"]))
+    sent = torch.load(found / f"{number}.pt", weights_only=False)["sent"]
+    assert "peer: outputs" not in sent
+    snapshots = 1 + 20 // 3  # at the start, and every 3 of 20 steps
+    state = reference(case, 1, 2)["state"]["peers"]
+    numbers = sum(v.numel() for k, v in state.items() if k.startswith("members.0") and "num_batches" not in k)
+    assert sent["peer: snapshots"] == snapshots * numbers * 8
 
 
 @pytest.mark.slow

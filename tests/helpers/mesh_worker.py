@@ -59,7 +59,27 @@ CASES = {
     "kdcl, linear a batch": ("kdcl", {"target": "linear", "granularity": "batch"}, "networks"),
     "kdcl, general": ("kdcl", {"target": "general", "holdout_fraction": 0.1}, "networks"),
     "kdcl, branches": ("kdcl", {}, "branches"),
-    "codistillation": ("codistillation", {"interval": 3}, "networks"),
+    "codistillation": ("codistillation", {"interval": 3, "burn_in_epochs": 0.0}, "networks"),
+    "codistillation, disjoint": (
+        "codistillation",
+        {"interval": 3, "burn_in_epochs": 0.0, "partition": "disjoint"},
+        "networks",
+    ),
+    "codistillation, disjoint, two parts, mixed": (
+        "codistillation",
+        {"interval": 2, "burn_in_epochs": 0.0, "partition": "disjoint"},
+        "networks",
+    ),
+    "codistillation, disjoint, branches": (
+        "codistillation",
+        {"interval": 2, "burn_in_epochs": 0.0, "partition": "disjoint"},
+        "branches",
+    ),
+    "codistillation, disjoint, dist": (
+        "codistillation",
+        {"interval": 2, "burn_in_epochs": 0.0, "partition": "disjoint", "divergence": "dist"},
+        "networks",
+    ),
     "switokd": ("switokd", {}, "networks"),
     "mcl": ("mcl", {"logit_weight": 1.0}, "networks"),
     "mcl, branches": ("mcl", {}, "branches"),
@@ -83,6 +103,10 @@ CASES = {
     "okddip, SAM": ("okddip", {}, "networks"),
 }
 MORE = {
+    "codistillation, disjoint": {"batch_size": 9, "skip_nonfinite": 1},  # 4 batches an epoch, as all have
+    "codistillation, disjoint, two parts, mixed": {"batch_size": 9, "mixup": 0.3, "accumulate": 2},
+    "codistillation, disjoint, branches": {"batch_size": 9},
+    "codistillation, disjoint, dist": {"batch_size": 9},
     "okddip, smoothed labels": {"label_smoothing": 0.1},
     "cl_ilr, two parts, mixed": {"accumulate": 2, "mixup": 0.3},
     "okddip, two parts": {"accumulate": 2},

@@ -26,6 +26,8 @@ class CodistillationConfig(DivergenceConfig):
     """Steps (or epochs) from one snapshot to the next; 50 steps in Preferred Networks' code."""
     interval_unit: Literal["steps", "epochs"] = "steps"
     """What `interval` counts."""
+    partition: Literal["same", "disjoint"] = "same"
+    """Training images of the networks: all of them for each, or a part of its own for each, as in the paper."""
     burn_in_epochs: Annotated[float | None, AT_LEAST_0] = None
     """Epochs without distillation at the start; default 0.4 of the run, 28 of 70 in Preferred Networks' study."""
     temperature: Annotated[float, ABOVE_0] = 1.0

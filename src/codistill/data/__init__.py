@@ -28,6 +28,9 @@ if TYPE_CHECKING:
     from codistill.data.loader import LoaderOptions as LoaderOptions
     from codistill.data.mixup import Mixer as Mixer
     from codistill.data.normalization import with_normalization as with_normalization
+    from codistill.data.partitioned_loader import PartitionedLoader as PartitionedLoader
+    from codistill.data.partitioned_loader import divide_images as divide_images
+    from codistill.data.partitioned_loader import part_seed as part_seed
     from codistill.data.rotations import NUM_ROTATIONS as NUM_ROTATIONS
     from codistill.data.rotations import rotate_images as rotate_images
     from codistill.data.splits import Splits as Splits
@@ -49,6 +52,7 @@ __getattr__, __dir__ = lazy_names(
         "loader": "Augmentation Loader LoaderOptions",
         "mixup": "Mixer",
         "normalization": "with_normalization",
+        "partitioned_loader": "PartitionedLoader divide_images part_seed",
         "rotations": "NUM_ROTATIONS rotate_images",
         "splits": "Splits make_splits",
     },

@@ -66,13 +66,15 @@ class Mixer:
         return self.mixup > 0 or self.cutmix > 0
 
     def __call__(self, views_VBCHW: Tensor, labels_B: Tensor, epoch: int, step: int) -> tuple[Tensor, Tensor]:
-        """Return the mixed views and the soft labels, `B x C`."""
+        """Return the mixed views and the soft labels, `B x C`; of labels `P x B`, where each view has its own images,
+        `P x B x C`.
+        """
         targets_BC = F.one_hot(labels_B, self.num_classes).to(views_VBCHW.dtype)
         targets_BC = targets_BC * (1 - self.label_smoothing) + self.label_smoothing / self.num_classes
         if not self.mixes_images:
             return views_VBCHW, targets_BC
         number, place = divmod(step, STEPS_PER_BLOCK)
-        block = epoch, number, len(labels_B), *views_VBCHW.shape[-2:], labels_B.device
+        block = epoch, number, labels_B.shape[-1], *views_VBCHW.shape[-2:], labels_B.device
         if block != self._block or self._draws is None:
             self._block, self._draws = block, self._draw_block(epoch, number, labels_B, *views_VBCHW.shape[-2:])
         draws = self._draws
@@ -82,7 +84,7 @@ class Mixer:
             mixed[..., *square] = views_VBCHW[:, partner_B][..., *square]
         else:
             mixed = views_VBCHW.lerp(views_VBCHW[:, partner_B], 1 - weight)
-        return mixed, targets_BC.lerp(targets_BC[partner_B], 1 - weight)
+        return mixed, targets_BC.lerp(targets_BC[..., partner_B, :], 1 - weight)
 
     def _draw_block(self, epoch: int, number: int, labels_B: Tensor, height: int, width: int) -> MixDraws:
         weights, squares, partners = [], [], []
@@ -91,7 +93,7 @@ class Mixer:
             cut = self.cutmix > 0 and (not self.mixup or rng.random() < 0.5)
             parameter = self.cutmix if cut else self.mixup
             weight, square = float(rng.beta(parameter, parameter)), None
-            partners.append(rng.permutation(len(labels_B)))
+            partners.append(rng.permutation(labels_B.shape[-1]))
             if cut:
                 rows, columns, weight = cut_square(height, width, weight, rng)
                 square = rows, columns

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from codistill.distributed.peers import MeshPeers as MeshPeers
     from codistill.distributed.peers import describe_imbalance as describe_imbalance
     from codistill.distributed.process_mesh import ProcessMesh as ProcessMesh
+    from codistill.distributed.snapshots import MeshSnapshots as MeshSnapshots
     from codistill.distributed.sync_batchnorm import convert_batchnorm as convert_batchnorm
 
 __getattr__, __dir__ = lazy_names(
@@ -22,6 +23,7 @@ __getattr__, __dir__ = lazy_names(
         "mesh": "Mesh SingleProcess",
         "peers": "MeshPeers describe_imbalance",
         "process_mesh": "ProcessMesh",
+        "snapshots": "MeshSnapshots",
         "sync_batchnorm": "convert_batchnorm",
     },
 )

@@ -90,6 +90,10 @@ class Mesh:
         """Return the sum over the axis `data`."""
         return x
 
+    def sum_along_peer(self, x: Tensor) -> Tensor:
+        """Return the sum over the axis `peer`."""
+        return x
+
     def sum_gradients(self, parameters: Sequence[Tensor]) -> None:
         """Sum gradients along `data`, in place."""
 

@@ -48,6 +48,8 @@ class MeshPeers(Peers):
         """Trained parameters of every member, exits included."""
         self.features = self.exits = self.needs_full_batch = False
         self.rows_per_image = 1
+        self.members_apart = False
+        """Whether no outputs are exchanged along `peer` in training: those of other ranks' members are then zeros."""
         self.only_logits = False
         """Whether only logits are gathered in training (mean teachers)."""
 
@@ -99,7 +101,15 @@ class MeshPeers(Peers):
         twin.members, twin._local = local.members, (local,)
         return twin
 
-    def require(self, *, features: bool, needs_full_batch: bool, exits: bool = False, rows_per_image: int = 1) -> None:
+    def require(
+        self,
+        *,
+        features: bool,
+        needs_full_batch: bool,
+        exits: bool = False,
+        rows_per_image: int = 1,
+        members_apart: bool = False,
+    ) -> None:
         """Say what a method needs besides logits of the rank's rows.
 
         Args:
@@ -107,7 +117,9 @@ class MeshPeers(Peers):
             needs_full_batch: The outputs for the full batch.
             exits: The exits.
             rows_per_image: Rows of the outputs for each image of the batch.
+            members_apart: Members need no outputs of those of other ranks.
         """
+        self.members_apart = members_apart and self.mesh.num_peer > 1
         self.features, self.needs_full_batch, self.exits = features, needs_full_batch, exits
         self.rows_per_image = rows_per_image
 
@@ -175,6 +187,8 @@ class MeshPeers(Peers):
             outputs.exits = []
         if mesh.num_peer == 1:
             return outputs
+        if self.training and self.members_apart:
+            return self._add_zeros(outputs)
         count, batch = len(mesh.local_members), outputs.logits_PBC.shape[1]
         ranks = [slice(q * count, (q + 1) * count) for q in range(mesh.num_peer)]
         exit_dims = self._exit_dims if outputs.exits else []
@@ -192,6 +206,13 @@ class MeshPeers(Peers):
         )
         whole.exits = _group([x for _, fs in pairs for x in fs[first:]], exit_dims)
         return whole
+
+    def _add_zeros(self, outputs: PeerOutputs) -> PeerOutputs:
+        """Return the outputs with zeros as the logits of other ranks' members."""
+        own, z_KBC = self.mesh.local_members, outputs.logits_PBC
+        before = z_KBC.new_zeros(own.start, *z_KBC.shape[1:])
+        after = z_KBC.new_zeros(self.num_peers - own.stop, *z_KBC.shape[1:])
+        return PeerOutputs(torch.cat((before, z_KBC, after)), [], outputs.trunk_BD)
 
     def gather_rows(self, x_BN: Tensor) -> Tensor:
         """Return the rows of all data ranks, in the order of the batch: `B x N` of this rank's rows -> `B x N`."""

@@ -124,6 +124,32 @@ class ProcessMesh(Mesh):
             self._all_reduce(total, self.data_group, self.num_data, f"data: {purpose}")
         return total
 
+    def sum_along_peer(self, x: Tensor) -> Tensor:
+        """Return the sum over the axis `peer`, as a copy."""
+        total = x.clone(memory_format=torch.contiguous_format)
+        if self.num_peer > 1:
+            self._all_reduce(total, self.peer_group, self.num_peer, "peer: sums")
+        return total
+
+    @torch.no_grad()
+    def send_along_peer(self, tensors: Sequence[Tensor], source: int) -> list[Tensor]:
+        """Return the tensors of one rank of the axis `peer` on all of its ranks, as copies.
+
+        Args:
+            tensors: On rank `source` what is sent; on the others tensors of the same shapes and dtypes.
+            source: Index along `peer`.
+        """
+        received: dict[int, Tensor] = {}
+        root = self.data_index * self.num_peer + source
+        for bucket in _buckets(tensors):
+            flat = torch.cat([x.flatten() for x in bucket])
+            self._run_collective(dist.broadcast, flat, root, group=self.peer_group)
+            if source == self.peer_index:
+                self.bytes_sent["peer: snapshots"] += (self.num_peer - 1) * flat.numel() * flat.element_size()
+            parts = flat.split([x.numel() for x in bucket])
+            received |= {id(x): part.view(x.shape) for x, part in zip(bucket, parts)}
+        return [received[id(x)] for x in tensors]
+
     def _all_reduce(self, x: Tensor, group: Any, ranks: int, purpose: str, op: Any = dist.ReduceOp.SUM) -> None:
         self._run_collective(dist.all_reduce, x, op=op, group=group)
         self._count_all_reduce(purpose, x, ranks)

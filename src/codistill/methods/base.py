@@ -38,6 +38,10 @@ _NEEDED_OUTPUTS = {
     "teacher": ("teacher_logits_BC", "a trained teacher; give --method.teacher, or fill PeerOutputs.teacher_logits_BC"),
     "exits": ("exits", "the networks' exits; build NetworkPeers with exits=E"),
     "features": ("features", "the peers' features; fill PeerOutputs.features, one B x D tensor per peer"),
+    "partition": (
+        "others_logits_QPBC",
+        "what the others' snapshots give for each peer's images; fill it from SnapshotTeacher.outputs_of_others",
+    ),
     "hybrid": ("hybrid_logits_BC", "the logits of the averaged weights; fill PeerOutputs.hybrid_logits_BC"),
 }
 
@@ -98,6 +102,9 @@ class Method(nn.Module):
     needs_full_batch: bool = False
     """Whether the loss is not a mean over samples (it uses batch statistics, or one random draw per batch), so that
     processes that split a batch must each gather the whole batch's outputs."""
+    exchanges_snapshots: bool = False
+    """Whether a member learns from its own outputs and the others' snapshots alone, so that processes exchange the
+    snapshots' weights when these are taken, and no outputs."""
     pauses_members: bool = False
     """Whether `active_P` is among the terms; the others keep their weights and the optimizer's state."""
     mixes_weights: bool = False
@@ -119,7 +126,9 @@ class Method(nn.Module):
         self.needs: frozenset[str] = frozenset()
         """What the training loop must provide, of features, trunk, views, ema, teacher, holdout, hybrid (the logits of
         the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views), exits,
-        previous (the outputs for the images of the step before, `PeerOutputs.previous`),
+        previous (the outputs for the images of the step before, `PeerOutputs.previous`), partition (a part of the
+        training images for every member: the views show other images, the targets are `P x B` or `P x B x C`, and of
+        snapshots the others' logits are given, `PeerOutputs.others_logits_QPBC`),
         rotations (rows 4 b to 4 b + 3 of all outputs are of image b, see `codistill.data.rotate_images`)."""
         self.deployed = 0
         """Index of the member that is deployed, declared before training."""
@@ -246,11 +255,23 @@ class Method(nn.Module):
         if not self.targets_checked:
             arguments = {**dict(zip(("outputs", "targets_B"), args)), **kwargs}
             if isinstance(arguments.get("outputs"), PeerOutputs) and "targets_B" in arguments:
-                check_targets(
-                    self._upright(arguments["outputs"].logits_PBC, arguments["targets_B"]), arguments["targets_B"]
-                )
+                self._check_targets(arguments["outputs"].logits_PBC, arguments["targets_B"])
             self.targets_checked = True
         return super().__call__(*args, **kwargs)
+
+    def _check_targets(self, logits_PBC: Tensor, targets: Any) -> None:
+        """Check the labels of a batch, those of every member where each has its own images."""
+        if "partition" not in self.needs:
+            check_targets(self._upright(logits_PBC, targets), targets)
+            return
+        if not isinstance(targets, Tensor) or targets.shape[:2] != logits_PBC.shape[:2]:
+            shape = " x ".join(map(str, targets.shape)) if isinstance(targets, Tensor) else type(targets).__name__
+            raise InputError(
+                f"{self.name} trains every peer on its own images; give it targets of each, "
+                f"{' x '.join(map(str, logits_PBC.shape[:2]))} class numbers, not {shape or 'one number'}"
+            )
+        for p, own in enumerate(targets):
+            check_targets(logits_PBC[p : p + 1], own)
 
     def _upright(self, logits_PBC: Tensor, targets: Any) -> Tensor:
         """Return the logits of the images as they are, without those of their rotations."""
@@ -264,7 +285,8 @@ class Method(nn.Module):
 
     def check(self, outputs: PeerOutputs) -> None:
         """Raise InputError if `outputs` lacks something that the method needs; the message says how to provide it."""
-        for need in self.needs & _NEEDED_OUTPUTS.keys():
+        wanted = self.needs - {"ema"} if "partition" in self.needs else self.needs  # whose logits are among the others'
+        for need in wanted & _NEEDED_OUTPUTS.keys():
             name, what = _NEEDED_OUTPUTS[need]
             value = getattr(outputs, name)
             if value is None or (need in ("features", "exits") and len(value) != self.num_peers):

@@ -89,7 +89,7 @@ class Divergence:
             return jensen_shannon(log_s, log_t)
         if self.kind == "dist":
             return correlation_distance(log_s.exp(), log_t.exp(), *self.weights)
-        if targets_B.dim() > 1:
+        if targets_B.is_floating_point():
             raise InputError("--method.divergence dkd reads one hard label per image; give hard labels, or another one")
         return decoupled_kl(log_s, log_t, targets_B, *self.weights)
 

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from codistill.peers.branches import BranchPeers as BranchPeers
     from codistill.peers.ema import MeanTeacher as MeanTeacher
     from codistill.peers.ema import SnapshotTeacher as SnapshotTeacher
+    from codistill.peers.ema import copy_where as copy_where
     from codistill.peers.from_config import build_peers as build_peers
     from codistill.peers.hybrid import check_mixable as check_mixable
     from codistill.peers.hybrid import fuse_members as fuse_members
@@ -43,7 +44,7 @@ __getattr__, __dir__ = lazy_names(
         "base": "PeerOutputs Peers PreviousOutputs",
         "branch_point_table": "branch_point_rows",
         "branches": "BranchPeers",
-        "ema": "MeanTeacher SnapshotTeacher",
+        "ema": "MeanTeacher SnapshotTeacher copy_where",
         "from_config": "build_peers",
         "hybrid": "check_mixable fuse_members hybrid_logits hybrid_network mix_members",
         "inputs": "Inputs Views call_network device_of map_tensors",

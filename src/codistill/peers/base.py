@@ -2,7 +2,7 @@
 
 An input is a tensor, or a mapping or tuple of tensors (see codistill.peers.inputs). All peers see one, or each its own
 view: a list with one input per peer, or for tensors one more axis in front.
-Shapes: V views (1, or one per peer), P peers, B batch, C classes, D features, E exits.
+Shapes: V views (1, or one per peer), P peers, Q others, B batch, C classes, D features, E exits.
 """
 
 from __future__ import annotations
@@ -51,6 +51,8 @@ class PeerOutputs:
     """Logits of the network whose weights are the mean of the members' weights."""
     exits: list[list[Tensor]] = field(default_factory=list)
     """One `B x D_e` tensor per peer and exit (see `codistill.peers.exits`), where the peers have exits."""
+    others_logits_QPBC: Tensor | None = None
+    """Logits of the other members' snapshots for each member's images, Q = P - 1, where every member has its own."""
     previous: PreviousOutputs | None = None
     """Outputs for the images of the step before; None in the first step, or where the method does not need them."""
 

@@ -1,6 +1,6 @@
 """Teachers made of the peers' earlier weights: an exponential moving average (PCL), or snapshots (codistillation).
 
-Shapes: V views, P peers, B batch, C classes, H height, W width.
+Shapes: V views, P peers, Q = P - 1 others, B batch, C classes, H height, W width.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill.peers.base import PeerOutputs, Peers
+from codistill.peers.inputs import Views
 from codistill.peers.modes import copy_module
 
 
@@ -24,6 +25,9 @@ class MeanTeacher(nn.Module):
         peers: The peers to average; they are copied.
         decay: Upper bound of phi, the weight of the average in its own update.
     """
+
+    holds_all_members = False
+    """Whether every process of a mesh holds all members, also those that other processes train."""
 
     def __init__(self, peers: Peers, decay: float) -> None:
         super().__init__()
@@ -78,6 +82,27 @@ class SnapshotTeacher(MeanTeacher):
         self.interval = interval
 
     @torch.no_grad()
+    def outputs_of_others(self, views: Views) -> Tensor:
+        """Return the logits of the other members' snapshots for each member's own images, `Q x P x B x C`.
+
+        Args:
+            views: The images of every member: `P x B x C x H x W`, or a list with an input for each.
+
+        >>> from codistill.peers import NetworkPeers
+        >>> peers = NetworkPeers("resnet8", 3, 10, image_size=8)
+        >>> SnapshotTeacher(peers, 50).outputs_of_others(torch.zeros(3, 4, 3, 8, 8)).shape
+        torch.Size([2, 3, 4, 10])
+        """
+        count = self.peers.num_peers
+        # In turn s snapshot i + s runs on the images of member i.
+        turns = [self.peers([*views[-s:], *views[:-s]]).logits_PBC.roll(-s, 0) for s in range(1, count)]
+        return torch.stack(turns)
+
+    def is_due(self, step: int) -> bool:
+        """Return whether a snapshot is taken after step `step`, counted from 0."""
+        return (step + 1) % self.interval == 0
+
+    @torch.no_grad()
     def update(self, peers: Peers, step: int, good: Tensor | None = None) -> None:
         """Copy the peers after step `step`, counted from 0, if a snapshot is due.
 
@@ -86,7 +111,7 @@ class SnapshotTeacher(MeanTeacher):
             step: Number of the step.
             good: Whether the step counts, one number on the device; where it is 0, the snapshot is unchanged.
         """
-        if (step + 1) % self.interval:
+        if not self.is_due(step):
             return
         copy_where(_floating_tensors(self.peers), _floating_tensors(peers), good)
 

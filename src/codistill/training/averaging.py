@@ -33,6 +33,6 @@ def recompute_statistics(run: Run) -> bool:
 def _local_views(run: Run, epoch: int) -> Iterator[Tensor]:
     """Yield this rank's part of the training images of an epoch."""
     for number, (views_VBCHW, labels_B) in enumerate(run.loader.epoch(epoch)):
-        run.mesh.begin_step(len(labels_B), number)
+        run.mesh.begin_step(labels_B.shape[-1], number)
         # Where images are mixed, every rank has the full batch.
         yield views_VBCHW[:, run.mesh.local_rows()] if run.mixer.mixes_images else views_VBCHW

@@ -14,24 +14,21 @@ from torch import nn
 
 from codistill.config import Config, TeacherConfig
 from codistill.data import Augmentation, ImageSet, Loader, Splits
-from codistill.distributed import Mesh, MeshPeers, ProcessMesh, SingleProcess, convert_batchnorm
+from codistill.distributed import Mesh, MeshPeers, MeshSnapshots, ProcessMesh, SingleProcess, convert_batchnorm
 from codistill.methods import Method, build_method
 from codistill.peers import (
     BranchPeers,
-    MeanTeacher,
-    MovingAverage,
     NetworkPeers,
     Peers,
-    TailAverage,
     TwinPeers,
     build_peers,
     check_mixable,
 )
+from codistill.training.copies import build_average, build_ema, move_to_device, prepare_remote_members
 from codistill.training.execution import choose_execution, stack_peers
-from codistill.training.loaders import load_images, make_loader
+from codistill.training.loaders import load_images, make_loader, make_partitioned_loader
 from codistill.training.nonfinite_guard import FiniteGuard
 from codistill.training.optim import freeze_modules, make_optimizers
-from codistill.training.peer_step import make_mean_teacher
 from codistill.training.previous_batch import PreviousBatch
 from codistill.training.run import Run, zero_sums
 from codistill.training.sam import check_sam
@@ -71,7 +68,7 @@ def build_run(
     """
     assert config.peers is not None
     mesh = SingleProcess(pick_device(config.device), config.peers) if mesh is None else mesh
-    config = adapt_to_device(config, mesh.device)
+    config = adaptmove_to_device(config, mesh.device)
     seed_everything(config, mesh.device)
     data, splits = load_images(config, data, data_info)
     peers, method = build_networks(config, data, mesh, load_weights=load_weights)
@@ -84,10 +81,12 @@ def build_run(
     loader = build_loader(config, data, splits, method, mesh)
     if for_training and isinstance(peers.local, TwinPeers) and "views" not in method.needs:
         check_twins_differ(peers.local, loader.sample_batch()[0][:16])
-    ema, average = make_mean_teacher(peers, method, len(loader)), build_average(config, peers, len(loader))
+    ema, average = build_ema(config, data, peers, method, len(loader)), build_average(config, peers, len(loader))
     copies = [copy for copy in (ema, average) if copy is not None]
     frozen = freeze_modules(peers.local, config.freeze)
     frozen += [module for copy in copies for module in copy.counterparts(peers, frozen)]
+    if isinstance(ema, MeshSnapshots):
+        frozen += freeze_modules(ema.peers, config.freeze)
     prepare_remote_members(peers, copies)
     image_CHW = (data.channels, data.image_size, data.image_size)
     one_process = mesh.world == 1
@@ -116,17 +115,10 @@ def build_run(
         graph=build_graph(config, method, mesh, optimizers),
         notes=notes,
     )
+    if run.members_apart:
+        run.guard.terms_scale = mesh.num_peer
     run.progress.sums = zero_sums(run)
     return run
-
-
-def prepare_remote_members(peers: Peers, copies: list[MeanTeacher]) -> None:
-    """Let ranks know how many parameters the others train; of averages they exchange the logits alone."""
-    if isinstance(peers, MeshPeers):
-        peers.count_trained()
-    for copy in copies:
-        if isinstance(copy.peers, MeshPeers):
-            copy.peers.only_logits = True
 
 
 def build_graph(
@@ -146,7 +138,7 @@ def can_capture_step(config: Config, method: Method, mesh: Mesh) -> bool:
     return method.update_mode == "joint" and not config.checkpoint_activations and not config.sam_rho
 
 
-def adapt_to_device(config: Config, device: torch.device) -> Config:
+def adaptmove_to_device(config: Config, device: torch.device) -> Config:
     """Return the config as the device can run it.
 
     Raises:
@@ -193,6 +185,7 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
             needs_full_batch=method.needs_full_batch,
             exits="exits" in method.needs,
             rows_per_image=method.rows_per_image,
+            members_apart=method.exchanges_snapshots,
         )
     check_weights_can_be_averaged(method, local, mesh)
     check_inner_steps(method, mesh)
@@ -205,7 +198,7 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
     if config.accumulate > 1 and (method.needs_full_batch or method.update_mode == "alternating"):
         reason = "updates one member after the other" if method.update_mode == "alternating" else "needs the full batch"
         raise InputError(f"--accumulate: {method.name} {reason} as it is configured here; drop --accumulate")
-    _to_device(peers, config, mesh.device)
+    move_to_device(peers, config, mesh.device)
     method.to(mesh.device, DTYPES[config.dtype])
     return peers, method
 
@@ -269,30 +262,13 @@ def build_previous(
     return PreviousBatch(peers, loader, image_CHW, soft_labels=soft)
 
 
-def build_average(config: Config, peers: Peers, steps_per_epoch: int) -> MeanTeacher | None:
-    """Return the average of the weights that the config deploys; None where it deploys something else."""
-    if not config.keeps_average:
-        return None
-    if config.first_averaged_epoch is not None:
-        return TailAverage(peers, config.first_averaged_epoch, steps_per_epoch)
-    assert config.ema_decay is not None, "the config is not resolved"
-    return MovingAverage(peers, config.ema_decay)
-
-
 def build_teacher(config: Config, data: ImageSet, device: torch.device, teacher: nn.Module | None) -> nn.Module:
     """Return the trained teacher, given or read from the file that the config names, in evaluation mode."""
     if not isinstance(config.method, TeacherConfig):
         raise InputError(f"{config.method.name} needs a teacher; derive its Config from codistill.config.TeacherConfig")
     teacher = load_teacher(config.method, data, config.model) if teacher is None else teacher
-    _to_device(teacher, config, device)
+    move_to_device(teacher, config, device)
     return teacher.eval().requires_grad_(False)
-
-
-def _to_device(module: nn.Module, config: Config, device: torch.device) -> None:
-    """Move a module to the device, the dtype and the memory format of a run."""
-    module.to(device=device, dtype=DTYPES[config.dtype])
-    if config.channels_last:
-        module.to(memory_format=torch.channels_last)  # pyrefly: ignore
 
 
 def build_loader(config: Config, data: ImageSet, splits: Splits, method: Method, mesh: Mesh) -> Loader:
@@ -305,7 +281,12 @@ def build_loader(config: Config, data: ImageSet, splits: Splits, method: Method,
     )
     views = method.num_views
     images, labels = data.x_train[splits.train], data.y_train[splits.train]
-    loader = make_loader(config, data, (images, labels), mesh.device, augmentation, views)
+    if "partition" in method.needs:
+        loader: Loader = make_partitioned_loader(
+            config, data, (images, labels), mesh.device, augmentation, method.num_peers
+        )
+    else:
+        loader = make_loader(config, data, (images, labels), mesh.device, augmentation, views)
     if mesh.world > 1:
         # Mixing needs the full batch on every rank; the step takes the rank's rows afterwards.
         shard = (0, 1) if config.mixup or config.cutmix else (mesh.data_index, mesh.num_data)

@@ -19,9 +19,12 @@ from codistill.data import (
     LazyImages,
     Loader,
     LoaderOptions,
+    PartitionedLoader,
     Splits,
+    divide_images,
     load_set,
     make_splits,
+    part_seed,
     with_normalization,
 )
 from codistill.models import pretrained_statistics, takes_only_rgb
@@ -112,6 +115,38 @@ def make_loader(
     workers = num_decoding_processes(config)
     how = {"skip_corrupt": config.skip_corrupt, "timeout": config.collective_timeout}
     return FileLoader(images, labels, data.mean, data.std, options, workers=workers, **how)
+
+
+def make_partitioned_loader(
+    config: Config, data: ImageSet, part: tuple[Any, Any], device: torch.device, augmentation: Augmentation, count: int
+) -> PartitionedLoader:
+    """Return a loader that shows each of `count` peers its own part of the training images.
+
+    Args:
+        config: A resolved config.
+        data: The data set whose statistics are used.
+        part: The training images and labels.
+        device: Where batches go.
+        augmentation: Of the images.
+        count: Peers.
+
+    Raises:
+        InputError: a part has fewer images than a batch.
+    """
+    images, labels = part
+    size = len(labels) // count
+    if config.batch_size > size and not data.provenance.placeholder_reason:
+        raise InputError(
+            f"--batch-size {config.batch_size} is more than the {size} training images of each of {count} peers "
+            "(--method.partition disjoint); give a smaller one, or --method.partition same"
+        )
+    workers = num_decoding_processes(config)
+    shared = dataclasses.replace(config, data_workers=-(-workers // count))
+    loaders = []
+    for p, own in enumerate(divide_images(labels, count, config.seed)):
+        own_config = dataclasses.replace(shared, seed=part_seed(config.seed, p))
+        loaders.append(make_loader(own_config, data, (images[own], labels[own]), device, augmentation))
+    return PartitionedLoader(loaders)
 
 
 def evaluation_batch(batch_size: int, image_size: int, device: torch.device) -> int:

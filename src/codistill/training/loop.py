@@ -290,7 +290,7 @@ def run_epoch(run: Run, folder: RunFolder, reporter: Reporter, caught: list[str]
         stop = run.mesh.first_signal(caught) if log or run.mesh.world == 1 else None
         if log or stop:
             check_finite(run, folder)
-            loss = run.mesh.sum_along_data(progress.sums["loss"]).item()
+            loss = run.add_over_ranks(progress.sums["loss"]).item()
             reporter.step(progress.epoch, progress.step, loss / (progress.step * config.batch_size))
         progress.seconds = seconds_before + time.perf_counter() - started
         if (due or stop) and not is_last:
@@ -308,7 +308,7 @@ def end_epoch(run: Run, curve: Loader | None) -> EpochLine:
         run.guard.snapshot()  # the method's new state is a good one
     if recompute_statistics(run):
         run.guard.snapshot()
-    sums = {name: run.mesh.sum_along_data(value) for name, value in progress.sums.items()}
+    sums = {name: run.add_over_ranks(value) for name, value in progress.sums.items()}
     count = max(run.loader.num_samples - int(sums.pop("skipped", 0)), 1)
     line: dict[str, Any] = {
         "epoch": progress.epoch,

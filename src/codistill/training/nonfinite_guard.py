@@ -54,6 +54,8 @@ class FiniteGuard:
         """Whether the last step was bad."""
         self.num_reported = 0
         """Skipped steps that the user was warned of."""
+        self.terms_scale = 1
+        """Factor of the mean of all ranks' terms: the size of `peer`, where each has those of its own members alone."""
         self.steps_before = 0
         """Steps done before this process continued the run; the caller sets it."""
 
@@ -139,7 +141,7 @@ class FiniteGuard:
         self.skipped.fill_(skipped)  # the step that ends the run is not skipped but done again
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.good_buffers)
-        self.terms = self.mesh.mean(self.terms)
+        self.terms = self.mesh.mean(self.terms) * self.terms_scale
         return self.steps_before + int(self.steps_good.item()), dict(zip(self.names, self.terms.tolist()))
 
 

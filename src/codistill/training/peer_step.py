@@ -60,7 +60,9 @@ def forward_with_teachers(
         views = rotate_images(views if isinstance(views, Tensor) else torch.stack([*views]))
     own_views = views[: peers.num_peers]  # the hybrid's comes after those of the members
     outputs = peers(own_views) if previous is None else previous(peers, views)
-    if ema is not None:
+    if isinstance(ema, SnapshotTeacher) and "partition" in method.needs:
+        outputs.others_logits_QPBC = ema.outputs_of_others(own_views)
+    elif ema is not None:
         outputs.ema_logits_PBC = ema(own_views).logits_PBC
     if "hybrid" in method.needs:
         with torch.set_grad_enabled(torch.is_grad_enabled() and method.hybrid_has_gradient):

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from codistill.config import Config
 from codistill.data import ImageSet, Loader, Mixer, Splits
-from codistill.distributed import Mesh
+from codistill.distributed import Mesh, MeshPeers
 from codistill.methods import Method
 from codistill.peers import MeanTeacher, Peers
 from codistill.training.nonfinite_guard import FiniteGuard
@@ -103,6 +103,16 @@ class Run:
     def evaluated_average(self) -> MeanTeacher | None:
         """The averages that are evaluated: those that are deployed, else mean teachers that could be."""
         return self.average or (self.ema if self.config.method.keeps_ema else None)
+
+    @property
+    def members_apart(self) -> bool:
+        """Whether this rank has no outputs of other ranks' members in training, and so no figures of them."""
+        return isinstance(self.peers, MeshPeers) and self.peers.members_apart
+
+    def add_over_ranks(self, x: Tensor) -> Tensor:
+        """Return the sum over all ranks of a figure that each has for its samples (and its members, if apart)."""
+        total = self.mesh.sum_along_data(x)
+        return self.mesh.sum_along_peer(total) if self.members_apart else total
 
     @property
     def steps_done(self) -> int:

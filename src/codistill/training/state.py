@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from codistill.distributed import Mesh
+from codistill.peers import MeanTeacher
 from codistill.runs import errors_of_checkpoint, restore_rng
 from codistill.training.run import Progress, Run
 from codistill.utils import InputError, accumulation_dtype
@@ -26,11 +27,11 @@ def checkpoint_state(run: Run) -> State | None:
     """Return all that a continuation on any mesh needs; the main rank gets it, the others None."""
     mesh, progress = run.mesh, run.progress
     mesh.sync_buffers(run.modules_with_buffers, run.method)
-    sums = {name: mesh.sum_along_data(value) for name, value in progress.sums.items()}
+    sums = {name: run.add_over_ranks(value) for name, value in progress.sums.items()}
     first = mesh.local_members.start
     local = {
         "peers": _renumber_members(run.peers.state_dict(), first),
-        "ema": None if run.ema is None else _renumber_members(run.ema.state_dict(), first),
+        "ema": None if run.ema is None else _own_part(run.ema, mesh),
         "average": None if run.average is None else _renumber_members(run.average.state_dict(), first),
         "optimizers": [_split_members(run, optimizer.state_dict()) for optimizer in run.optimizers],
     }
@@ -78,7 +79,7 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
     run.peers.load_state_dict(_pick_local_members(state["peers"], mesh))
     run.method.load_state_dict(state["method"])
     if run.ema is not None:
-        run.ema.load_state_dict(_pick_local_members(state["ema"], mesh))
+        run.ema.load_state_dict(state["ema"] if run.ema.holds_all_members else _pick_local_members(state["ema"], mesh))
     if run.average is not None:
         run.average.load_state_dict(_pick_local_members(state["average"], mesh))
     if run.previous is not None:
@@ -99,9 +100,10 @@ def _restore(run: Run, state: Mapping[str, Any]) -> None:
 
 
 def _restore_sum(run: Run, value: Tensor) -> Tensor:
-    """Return a sum on this rank: sums add up along `data`, so the first data rank takes it and the others zeros."""
+    """Return a sum on this rank: the first of the ranks whose sums are added up takes it, and the others zeros."""
     value = value.to(accumulation_dtype(run.device)) if value.is_floating_point() else value
-    return value.to(run.device) if run.mesh.data_index == 0 else torch.zeros_like(value, device=run.device)
+    first = run.mesh.data_index == 0 and not (run.members_apart and run.mesh.peer_index)
+    return value.to(run.device) if first else torch.zeros_like(value, device=run.device)
 
 
 def _restore_rng(rng: State, mesh: Mesh) -> None:
@@ -124,16 +126,29 @@ def _renumber_members(state: State, shift: int) -> State:
     return {MEMBER.sub(lambda found: f"members.{int(found[1]) + shift}", key, count=1): v for key, v in state.items()}
 
 
+def _own_part(ema: MeanTeacher, mesh: Mesh) -> State:
+    """Return the entries of this rank's members of the mean or snapshot teachers, numbered among all peers."""
+    if not ema.holds_all_members:
+        return _renumber_members(ema.state_dict(), mesh.local_members.start)
+    return _select_members(ema.state_dict(), mesh.local_members)
+
+
+def _select_members(state: State, members: range) -> State:
+    """Return the entries of some members, with their numbers as they are."""
+    selected = {}
+    for key, value in state.items():
+        found = MEMBER.search(key)
+        assert found is not None, f"{key} belongs to no member"
+        if int(found[1]) in members:
+            selected[key] = value
+    return selected
+
+
 def _pick_local_members(state: State, mesh: Mesh) -> State:
     """Return the entries of this rank's members, numbered from 0."""
     if mesh.num_peer == 1:
         return state
-    local = {}
-    for key, value in state.items():
-        found = MEMBER.search(key)
-        assert found is not None, f"{key} belongs to no member"
-        if int(found[1]) in mesh.local_members:
-            local[key] = value
+    local = _select_members(state, mesh.local_members)
     return _renumber_members(local, -mesh.local_members.start)
 
 

@@ -29,19 +29,19 @@ def train_step(run: Run, views_VBCHW: Tensor, targets_B: Tensor, weight: float) 
     Args:
         run: What is trained; its sums are increased, `progress.step` is left to the caller.
         views_VBCHW: What the run's loader yields: on a mesh this rank's rows, or the full batch where images are mixed.
-        targets_B: Labels of the full batch.
+        targets_B: Labels of the full batch; `P x B`, where every member has its own images.
         weight: The ramp's value, `run.method.weight_at(epoch)`.
     """
     mesh, progress, number = run.mesh, run.progress, run.steps_done
     full_batch, labels_B = run.method.needs_full_batch, targets_B
     if run.mixer.makes_soft_labels:
         views_VBCHW, targets_B = run.mixer(views_VBCHW, labels_B, progress.epoch, progress.step)
-    mesh.begin_step(len(labels_B), number)
+    mesh.begin_step(labels_B.shape[-1], number)
     rows = mesh.local_rows()
     if run.mixer.mixes_images:  # until here every rank has the full batch
         views_VBCHW = views_VBCHW[:, rows]
     if not full_batch:
-        targets_B, labels_B = targets_B[rows], labels_B[rows]
+        targets_B, labels_B = take_rows(targets_B, rows), labels_B[..., rows]
     place = TrainingStep(number, progress.epoch, ends_epoch=progress.step + 1 == len(run.loader))
     run.method.before_step(run.peers, place)
     step = alternating_step if run.method.update_mode == "alternating" else joint_step
@@ -99,13 +99,15 @@ def compute_gradients(
     """
     (optimizer,) = run.optimizers
     parameters = parameters_of(optimizer)
-    count = max(min(run.config.accumulate, len(labels_B) // 2), 1)  # BatchNorm needs two samples in each
-    microbatches = zip(views_VBCHW.tensor_split(count, 1), targets_B.tensor_split(count), labels_B.tensor_split(count))
+    batch = labels_B.shape[-1]
+    count = max(min(run.config.accumulate, batch // 2), 1)  # BatchNorm needs two samples in each
+    split_targets = targets_B.tensor_split(count, axis_of_rows(targets_B))
+    microbatches = zip(views_VBCHW.tensor_split(count, 1), split_targets, labels_B.tensor_split(count, -1))
     microbatch_terms, fractions, hits = [], [], []
     for views, targets, labels in microbatches:
         outputs = forward_all(run, views)
         terms = run.method(outputs, targets, weight)
-        fractions.append(len(labels) / len(labels_B))
+        fractions.append(labels.shape[-1] / batch)
         weighted_loss(run, terms["loss"], fractions[-1]).backward(inputs=parameters)
         microbatch_terms.append({name: value.detach() for name, value in terms.items()})
         if run.previous is not None:  # then the batch is one part
@@ -113,8 +115,8 @@ def compute_gradients(
         upright_PBC = outputs.logits_PBC.detach()[:, :: run.method.rows_per_image]
         hits.append((upright_PBC.argmax(-1) == labels).sum(-1))
     reduce_gradients(run, parameters)
-    terms = combine_microbatches(microbatch_terms, fractions)
-    return terms, hits[0] if count == 1 else torch.stack(hits).sum(0)
+    terms, hits_P = combine_microbatches(microbatch_terms, fractions), sum_of(hits)
+    return keep_own_figures(run, terms, hits_P) if run.members_apart else (terms, hits_P)
 
 
 def alternating_step(
@@ -155,6 +157,29 @@ def forward_all(run: Run, views_VBCHW: Tensor) -> PeerOutputs:
     if outputs.teacher_logits_BC is not None and gathers and isinstance(run.peers, MeshPeers):
         outputs.teacher_logits_BC = run.peers.gather_rows(outputs.teacher_logits_BC)
     return outputs
+
+
+def axis_of_rows(targets: Tensor) -> int:
+    """Return the axis of a batch's rows: the last one of class numbers, the last but one of soft labels."""
+    return -2 if targets.is_floating_point() else -1
+
+
+def take_rows(targets: Tensor, rows: slice) -> Tensor:
+    """Return some rows of class numbers or soft labels, of one batch or one for each member."""
+    return targets[..., rows, :] if targets.is_floating_point() else targets[..., rows]
+
+
+def sum_of(tensors: list[Tensor]) -> Tensor:
+    """Return the sum of tensors of one shape."""
+    return tensors[0] if len(tensors) == 1 else torch.stack(tensors).sum(0)
+
+
+def keep_own_figures(run: Run, terms: Terms, hits_P: Tensor) -> tuple[Terms, Tensor]:
+    """Set the figures of other ranks' members to 0: this rank has none of their outputs. They add up along `peer`."""
+    own_P = torch.zeros_like(terms["loss_P"])
+    own_P[run.mesh.local_members.start : run.mesh.local_members.stop] = 1.0
+    kept = {name: terms[name] * own_P for name in ("loss_P", "ce_P", "distill_P")}
+    return {"loss": kept["loss_P"].sum(), **kept}, hits_P * own_P.to(hits_P.dtype)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[Tensor]:
@@ -208,7 +233,9 @@ def add_to_sums(run: Run, terms: Terms, hits_P: Tensor, count: int) -> None:
         sums["hits_P"] += guard.mask_bad(hits_P)
         sums["distill_P"] += guard.mask_bad(terms["distill_P"].to(dtype)) * count
         if guard.limit:
-            sums["skipped"] = sums.get("skipped", torch.zeros_like(guard.skipped)) + guard.skipped_mask() * count
+            once = not (run.members_apart and run.mesh.peer_index)  # else every rank of the axis `peer` adds them
+            skipped = guard.skipped_mask() * (count * once)
+            sums["skipped"] = sums.get("skipped", torch.zeros_like(guard.skipped)) + skipped
     for name in filter(is_per_sample, terms):  # every rank keeps the sum, so that all can be added
         total = guard.mask_bad(terms[name].sum(0, dtype=dtype))
         sums[name] = sums.get(name, torch.zeros_like(total)) + total * bool(count)

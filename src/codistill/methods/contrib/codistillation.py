@@ -7,13 +7,17 @@
 softCE(z; q) = -sum_c q_c log softmax(z / T)_c: its gradient is that of KL(q || softmax(z / T)). The targets are means
 of *probabilities*; they are constants.
 
-Where the sources differ: the paper gives each network its own part of the data, and so does the code of Preferred
-Networks by default; here all see the same images, as in that code's mode "equalized", but the predictions stay stale.
-That code copies parameters only and never puts the copies in evaluation mode, so they normalize by the batch: so do
-the snapshots here in training. Their running statistics are copied too, but not used in training. Its loss by default
-is KL(own || other), `divergence="reverse_kl"`.
-Cost: one forward without gradient for each network and step, also during the burn-in.
-Shapes: P peers, B batch, C classes.
+`partition="same"` (the default): all networks see the same images, as in the mode "equalized" of Preferred Networks'
+code, but the predictions stay stale. `partition="disjoint"`, as in the paper and by default in that code: each network
+has its own part of the data and runs the others' snapshots on it, so z_j^stale is computed on the images of network i,
+and the labels y are those of network i.
+
+Where the sources differ: that code copies parameters only and never puts the copies in evaluation mode, so they
+normalize by the batch: so do the snapshots here in training. Their running statistics are copied too, but not used in
+training. Its loss by default is KL(own || other), `divergence="reverse_kl"`.
+Cost: one forward without gradient for each network and step (disjoint: for each pair of networks, P (P - 1)), also
+during the burn-in. Several processes exchange the snapshots' weights when these are taken, and no outputs.
+Shapes: P peers, Q = P - 1 others, B batch, C classes.
 """
 
 from __future__ import annotations
@@ -45,11 +49,12 @@ class Codistillation(Method):
 
     name = "codistillation"
     citation = "Anil et al.: Large Scale Distributed Neural Network Training through Online Distillation. ICLR 2018"
+    exchanges_snapshots = True
 
     @takes_options(CodistillationConfig)
     def __init__(self, num_peers: int, options: CodistillationConfig) -> None:
         super().__init__(num_peers)
-        self.needs = frozenset({"ema"})
+        self.needs = frozenset({"ema"} | ({"views", "partition"} if options.partition == "disjoint" else set()))
         self.interval, self.interval_unit = options.interval, options.interval_unit
         self.burn_in_epochs = options.burn_in()
         self.temperature, self.weight = options.temperature, options.weight
@@ -65,11 +70,21 @@ class Codistillation(Method):
         return self.interval * (steps_per_epoch if self.interval_unit == "epochs" else 1)
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
-        """Return the terms; `outputs.ema_logits_PBC` holds the snapshots' logits, `targets_PBC` is for inspection."""
+        """Return the terms; `targets_PBC` is for inspection.
+
+        Args:
+            outputs: With the snapshots' logits in `ema_logits_PBC`; disjoint: the others' in `others_logits_QPBC`.
+            targets_B: Labels `B` or `B x C`; disjoint: those of every peer's images, `P x B` or `P x B x C`.
+            weight: `weight_at(epoch)`.
+        """
         self.check(outputs)
-        assert outputs.ema_logits_PBC is not None
         z_PBC = outputs.logits_PBC
-        log_target_PBC = others_log_mean(soften(outputs.ema_logits_PBC.detach(), self.temperature))
+        if outputs.others_logits_QPBC is not None:
+            log_others_QPBC = soften(outputs.others_logits_QPBC.detach(), self.temperature)
+            log_target_PBC = log_others_QPBC.logsumexp(0) - math.log(len(log_others_QPBC))
+        else:
+            assert outputs.ema_logits_PBC is not None
+            log_target_PBC = others_log_mean(soften(outputs.ema_logits_PBC.detach(), self.temperature))
         if self.divergence.is_plain_kl:
             distill_P = soft_cross_entropy(z_PBC, log_target_PBC, self.temperature)
         else:
