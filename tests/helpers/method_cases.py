@@ -32,6 +32,7 @@ OPTIONS = {
     "okddip-reverse_kl": ("okddip", {"divergence": "reverse_kl"}),
     "pcl-dist": ("pcl", {"divergence": "dist", "temperature": 1.0}),
     "kdcl-standardized": ("kdcl", {"standardize_logits": True}),
+    "codistillation-disjoint": ("codistillation", {"partition": "disjoint", "interval": 2}),
     "switokd-two-students": ("switokd", {"students": 2}),
     "mcl-logits": ("mcl", {"logit_weight": 1.0}),
     "hssakd-upright": ("hssakd", {"rotations": False, "exits": 2}),

@@ -297,6 +297,19 @@ def codistillation(z, stale, y, *, temperature, weight):
     return total
 
 
+def codistillation_disjoint(z, stale, y, *, temperature, weight):
+    """The same where peer i has its own images and labels y[i]; stale[j][i] is what snapshot j gives for them."""
+    total = sum(ce(z[i], y[i]) for i in range(len(z)))
+    for i in range(len(z)):
+        for b in range(z.shape[1]):
+            log_s = log_softmax(z[i][b] / temperature)
+            others = [log_softmax(stale[j][i][b].detach() / temperature) for j in range(len(z)) if j != i]
+            for c in range(len(log_s)):
+                q = sum(torch.exp(row[c]) for row in others) / len(others)
+                total = total - weight * temperature**2 * q * log_s[c] / z.shape[1]
+    return total
+
+
 def distance(p: list[list[Tensor]], q: list[list[Tensor]]) -> float:
     """mean_b ||p - q||_1 of rows of probabilities."""
     return sum(float(abs(u - v)) for a, b in zip(p, q) for u, v in zip(a, b)) / len(p)

@@ -17,8 +17,8 @@ from codistill.data.loader import Loader
 def divide_images(labels: np.ndarray, num_parts: int, seed: int) -> list[np.ndarray]:
     """Return the indices of the images of each part, all parts of one size.
 
-    The images are shuffled, sorted by class and dealt to the parts in turn, so that a class's counts differ by one at
-    most between parts. The N mod P images that are left over at the end are in no part.
+    The images are shuffled, and the last N mod P of them are in no part. The others are sorted by class and dealt to
+    the parts in turn, so that a class's counts differ by one at most between parts.
 
     Args:
         labels: Class numbers, `N`.
@@ -29,9 +29,9 @@ def divide_images(labels: np.ndarray, num_parts: int, seed: int) -> list[np.ndar
     [[0, 4], [1, 2]]
     """
     shuffled = np.random.default_rng((seed, 8_009)).permutation(len(labels))
+    shuffled = shuffled[: len(labels) - len(labels) % num_parts]
     by_class = shuffled[np.argsort(labels[shuffled], kind="stable")]
-    whole = len(labels) - len(labels) % num_parts
-    return [np.sort(by_class[part:whole:num_parts]) for part in range(num_parts)]
+    return [np.sort(by_class[part::num_parts]) for part in range(num_parts)]
 
 
 def part_seed(seed: int, part: int) -> int:

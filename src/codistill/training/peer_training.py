@@ -149,7 +149,8 @@ class PeerTraining(nn.Module):
         Args:
             inputs: What the networks take, for all peers (a tensor, or a mapping or tuple of tensors); or a list of as
                 many as there are peers. Images `B x C x H x W` may be stacked to one tensor instead.
-            targets_B: Class numbers, or soft labels `B x C`.
+            targets_B: Class numbers, or soft labels `B x C`; one more axis in front where every peer has its own samples
+                (codistillation with partition="disjoint").
             weight: The ramp's value, `method.weight_at(epoch)`.
 
         Raises:
@@ -268,9 +269,10 @@ class PeerTraining(nn.Module):
             self.method.before_step(self.peers, self._step())
             self._prepared = self.steps_done
         if "views" in self.method.needs and len(views) != self.method.num_views and self.training:
+            other = 'partition="same"' if "partition" in self.method.needs else "own_views=False"
             raise InputError(
                 f"{self.method.name} trains on a view of its own for every peer; give a list of "
-                f"{self.method.num_views} inputs, or build it with own_views=False"
+                f"{self.method.num_views} inputs, or build it with {other}"
             )
         return forward_with_teachers(self.peers, self.method, views, self.mean_teacher, self.teacher)
 

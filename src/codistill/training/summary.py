@@ -63,6 +63,11 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
         f"{config.dtype} on {where}, execution {run.execution}{', CUDA graph' if run.graph else ''}, "
         f"seed {config.seed}",
     ]
+    if "partition" in run.method.needs:
+        notes.append(
+            f"each peer trains on its own {run.loader.num_samples:,} of the {len(run.splits.train):,} training images, "
+            "once an epoch"
+        )
     if config.sam_rho:
         notes.append(f"SAM with rho {config.sam_rho:g}: every step takes two forwards and two backwards")
     notes.append(_describe_classes(run.data.classes))
