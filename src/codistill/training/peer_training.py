@@ -149,7 +149,7 @@ class PeerTraining(nn.Module):
         Args:
             inputs: What the networks take, for all peers (a tensor, or a mapping or tuple of tensors); or a list of as
                 many as there are peers. Images `B x C x H x W` may be stacked to one tensor instead.
-            targets_B: Class numbers, or soft labels `B x C`; one more axis in front where every peer has its own samples
+            targets_B: Class numbers, or soft labels `B x C`; one more axis in front where each has its own samples
                 (codistillation with partition="disjoint").
             weight: The ramp's value, `method.weight_at(epoch)`.
 
