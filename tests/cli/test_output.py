@@ -7,7 +7,7 @@ import sys
 import pytest
 from rich.console import Console
 
-from codistill.cli.console import RichReporter, TimeLeft, progress_bar, show_progress
+from codistill.cli.console import RichReporter, TimeLeft, out, print_rows, progress_bar, show_progress
 from codistill.cli.main import main
 from codistill.cli.output import SafeStream
 from codistill.utils.progress import set_progress_display, track
@@ -129,3 +129,10 @@ def test_the_cursor_is_shown_again_where_a_command_ends_while_images_are_decoded
     shown = terminal.file.getvalue()
     assert "\x1b[?25l" in shown
     assert shown.rindex("\x1b[?25h") > shown.rindex("\x1b[?25l")
+
+
+def test_a_name_between_colons_is_no_emoji(capsys):
+    print_rows([{"class": ":x:", "[bold]": ":smile:"}], "run folder: :heart:")
+    out.print("run folder: :tada:")
+    said = capsys.readouterr().out
+    assert [word for word in (":x:", ":smile:", ":heart:", ":tada:", "[bold]") if word not in said] == []

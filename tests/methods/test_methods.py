@@ -11,8 +11,22 @@ from scipy import optimize
 from codistill.config.config import Config
 from codistill.config.methods import METHODS, CLILRConfig, DivergenceConfig, ONEConfig, TeacherConfig
 from codistill.losses import cross_entropy, kl_from_log_probs, soften
-from codistill.methods import CLASSES, CLILR, DML, KD, KDCL, ONE, PCL, Independent, Method, OKDDip, PeerInfo
+from codistill.methods import (
+    CLASSES,
+    CLILR,
+    DML,
+    KD,
+    KDCL,
+    ONE,
+    PCL,
+    Independent,
+    Method,
+    OKDDip,
+    PeerInfo,
+    build_method,
+)
 from codistill.methods.simplex import best_mixture, frank_wolfe_gap, quadratic_on_simplex
+from codistill.peers import BranchPeers, NetworkPeers
 from codistill.peers.base import PeerOutputs
 from codistill.utils.errors import InputError
 from helpers import oracles
@@ -381,3 +395,13 @@ def test_every_config_builds_its_method_with_the_papers_defaults():
     defaults |= {"codistillation": 2, "switokd": 2, "mcl": 2, "dlb": 1, "hssakd": 2, "l_mcl": 2, "cosub": 2}
     defaults |= {"okdph": 2}
     assert {name: c.default_peers for name, c in METHODS.items()} == defaults
+
+
+@pytest.mark.parametrize("name", ["independent", "kd", "dml", "kdcl", "cl_ilr", "one", "okddip", "pcl"])
+def test_what_is_deployed_is_in_evaluation_mode_and_its_peers_go_on_training(name):
+    config = METHODS[name]()
+    kind = BranchPeers if config.topologies[0] == "branches" else NetworkPeers
+    peers = kind("resnet8", num_peers=max(config.default_peers, 1), num_classes=5, in_channels=1, image_size=8).train()
+    student = build_method(config, peers, seed=0).deploy(peers)
+    assert not any(module.training for module in student.modules())
+    assert all(module.training for module in peers.modules())
