@@ -1,6 +1,7 @@
 """Exported students in their own runtimes: checked, described, and used by a process that cannot import codistill."""
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -221,6 +222,24 @@ def test_the_fitted_temperature_is_in_the_file_and_the_card(run, tmp_path, capsy
     extra = {"codistill.json": ""}
     torch.export.load(tmp_path / "t.pt2", extra_files=extra)
     assert json.loads(extra["codistill.json"])["temperature"] == 1.75
+
+
+@pytest.mark.slow
+def test_a_wrapped_network_is_exported_in_every_format(tmp_path, capsys):
+    words = ["--model", "tiny_network:wrapped", "--train-per-class", "4", "--batch-size", "20", "--epochs", "1"]
+    assert main(["train", "independent", "--peers", "1", *words, "--out", str(tmp_path / "run")]) == 0
+    for kind, suffix in SUFFIXES.items():
+        if kind == "onnx":
+            pytest.importorskip("onnxruntime")
+        file = tmp_path / f"s{suffix}"
+        assert main(["export", str(tmp_path / "run"), "--allow-import", "--format", kind, "--out", str(file)]) == 0
+        assert float(capsys.readouterr().out.rsplit(":", 1)[1]) < 1e-4
+    Image.new("L", (8, 8)).save(tmp_path / "photo.jpg")
+    helpers = str(Path(__file__).parent.parent / "helpers")
+    [code] = re.findall(r"```python\n(.*?)```", (tmp_path / "s.md").read_text(), re.DOTALL)
+    subprocess.run([sys.executable, "-c", code], cwd=tmp_path, check=True, env=os.environ | {"PYTHONPATH": helpers})
+    with safe_open(tmp_path / "s.safetensors", "pt") as archive:
+        assert not any("module." in name for name in archive.keys())  # noqa: SIM118 - it is no dictionary
 
 
 @pytest.mark.slow

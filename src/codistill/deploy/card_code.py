@@ -48,13 +48,14 @@ print(about["classes"][probabilities.argmax()], probabilities.max())
 """
 
 
-def usage_code(exported: Path, kind: str, metadata: dict[str, Any]) -> str:
+def usage_code(exported: Path, kind: str, metadata: dict[str, Any], *, wrapped: bool = False) -> str:
     """Return a program that classifies `photo.jpg` with an exported file, and needs no codistill.
 
     Args:
         exported: The file.
         kind: Its format.
         metadata: See `student_metadata`.
+        wrapped: Whether one's own code returns the network inside DataParallel or torch.compile; the file has it alone.
     """
     file, size, channels = json.dumps(exported.name), metadata["image_size"], metadata["channels"]
     if kind != "safetensors":
@@ -63,7 +64,7 @@ def usage_code(exported: Path, kind: str, metadata: dict[str, Any]) -> str:
     elif metadata["model"] in MODELS:
         imports, program = _load_beside(exported)
     else:
-        imports, program = _load_into_library(metadata, file)
+        imports, program = _load_into_library(metadata, file, wrapped=wrapped)
     gray = '.convert("L")' if channels == 1 else ""
     resize = RESIZE[metadata["fit"]].format(size=size, shorter=round(size * 8 / 7))
     image = IMAGE.format(imports=imports, gray=gray, resize=resize, size=size, channels=channels)
@@ -83,11 +84,13 @@ def _load_beside(exported: Path) -> tuple[str, str]:
     )
 
 
-def _load_into_library(metadata: dict[str, Any], file: str) -> tuple[str, str]:
+def _load_into_library(metadata: dict[str, Any], file: str, *, wrapped: bool) -> tuple[str, str]:
     """Return the imports and the code that load weights into the network of another library, or of one's own code."""
     source = parse_source(metadata["model"])
     assert source is not None
     library, model = _building_code(source, len(metadata["classes"]), metadata["channels"], metadata["image_size"])
+    if wrapped:
+        model += 'model = getattr(model, "module", getattr(model, "_orig_mod", model))  # without its wrapper\n'
     program = METADATA.format(file=file) + model + f"model.load_state_dict(load_file({file}))\nmodel.eval()\n"
     logits = ".logits" if source.kind == "hf" else ""
     program += f"{NORMALIZED}outputs = model(torch.from_numpy(inputs)){logits}.detach()\n"

@@ -15,6 +15,7 @@ from codistill.config import Checkpoint
 from codistill.deploy.calibrate import read_temperature
 from codistill.deploy.card_code import usage_code
 from codistill.deploy.export import SUFFIXES, student_metadata
+from codistill.models import without_wrappers
 from codistill.runs import DataInfo, Environment, RunResult, TableFile, read_record
 from codistill.training import Run, count_trained_and_deployed, deployed_name
 from codistill.utils import InputError, escape_markdown, markdown, on_one_line
@@ -132,7 +133,9 @@ def _describe_use(run: Run, exported: Path, temperature: float) -> str:
     if run.data.channels not in (1, 3):
         return f"## Use\n\nIt takes images of {run.data.channels} channels, normalized as above."
     kind = next(kind for kind, suffix in SUFFIXES.items() if suffix == exported.suffix)
-    code = usage_code(exported, kind, student_metadata(run, temperature))
+    student = run.student
+    wrapped = without_wrappers(student) is not student
+    code = usage_code(exported, kind, student_metadata(run, temperature), wrapped=wrapped)
     return f"## Use\n\n```python\n{code}```"
 
 
