@@ -1,6 +1,11 @@
 """A grid takes runs of which only the records are left, without weights, as finished."""
 
 from codistill.cli import main
+from codistill.config import ReproduceConfig
+from codistill.reproduce import make_figures, make_plan, make_table_rows
+from codistill.reproduce.table_folder import prepare_table_folder, read_whole_plan
+from codistill.utils.files import write_json
+from helpers.tables import fake_result
 
 RECORDS = {"config.json", "data.json", "metrics.jsonl", "result.json"}
 
@@ -32,3 +37,27 @@ def test_runs_without_weights_are_finished(tmp_path, capsys):
     assert {path: path.stat().st_mtime_ns for path in out.rglob("result.json")} == times
     assert not [*out.rglob("*.pt")]
     assert (out / "table.md").read_text() == table
+
+
+def test_a_table_keeps_the_rows_of_earlier_calls(tmp_path):
+    """A call that selects other methods or fewer seeds adds to the table; what was never trained is no row."""
+    shown = []
+    for methods, seeds in ((("DML",), 2), (("ONE", "CL-ILR"), 1)):
+        options = ReproduceConfig(
+            network=("resnet32",), method=methods, baselines=False, seeds=seeds, scale="smoke", out=str(tmp_path)
+        )
+        plan = make_plan("okddip_table2", options)
+        prepare_table_folder(plan)
+        for cell in plan.cells:
+            for seed in range(seeds):
+                if cell.method == "CL-ILR":
+                    cell.failures[seed] = "it failed"
+                else:
+                    write_json(cell.run_path(tmp_path, seed) / "result.json", fake_result(70.0 + 2 * seed))
+        whole = read_whole_plan(plan)
+        rows = make_table_rows(whole, make_figures(whole))
+        shown.append([(row["method"], row["n"], row["test, last epoch, error %"]) for row in rows])
+        failed = [cell.label for cell in whole.cells if cell.failures]
+    assert shown[0] == [("DML", "2", "29.00 ± 1.41")]
+    assert shown[1] == [("DML", "2", "29.00 ± 1.41"), ("CL-ILR", "0", "failed"), ("ONE", "1", "30.00 (n=1)")]
+    assert failed == ["resnet32: CL-ILR"]

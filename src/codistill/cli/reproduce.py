@@ -15,6 +15,7 @@ from codistill.reproduce import (
     make_table_rows,
     prepare_table_folder,
     raise_failures,
+    read_whole_plan,
     run_grid,
     summarize_table,
     table_notes,
@@ -42,13 +43,14 @@ def reproduce(table: str, options: ReproduceConfig) -> int:
         task = bar.add_task(f"{len(plan.cells)} cells x {options.seeds} seeds, epochs", total=None, note="")
         show = lambda done, total: bar.update(task, completed=done, total=total)  # noqa: E731
         run_grid([*plan.cells], range(options.seeds), plan.folder, options.workers, show, executor)
-    figures = make_figures(plan)
-    rows, summary = make_table_rows(plan, figures), summarize_table(plan, figures)
-    write_table(plan, rows, summary)  # before printing, which may fail
+    whole = read_whole_plan(plan)
+    figures = make_figures(whole)
+    rows, summary = make_table_rows(whole, figures), summarize_table(whole, figures)
+    write_table(whole, rows, summary)  # before printing, which may fail
     for sentence in summary:
         out.print(sentence)
-    print_rows([_terminal_columns(row) for row in rows], plan.title())
-    for note in table_notes(plan):
+    print_rows([_terminal_columns(row) for row in rows], whole.title())
+    for note in table_notes(whole):
         out.print(note)
     out.print(f"{time.perf_counter() - start:.0f} s in total; runs and table in {plan.folder}")
     raise_failures(plan)

@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from codistill.reproduce.table_folder import make_executor as make_executor
     from codistill.reproduce.table_folder import prepare_table_folder as prepare_table_folder
     from codistill.reproduce.table_folder import raise_failures as raise_failures
+    from codistill.reproduce.table_folder import read_whole_plan as read_whole_plan
     from codistill.reproduce.table_folder import write_table as write_table
     from codistill.reproduce.table_rows import make_table_rows as make_table_rows
     from codistill.reproduce.table_rows import summarize_table as summarize_table
@@ -53,7 +54,7 @@ __getattr__, __dir__ = lazy_names(
         "report.page": "write_report",
         "statistics": "comparison_rows differences_to_baselines summarize_comparison",
         "table_figures": "make_figures",
-        "table_folder": "make_executor prepare_table_folder raise_failures write_table",
+        "table_folder": "make_executor prepare_table_folder raise_failures read_whole_plan write_table",
         "table_rows": "make_table_rows summarize_table table_notes",
     },
 )

@@ -65,6 +65,23 @@ def read_plan(folder: Path, grid_info: GridInfo) -> Plan:
     return plan
 
 
+def read_whole_plan(plan: Plan) -> Plan:
+    """Return the plan of a table with the runs of earlier calls in the same folder, which other options selected.
+
+    Args:
+        plan: The plan of this call, trained.
+
+    Raises:
+        InputError: the folder's grid.json was damaged meanwhile.
+    """
+    whole = read_plan(plan.folder, read_record(plan.folder / "grid.json", GridInfo) or {"kind": "reproduce"})
+    asked = {cell.label: cell.failures for cell in plan.cells}
+    for cell in whole.cells:
+        cell.failures.update(asked.get(cell.label, {}))
+    whole.cells = [cell for cell in whole.cells if cell.label in asked or cell.results]
+    return whole
+
+
 def _read_options(folder: Path, grid_info: GridInfo) -> ReproduceConfig:
     try:
         return ReproduceConfig.from_dict(grid_info.get("options", {}))
