@@ -10,12 +10,13 @@ import threading
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
-from codistill.data import FileLoader, decoding_workers, load_set
+from codistill.data import FileLoader, ImageSet, decoding_workers, load_set
 from codistill.data.loader import Augmentation, LoaderOptions
-from codistill.utils.errors import DecodingError
+from codistill.utils.errors import DecodingError, InputError
 from helpers.folders import train_on, write_images
 
 pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs POSIX signals")
@@ -24,6 +25,19 @@ pytestmark = pytest.mark.skipif(not hasattr(signal, "SIGSTOP"), reason="needs PO
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
     return write_images(tmp_path_factory.mktemp("images") / "images", per_class=12)
+
+
+class Pairs(torch.utils.data.Dataset):
+    """Images, and what spawned processes cannot be sent."""
+
+    def __init__(self):
+        self.transform = lambda image: image
+
+    def __len__(self):
+        return 8
+
+    def __getitem__(self, index):
+        return np.full((16, 16, 3), 10 * index, np.uint8), index % 2
 
 
 @pytest.fixture
@@ -149,6 +163,20 @@ def test_workers_of_which_the_second_cannot_start_end_at_once(folder, monkeypatc
     assert time.monotonic() - began < 4.0
     assert not started[0].is_alive()
     assert capfd.readouterr().err == ""
+
+
+def test_a_data_set_that_cannot_be_sent_is_refused_at_set_up(monkeypatch):
+    """Where processes are spawned: macOS, Windows, and Python 3.14."""
+    pairs = Pairs()
+    data = ImageSet.from_dataset(pairs, pairs, image_size=16, lazy=True)
+    options = LoaderOptions(batch_size=4)
+    make = lambda: FileLoader(data.x_train, data.y_train, (0.5,) * 3, (0.2,) * 3, options, workers=1)  # noqa: E731
+    make()  # forked
+    monkeypatch.setattr(multiprocessing, "get_start_method", lambda **_: "spawn")
+    with pytest.raises(InputError, match=r"cannot be sent to the processes that decode images .*--data-workers 0"):
+        make()
+    pairs.transform = None
+    make()
 
 
 def test_the_files_that_workers_need_are_counted_before_they_start(folder, monkeypatch):

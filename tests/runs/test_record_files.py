@@ -214,6 +214,9 @@ def test_a_report_passes_over_what_is_no_run(run, tmp_path, capsys):
     said = capsys.readouterr()
     assert "1 runs" in said.out
     assert said.err.count("is left out") == 3
+    (tmp_path / "config.json").write_text('{"name": "another program beside the runs"}')
+    assert main(["report", str(tmp_path), "-o", str(tmp_path / "r.html")]) == 0
+    assert capsys.readouterr().err.count("is left out") == 4
     assert one_sentence(capsys, ["report", str(tmp_path / "foreign"), "-o", str(tmp_path / "r.html")])
 
 

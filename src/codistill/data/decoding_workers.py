@@ -18,12 +18,15 @@ import signal
 import tempfile
 import time
 import traceback
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from multiprocessing.reduction import ForkingPickler
 from multiprocessing.util import Finalize
+from pickle import PicklingError
 from typing import Any
 
 import numpy as np
@@ -32,7 +35,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from codistill.utils import DecodingError, SignalReceived, first_line, pending_signal
+from codistill.utils import DecodingError, InputError, SignalReceived, first_line, pending_signal
 
 SampleRef = tuple[int, int, int]
 """Epoch, position in it, and index of the sample at that position."""
@@ -44,6 +47,9 @@ OTHER_DESCRIPTORS = 32
 """Files that the main process has open besides, and may open at a time."""
 SECONDS_AFTER_SIGNAL = 10.0
 """Time that a batch has to come once a signal has arrived; a batch that comes is trained on before the run ends."""
+
+NO_PICKLE = (PicklingError, AttributeError, TypeError)
+"""What pickle raises for a value that it cannot send."""
 
 _folders: tuple[str, ...] = ()
 """Folders through which this worker sends its batches."""
@@ -238,15 +244,40 @@ def _read(batch: tuple[Any, ...]) -> tuple[Any, ...]:
 def _begin(loader: DataLoader) -> Iterator[Any]:
     """Start the workers, or a further epoch of them."""
     try:
-        return iter(loader)
-    except (RuntimeError, OSError) as error:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Got pickle error")
+            return iter(loader)
+    except (RuntimeError, OSError, *NO_PICKLE) as error:
         if loader.num_workers == 0:
             raise
         _discard_unfinished(error)
+        if isinstance(error, NO_PICKLE):
+            raise _not_sendable(error) from None
         raise DecodingError(
             f"{loader.num_workers} processes that decode images cannot start ({first_line(error).rstrip('. ')}); give "
             "a smaller --data-workers (0: none)"
         ) from None
+
+
+def check_sendable(decoder: Dataset) -> None:
+    """Raise where processes that are spawned, and not forked, could not be sent the decoder.
+
+    Raises:
+        InputError: the data set holds what cannot be pickled, such as a lambda.
+    """
+    if multiprocessing.get_start_method(allow_none=True) in (None, "fork"):
+        return
+    try:
+        ForkingPickler.dumps(decoder)
+    except NO_PICKLE as error:
+        raise _not_sendable(error) from None
+
+
+def _not_sendable(error: Exception) -> InputError:
+    return InputError(
+        f"the data set cannot be sent to the processes that decode images ({first_line(error)}); give it functions of "
+        "a module, in place of lambdas and local ones, or --data-workers 0"
+    )
 
 
 def _discard_unfinished(error: Exception) -> None:

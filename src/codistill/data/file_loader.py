@@ -17,7 +17,15 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from codistill.data.decoding_workers import PlannedBatches, SampleRef, SentBatch, receive, send, start_loader
+from codistill.data.decoding_workers import (
+    PlannedBatches,
+    SampleRef,
+    SentBatch,
+    check_sendable,
+    receive,
+    send,
+    start_loader,
+)
 from codistill.data.lazy_images import LazyImages
 from codistill.data.loader import Augmentation, Loader, LoaderOptions
 from codistill.utils import InputError, UnreadableError, track
@@ -139,6 +147,8 @@ class FileLoader(Loader):
         self.files, self.workers, self.timeout = files, workers, timeout
         self._decoder_labels, self._skip_corrupt = labels, skip_corrupt
         self._loader: DataLoader | None = None
+        if workers:
+            check_sendable(self._make_decoder())
 
     def shard(self, index: int, num_shards: int, local_views: range) -> None:
         """Yield from now on only shard `index` of each batch's images, which alone is decoded; see `Loader.shard`."""

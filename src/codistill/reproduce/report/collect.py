@@ -99,14 +99,18 @@ def collect_sections(paths: list[Path]) -> list[Section]:
     for path in {path.resolve(): path for path in paths}.values():  # a path given twice counts once
         if not path.is_dir():
             raise InputError(f"report: {path} is no folder; name run folders, or the folder of a grid or of a table")
-        if (path / "config.json").exists():
-            single[path.resolve()] = read_run(path)
-            continue
+        folders = [config.parent for config in sorted(path.rglob("config.json"))]
+        if path in folders:
+            try:
+                single[path.resolve()] = read_run(path)
+                continue
+            except InputError:
+                if folders == [path]:
+                    raise  # else the file may be another program's: the runs below are shown, and it is told
         section = _read_section(path)
         if section is not None and section.groups:
             sections.append(section)
             continue
-        folders = [config.parent for config in sorted(path.rglob("config.json"))]
         found = read_runs(folders) if section is None else []
         if not found:
             raise InputError(f"report: {path} holds no runs of codistill")
