@@ -104,3 +104,12 @@ def test_network_names_include_a_teachers():
 def test_a_config_is_read_back_as_it_was_written(name):
     resolved = Config(name, cutout=2).resolved()
     assert Config.from_dict(resolved.to_dict()) == resolved == resolved.resolved()
+
+
+def test_networks_and_images_given_as_objects_are_refused_in_a_sentence(tmp_path):
+    for model in (object, 3, [len], None):
+        with pytest.raises(InputError, match=r"model takes names of networks.*NetworkPeers"):
+            Config("dml", model)
+    with pytest.raises(InputError, match=r"data takes the name of a data set; give images themselves to .*train"):
+        Config("dml", "resnet8", object())
+    assert Config("dml", out=tmp_path).out == str(tmp_path)

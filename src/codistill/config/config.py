@@ -73,6 +73,15 @@ class Config(Options):
         if isinstance(self.method, str):
             self.method = method_config(self.method)
         names = (self.model,) if isinstance(self.model, str) else self.model
+        if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
+            raise InputError(
+                "model takes names of networks, such as resnet8 or package.module:callable; give networks themselves to "
+                "codistill.NetworkPeers"
+            )
+        if not isinstance(self.data, str):
+            raise InputError("data takes the name of a data set; give images themselves to codistill.train(..., data=)")
+        if isinstance(self.out, os.PathLike):
+            self.out = os.fspath(self.out)
         self.model = tuple(current_network_name(name) for name in names)
         self.branch_at = (self.branch_at,) if isinstance(self.branch_at, str) else tuple(self.branch_at)
         self.fan_out = tuple(self.fan_out)

@@ -77,7 +77,8 @@ def convert(values: Any, kind: type[Record]) -> Record:
     """
     try:
         return msgspec.convert(values, kind, dec_hook=_convert_custom)
-    except (msgspec.ValidationError, OverflowError) as error:  # the latter: an integer that no float can hold
+    # OverflowError: an integer that no float can hold; AttributeError: a tensor in the place of a dictionary.
+    except (msgspec.ValidationError, OverflowError, AttributeError, TypeError) as error:
         raise ValueError(str(error).replace("Object missing required field", "missing key")) from None
 
 
