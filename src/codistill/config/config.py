@@ -75,8 +75,8 @@ class Config(Options):
         names = (self.model,) if isinstance(self.model, str) else self.model
         if not isinstance(names, list | tuple) or not all(isinstance(name, str) for name in names):
             raise InputError(
-                "model takes names of networks, such as resnet8 or package.module:callable; give networks themselves to "
-                "codistill.NetworkPeers"
+                "model takes names of networks, such as resnet8 or package.module:callable; give networks themselves "
+                "to codistill.NetworkPeers"
             )
         if not isinstance(self.data, str):
             raise InputError("data takes the name of a data set; give images themselves to codistill.train(..., data=)")
