@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from codistill.cli.main import main
 from codistill.cli.options import parse
@@ -61,6 +62,25 @@ def test_every_published_table_has_a_recipe_and_numbers():
         left_out = {column for _, column in held - places}
         if name != "okddip_figure3":
             assert left_out <= {"FFL-S", "gain", "wrn16_2", "resnet32", "resnet50"}, (name, held - places)
+
+
+@pytest.mark.parametrize(
+    ("words", "sentence"),
+    [
+        (["okddip_table5", "--scale", "smoke", "--device", "mps"], "this machine has none"),
+        (["okddip_table2", "--network", "resnet32", "--data-dir", "/dev/null/none"], "can neither be read from"),
+        (["kdcl_table6", "--data-dir", "none"], "there is no such folder"),
+        (["okddip_table5", "--scale", "smoke", "--submit", "slurm"], "pip install"),
+    ],
+)
+def test_a_table_that_no_run_could_fill_starts_none(words, sentence, tmp_path, monkeypatch, capsys):
+    if "mps" in words and torch.backends.mps.is_available():
+        pytest.skip("this machine has it")
+    monkeypatch.setitem(sys.modules, "submitit", None)
+    monkeypatch.chdir(tmp_path)
+    assert main(["reproduce", *words, "--seeds", "1", "--out", "grid"]) == 2
+    assert sentence in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_vgg_has_dropout_in_branches_alone_as_in_okddips_scripts():

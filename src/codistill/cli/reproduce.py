@@ -8,6 +8,7 @@ from codistill.cli.console import err, out, print_rows, progress_bar
 from codistill.config import ReproduceConfig
 from codistill.reproduce import (
     Plan,
+    check_machine,
     format_command,
     make_executor,
     make_figures,
@@ -34,6 +35,7 @@ def reproduce(table: str, options: ReproduceConfig) -> int:
     if options.print_commands:
         _print_commands(plan)
         return 0
+    check_machine(plan)
     prepare_table_folder(plan)
     start = time.perf_counter()
     for line in plan.describe():

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
     from codistill.reproduce.statistics import differences_to_baselines as differences_to_baselines
     from codistill.reproduce.statistics import summarize_comparison as summarize_comparison
     from codistill.reproduce.table_figures import make_figures as make_figures
+    from codistill.reproduce.table_folder import check_machine as check_machine
     from codistill.reproduce.table_folder import make_executor as make_executor
     from codistill.reproduce.table_folder import prepare_table_folder as prepare_table_folder
     from codistill.reproduce.table_folder import raise_failures as raise_failures
@@ -54,7 +55,7 @@ __getattr__, __dir__ = lazy_names(
         "report.page": "write_report",
         "statistics": "comparison_rows differences_to_baselines summarize_comparison",
         "table_figures": "make_figures",
-        "table_folder": "make_executor prepare_table_folder raise_failures read_whole_plan write_table",
+        "table_folder": ("check_machine make_executor prepare_table_folder raise_failures read_whole_plan write_table"),
         "table_rows": "make_table_rows summarize_table table_notes",
     },
 )

@@ -12,6 +12,7 @@ from codistill.config import ReproduceConfig
 from codistill.reproduce.grid import Executor, list_failures, read_results
 from codistill.reproduce.plan import Plan, make_plan
 from codistill.reproduce.table_rows import table_notes
+from codistill.reproduce.workers import find_submitit
 from codistill.runs import GridInfo, read_record, write_record
 from codistill.utils import (
     InputError,
@@ -20,6 +21,7 @@ from codistill.utils import (
     comma_separated,
     latex,
     markdown_page,
+    pick_device,
     write_text,
 )
 
@@ -128,6 +130,25 @@ def _merge_options(options: dict[str, Any], before: dict[str, Any]) -> None:
         options[key] = list(dict.fromkeys((*before[key], *options[key]))) if before[key] and options[key] else []
     options["seeds"] = max(options["seeds"], before["seeds"])
     options["baselines"] = options["baselines"] or before["baselines"]
+
+
+def check_machine(plan: Plan) -> None:
+    """Refuse what every run of an unfinished table would, before anything is written or started.
+
+    Raises:
+        InputError: this machine lacks the device or submitit, or the data set cannot be read.
+    """
+    from codistill.data import load_set
+
+    if plan.options.submit != "none":
+        find_submitit(plan.options.submit)
+        return
+    places = (cell.run_path(plan.folder, seed) for cell in plan.cells for seed in range(plan.options.seeds))
+    if all((place / "result.json").exists() for place in places):
+        return
+    pick_device(plan.options.device)
+    config = plan.cells[0].config
+    load_set(config.data, config.data_dir, config.image_size, config.data_pipeline)
 
 
 def make_executor(plan: Plan) -> Executor | None:

@@ -5,6 +5,7 @@ Nothing here imports torch before a worker process has selected its GPU.
 
 from __future__ import annotations
 
+import importlib
 import multiprocessing
 import os
 import signal
@@ -185,6 +186,18 @@ def _list_gpus() -> list[str]:
     return [str(index) for index in range(torch.cuda.device_count())]
 
 
+def find_submitit(cluster: str) -> Any:
+    """Return the module submitit.
+
+    Raises:
+        InputError: it is not installed.
+    """
+    try:
+        return importlib.import_module("submitit")
+    except ImportError:
+        raise InputError(f"--submit {cluster} needs: pip install submitit") from None
+
+
 class Submitit:
     """Every run is a job that submitit gives to SLURM, or, with `cluster="local"`, to processes of this machine.
 
@@ -198,10 +211,7 @@ class Submitit:
     """
 
     def __init__(self, folder: Path, cluster: str, options: tuple[str, ...] = ()) -> None:
-        try:
-            import submitit
-        except ImportError:
-            raise InputError(f"--submit {cluster} needs: pip install submitit") from None
+        submitit = find_submitit(cluster)
         values: dict[str, Any] = {"timeout_min": 60 * 24}
         for option in options:
             name, equals, value = option.partition("=")
