@@ -30,6 +30,7 @@ from codistill.evaluation import write_confusion
 from codistill.models import build, resolve
 from codistill.reproduce import format_command
 from codistill.reproduce.comparison import write_comparison
+from codistill.runs.environment import describe_environment
 from codistill.training.loop import train
 from codistill.utils.errors import InputError
 from codistill.utils.files import write_json
@@ -226,6 +227,52 @@ def test_links_that_form_a_loop_are_named_and_not_followed(links, tmp_path):
 
     with pytest.raises(InputError, match="is a link to a folder, as only the folder of a class may be"):
         load_set(f"folder:{folder}")
+
+
+@pytest.mark.parametrize("name", ["run.lock", "metrics.jsonl", "last.pt", "environment.json", "trained_images.bin"])
+def test_no_file_of_the_user_is_written_through_a_link_in_a_run_folder(name, run, tmp_path, capsys):
+    place, precious = tmp_path / "run", tmp_path / "precious"
+    shutil.copytree(run, place)
+    (place / "result.json").unlink()
+    content = (place / name).read_bytes() if (place / name).exists() else b"mine"
+    precious.write_bytes(content)
+    (place / name).unlink(missing_ok=True)
+    (place / name).symlink_to(precious)
+    words = ["--model", "resnet8", "--peers", "3", "--train-per-class", "6", "--batch-size", "16", "--epochs", "1"]
+    words = ["train", "okddip", *words, "--out", str(place), "--resume", "auto"]
+    if name == "run.lock":
+        assert f"{place / name} is a link; remove it" in one_sentence(capsys, words)
+    else:
+        assert main(words) == 0
+    assert precious.read_bytes() == content
+
+
+@pytest.mark.parametrize("how", ["fsmonitor", "filter", "hook"])
+def test_a_checkout_of_strangers_runs_nothing(how, tmp_path, monkeypatch):
+    """Its own configuration names programs that git runs, and a run notes the commit of the working folder."""
+    git = lambda *words: subprocess.run(["git", "-C", str(tmp_path), *words], check=True, capture_output=True)  # noqa: E731
+    git("init", "-q")
+    (tmp_path / "a").write_text("1")
+    (tmp_path / ".gitattributes").write_text("a filter=evil")
+    git("add", ".")
+    git("-c", "user.email=a@b.c", "-c", "user.name=a", "commit", "-qm", "a")
+    program = tmp_path / "program"
+    program.write_text(f"#!/bin/sh\ntouch {tmp_path / 'ran'}\ncat\n")
+    program.chmod(0o755)
+    if how == "hook":
+        (tmp_path / ".git" / "hooks").mkdir(exist_ok=True)
+        shutil.copy(program, tmp_path / ".git" / "hooks" / "post-index-change")
+    else:
+        git("config", {"fsmonitor": "core.fsmonitor", "filter": "filter.evil.clean"}[how], str(program))
+    os.utime(tmp_path / "a", (1, 1))
+    monkeypatch.chdir(tmp_path)
+    commit = describe_environment()["user_git_commit"]
+    assert len(commit) == 40  # no changes
+    assert not (tmp_path / "ran").exists()
+    if how != "filter":  # which would have to be run to know
+        (tmp_path / "a").write_text("2")
+        assert describe_environment()["user_git_commit"] == commit + "+"
+    assert not (tmp_path / "ran").exists()
 
 
 # -- words -------------------------------------------------------------------------------------------------------------

@@ -52,15 +52,28 @@ def _find_user_commit() -> str | None:
 
 def _find_commit(folder: Path) -> str | None:
     commit = _run_git(folder, "rev-parse", "HEAD")
-    return None if commit is None else commit + ("+" if _run_git(folder, "status", "--porcelain", "-uno") else "")
+    if commit is None or _has_filters(folder):
+        return commit
+    changes = _run_git(folder, "status", "--porcelain", "-uno", "--ignore-submodules=all")
+    return commit + ("+" if changes else "")
+
+
+def _has_filters(folder: Path) -> bool:
+    """Return whether a checkout itself configures programs that `git status` would run over its files.
+
+    A downloaded folder may be a checkout; filters of the user's own configuration (Git LFS) are no danger.
+    """
+    found = _run_git(folder, "config", "--show-scope", "--get-regexp", r"^filter\..*\.(clean|process)$")
+    return any(line.split()[0] not in ("system", "global") for line in (found or "").splitlines())
 
 
 def _run_git(folder: Path, *words: str) -> str | None:
-    """Return what git prints in a folder, None where it fails or is not installed."""
+    """Return what git prints in a folder, None where it fails or is not installed; no program of the folder is run."""
+    command = ["git", "-C", str(folder), "-c", "core.fsmonitor=false", "-c", f"core.hooksPath={os.devnull}", *words]
+    # No index is written (which runs a hook), and nothing is fetched (a partial clone names what to run for that).
+    env = os.environ | {"GIT_OPTIONAL_LOCKS": "0", "GIT_NO_LAZY_FETCH": "1", "GIT_ALLOW_PROTOCOL": "none"}
     try:
-        done = subprocess.run(
-            ["git", "-C", str(folder), *words], capture_output=True, text=True, timeout=5, check=False
-        )
+        done = subprocess.run(command, capture_output=True, text=True, timeout=5, check=False, env=env)
     except (OSError, subprocess.SubprocessError, UnicodeError):
         return None
     return None if done.returncode else done.stdout.strip()

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from codistill.utils import InputError, write_atomically
+from codistill.utils import InputError, read_file, write_atomically
 
 FILE = "trained_images.bin"
 
@@ -36,6 +36,5 @@ def write_trained_hashes(folder: Path, hashes: np.ndarray) -> None:
 
 def read_trained_hashes(folder: Path) -> np.ndarray:
     """Return the hashes, uint64; none where the file is missing or no such file."""
-    path = folder / FILE
-    content = path.read_bytes() if path.is_file() else b""
+    content = read_file(folder / FILE) or b""
     return np.frombuffer(content[: len(content) // 8 * 8], dtype="<u8").astype(np.uint64)

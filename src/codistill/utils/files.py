@@ -178,10 +178,13 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[IO[str]]:
 
     Raises:
         LockedError: another process holds it, and `wait` is not set.
+        InputError: it is a link, whose target would be written to, or no regular file.
         OSError: the file cannot be written to.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "a+") as stream:
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(f"{path} is {'a link' if path.is_symlink() else 'no regular file'}; remove it")
+    with open(path, "a+", opener=_open_no_link) as stream:
         while not _try_lock(stream):
             if not wait:
                 stream.seek(0)
@@ -196,6 +199,11 @@ def lock(path: Path, *, wait: bool = False) -> Iterator[IO[str]]:
             yield stream
         finally:
             _locks.discard(stream)
+
+
+def _open_no_link(file: str, flags: int) -> int:
+    """Open a file, not one that a link names which was put there meanwhile."""
+    return os.open(file, flags | getattr(os, "O_NOFOLLOW", 0), 0o666)
 
 
 def is_same_file(stream: IO[Any], path: Path) -> bool:
