@@ -66,6 +66,16 @@ def test_bar_count_and_time_are_seen_at_80_columns(terminal):
 LINE = {"epoch": 0, "train": {"loss": 1.5, "top1": [80.0, 81.0]}}
 
 
+@pytest.mark.parametrize("width", [40, 50, 60])
+def test_in_a_narrower_terminal_the_bar_shrinks_and_not_the_time(width):
+    console = Console(file=io.StringIO(), force_terminal=True, width=width, legacy_windows=False, emoji=False)
+    with progress_bar(console) as bar:
+        bar.add_task("epochs", total=300, completed=300, note="loss 1.234  val 50.0  ensemble 51.2")
+    last = next(line for line in reversed(console.file.getvalue().splitlines()) if "epochs" in line)
+    assert "300/300" in last
+    assert "0:00:00" in last or "-:--:--" in last
+
+
 def test_the_time_left_is_seen_at_80_columns_in_the_first_epoch(terminal, monkeypatch):
     now = iter([0.0, 90.0])
     monkeypatch.setattr("codistill.cli.console.err", terminal)

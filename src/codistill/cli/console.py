@@ -57,10 +57,11 @@ def progress_bar(console: Console, time_left: ProgressColumn | None = None) -> P
         console: Where it is shown.
         time_left: The column of the time left; default rich's own estimate.
     """
+    bar_width = max(4, min(20, console.width - 44))
     whole = lambda: Column(no_wrap=True, min_width=7)  # noqa: E731 - never narrowed; what is too long is the note
     columns = (
         TextColumn("{task.description}", markup=False),
-        BarColumn(20, table_column=Column(no_wrap=True, min_width=20)),
+        BarColumn(bar_width, table_column=Column(no_wrap=True, min_width=bar_width)),
         MofNCompleteColumn(table_column=whole()),
         TimeRemainingColumn(table_column=whole()) if time_left is None else time_left,
         _NoteColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=False)),
