@@ -9,6 +9,10 @@ import torch
 
 from codistill.cli.main import main
 from codistill.evaluation.calibration import calibration_figures, class_rows, confusion_matrix, fit_temperature
+from codistill.evaluation.evaluate import evaluate_peers, score_network
+from codistill.methods import Independent
+from codistill.peers import NetworkPeers
+from codistill.utils import InputError
 from helpers.common import read_json
 
 
@@ -65,6 +69,27 @@ def test_calibration_is_that_of_the_definitions(temperature):
     assert found["ece"] == pytest.approx(sum(gaps) / 9000, abs=1e-12)
     assert [b["images"] for b in found["bins"]] == [len(one) for one in bins if one]
     assert [b["from"] for b in found["bins"]] == [k / 15 for k, one in enumerate(bins) if one]
+
+
+@pytest.mark.parametrize(
+    ("labels", "sentence"),
+    [
+        (torch.tensor([0.0, 1.0]), "torch.float32 of shape 2; outputs are judged by class numbers"),
+        (torch.eye(2), "of shape 2 x 2"),
+        (torch.tensor([[0], [1]]), "of shape 2 x 1"),
+        (torch.tensor([0, 1], dtype=torch.uint8), "the labels are torch.uint8"),
+        (torch.tensor([0]), "of shape 1"),
+        (torch.tensor([0, -100]), "a label is -100, which is none of the 2 classes"),
+        (torch.tensor([0, 2]), "a label is 2, which is none of the 2 classes"),
+    ],
+)
+def test_labels_that_are_no_class_numbers_judge_nothing(labels, sentence):
+    network = torch.nn.Sequential(torch.nn.Linear(2, 2))
+    peers = NetworkPeers([network], example=torch.eye(2))
+    with pytest.raises(InputError, match=sentence):
+        evaluate_peers(peers, Independent(1), [(torch.eye(2), labels)])
+    with pytest.raises(InputError, match=sentence):
+        score_network(network, [(torch.eye(2), labels)])
 
 
 @pytest.mark.slow

@@ -132,9 +132,11 @@ def as_rgb(image: Image.Image, file: str | Path, bits: int = 16) -> tuple[Image.
 
 
 def hash_content(file: str | Path) -> int:
-    """Return 64 bits of the BLAKE2 hash of a file's content; 0 where it cannot be read."""
+    """Return 64 bits of the BLAKE2 hash of a regular file's content; 0 where it cannot be read."""
     try:
         with open(file, "rb", opener=_open_without_waiting) as stream:
+            if not stat.S_ISREG(os.fstat(stream.fileno()).st_mode):  # a device may have no end
+                return 0
             digest = hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=8))
     except OSError:
         return 0

@@ -37,6 +37,9 @@ def evaluate_peers(
         mesh: The ranks, whose metrics are added, if there are several.
         detail: Also accumulate a confusion matrix.
 
+    Raises:
+        InputError: labels of given pairs are no class numbers.
+
     >>> from codistill.methods import Independent
     >>> from codistill.peers import NetworkPeers
     >>> rows, labels = torch.eye(2), torch.tensor([0, 1])
@@ -53,6 +56,8 @@ def evaluate_peers(
         folded = fold_members(peers, loader) if own else peers
         for inputs, targets_B in loader.epoch() if own else _move_batches(loader, device):
             outputs = folded(inputs)
+            if not own:
+                check_labels(outputs.logits_PBC, targets_B)
             metrics.update(outputs.logits_PBC, targets_B, method.ensemble(outputs))
     if mesh is not None and mesh.num_data > 1:
         metrics.add_up(mesh.sum_along_data)
@@ -68,7 +73,7 @@ def score_network(network: nn.Module, batches: Iterable[tuple[Inputs, Tensor]]) 
             moved to its device.
 
     Raises:
-        InputError: there is no batch.
+        InputError: there is no batch, or labels are no class numbers.
 
     >>> from codistill.evaluation import confusion_matrix
     >>> confusion_matrix(*score_network(nn.Identity(), [(torch.eye(2), torch.tensor([0, 0]))]))
@@ -78,10 +83,40 @@ def score_network(network: nn.Module, batches: Iterable[tuple[Inputs, Tensor]]) 
     device = torch.device("cpu") if parameter is None else parameter.device
     with eval_mode(network), torch.inference_mode():
         pairs = [(call_network(network, x).cpu().double(), y.cpu()) for x, y in _move_batches(batches, device)]
+    for logits_BC, labels_B in pairs:
+        check_labels(logits_BC, labels_B)
     if not pairs:
         raise InputError("there is no batch to evaluate; give pairs of inputs and labels (an iterator runs only once)")
     scores, labels = zip(*pairs)
     return torch.cat(scores), torch.cat(labels)
+
+
+def check_labels(logits_BC: Tensor, labels_B: Tensor) -> None:
+    """Check the labels by which outputs are judged.
+
+    Args:
+        logits_BC: The outputs, `B x C` or `P x B x C`.
+        labels_B: What must be whole numbers from 0 to C - 1.
+
+    Raises:
+        InputError: they are not.
+
+    >>> check_labels(torch.zeros(2, 3), torch.tensor([0, 3]))
+    Traceback (most recent call last):
+    codistill.utils.errors.InputError: a label is 3, which is none of the 3 classes; they count from 0 to 2
+    """
+    batch, classes = logits_BC.shape[-2:]
+    if labels_B.dtype not in (torch.int64, torch.int32) or labels_B.shape != (batch,):
+        shape = " x ".join(map(str, labels_B.shape)) or "one number"
+        raise InputError(
+            f"the labels are {labels_B.dtype} of shape {shape}; outputs are judged by class numbers (int64, {batch})"
+        )
+    low, high = (int(bound) for bound in labels_B.aminmax()) if batch else (0, 0)
+    if low < 0 or high >= classes:
+        raise InputError(
+            f"a label is {low if low < 0 else high}, which is none of the {classes} classes; they count from 0 to "
+            f"{classes - 1}"
+        )
 
 
 def _move_batches(batches: Iterable[tuple[Inputs, Tensor]], device: torch.device) -> Iterator[tuple[Inputs, Tensor]]:
