@@ -208,7 +208,7 @@ in the last column. Options after a name make the network small enough for the t
 """
 
 
-MATRIX_HEADING = "## Every method\n"
+MATRIX_HEADING = "## The first eight methods\n"
 MATRIX_TEXT = """{head}
 Two training steps with finite losses and gradients (`--matrix`), on branches (B) and on whole networks (N); okddip
 with 3 members, the others with 2; `one` needs a shared trunk. The first small architecture of each of {tried}

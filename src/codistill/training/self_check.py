@@ -142,7 +142,7 @@ def make_images() -> ImageSet:
     place = np.arange(IMAGES * 64).reshape(IMAGES, 8, 8, 1)
     pixels = (place * place * 7919 % 251).astype(np.uint8)
     labels = np.arange(IMAGES) % CLASSES
-    return ImageSet("python:check", pixels, labels, pixels, labels, tuple("abcd"), pad=1)
+    return ImageSet("python:check", pixels, labels, 255 - pixels, labels, tuple("abcd"), pad=1)
 
 
 @torch.no_grad()
