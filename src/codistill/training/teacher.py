@@ -158,7 +158,7 @@ def _load_from_state_dict(path: Path, model: str | None, data: ImageSet) -> nn.M
                          f"{suggest('', MODELS)}")  # fmt: skip
     try:
         state = load_tensors(path)
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         raise InputError(f"--method.teacher {path} cannot be read ({error})") from None
     for key in ("state_dict", "model_state_dict"):
         state = state.get(key, state) if isinstance(state, dict) else {}
