@@ -136,15 +136,20 @@ def table7(network: str, method: str) -> Config:
 
 
 def _refs_of_group(network: str, method: str) -> tuple[CellRef, ...]:
-    """Return a figure for every network of the group (only the student for KD and branches), and their total gain."""
+    """Return a figure for every network of the group (of branches the one), and their total gain.
+
+    A row of offline KD prints the teacher's accuracy too: that of its own run.
+    """
     names = network.split("+")
     if method.startswith("Teacher"):
-        return ()
+        row = {"Teacher": "KD", "Teacher 2": _OFFLINE[0], "Teacher 1": _OFFLINE[1]}[method]
+        teacher = names[1] if method == "Teacher 2" else names[0]
+        return (CellRef(row, teacher, teacher),)
     if _branch_method(method) is not None:
         return (CellRef(method, "resnet18" if "resnet18" in names else names[0], "branches"),)
     if method == "KD" or "distill" in method:
         student = {"KD": "resnet18", "1 distill 2 (offline KD)": names[1]}.get(method, names[0])
-        return (CellRef(method, student, student),)
+        return (CellRef(method, student, student), CellRef(method, "gain", "gain", "gain"))
     refs = tuple(CellRef(method, name, name, str(index)) for index, name in enumerate(names))
     return refs if method == "Vanilla" else (*refs, CellRef(method, "gain", "gain", "gain"))
 
