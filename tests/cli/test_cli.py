@@ -172,7 +172,7 @@ def test_model_may_be_repeated_for_peers_of_different_sizes(tmp_path):
         ("train okddip --model resnet9", 'unknown model "resnet9" (did you mean "resnet8"?)'),
         ("train okddip --data digit", 'unknown set "digit" (did you mean "digits"?)'),
         ("train okddip --topology branch", "invalid choice 'branch' for argument '--topology'"),
-        ("compare okddip --config a.json", 'unknown option "--config"'),
+        ("compare okddip --config a.json", "--config is no option of this command, but of codistill train; drop it"),
         ("train okddip --epcohs 3", 'unknown option "--epcohs" (did you mean "--epochs"?)'),
         ("train okddip --method.temprature 3", '(did you mean "--method.temperature"?)'),
         ("train okddip --epochs x", "--epochs"),

@@ -341,7 +341,7 @@ def _reject_unknown(word: str, default: Any) -> None:
         raise InputError(f'"{word}" belongs to no option; options begin with --')
     names = {f"--{f.name.replace('_', '-')}" for f in dataclasses.fields(default)} - {"--method"}
     if isinstance(default, Config):
-        names |= {"--recipe"} | ({"--config", "--seeds", "--dry-run"} if type(default) is Config else set())
+        names |= {"--config", "--seeds", "--dry-run", "--recipe"}
         method = method_config(default.method) if isinstance(default.method, str) else default.method
         names |= {f"--method.{f.name.replace('_', '-')}" for f in dataclasses.fields(method)}
     if word.split("=")[0] in names:
