@@ -1,5 +1,6 @@
 """What a run says at its start: classes, augmentation, and a network that is too large for its images."""
 
+import dataclasses
 import warnings
 
 import numpy as np
@@ -7,7 +8,9 @@ import pytest
 from PIL import Image
 
 from codistill.training.build import build_run
+from codistill.training.loop import train
 from codistill.training.summary import describe_run
+from codistill.utils.errors import InputError
 from helpers.runs import small, tiny
 
 
@@ -37,7 +40,7 @@ def test_no_flip_is_obeyed_and_told(tmp_path):
 
 
 @pytest.mark.parametrize(("size", "warned"), [(97, True), (96, False)])
-def test_a_network_for_small_images_is_warned_of_on_large_ones(size, warned, tmp_path):
+def test_a_network_for_small_images_is_warned_of_on_large_ones(size, warned, tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     for part in ("train", "test"):
         for name in ("a", "b"):
@@ -55,3 +58,7 @@ def test_a_network_for_small_images_is_warned_of_on_large_ones(size, warned, tmp
         megabytes = float(said[0].split("take about ")[1].split(" MB")[0].replace(",", ""))
         assert 5 < megabytes < 100  # three resnet8, 9,409 pixels in 16 channels of 4 bytes, some 20 maps
         assert f"{megabytes * 2 / 1e3:,.1f} GB for a batch of 2" in said[0]
+        monkeypatch.setattr("codistill.training.summary.physical_memory", lambda: 2**20)
+        with pytest.raises(InputError, match=r"--image-size: the activations of one .* and this machine has 0.0"):
+            train(dataclasses.replace(config, out=str(tmp_path / "run")))
+        assert not (tmp_path / "run").exists()

@@ -198,10 +198,10 @@ def run_training(run: Run, state: CheckpointState | None, folder: RunFolder, rep
     if state is not None:
         mesh.run_on_all_ranks(lambda: restore_state(run, state))
     trained_images = TrainedImages(run, folder)
+    notes = describe_run(run, None if state is None else state["file"])
     if not complete:
         mesh.run_on_main_rank(lambda: write_metadata(run, folder, trained_images))
     tracker = Tracker(run.config.tracker if mesh.rank == 0 else "none", run.config, run.progress.epoch)
-    notes = describe_run(run, None if state is None else state["file"])
     reporter.begin(notes, run.config.epochs, len(run.loader), run.progress.epoch)
     if not complete:
         reset_peak_memory(run.device)

@@ -34,7 +34,7 @@ from codistill.training.student import (
     deployed_network,
     deploys_average,
 )
-from codistill.utils import DTYPES, out_of_memory
+from codistill.utils import DTYPES, InputError, out_of_memory, physical_memory
 
 MAX_CLASSES_IN_DETAIL = 100  # a confusion matrix of more classes is unreadable
 
@@ -48,6 +48,9 @@ def describe_run(run: Run, checkpoint: str | None = None) -> list[str]:
     Args:
         run: What is trained.
         checkpoint: The file from which training continues, if it does.
+
+    Raises:
+        InputError: this machine's memory is too small for the images.
     """
     config = run.config
     members = f"{run.peers.num_peers} {config.topology}" if run.peers.num_peers > 1 else "1 network"
@@ -102,7 +105,11 @@ def _describe_classes(classes: tuple[str, ...]) -> str:
 
 
 def _warn_of_size(run: Run) -> None:
-    """Warn of networks for small images that are trained on large ones, with an estimate of the memory."""
+    """Warn of networks for small images that are trained on large ones, with an estimate of the memory.
+
+    Raises:
+        InputError: on a CPU, a single network's activations need more memory than this machine has.
+    """
     config, size = run.config, run.data.image_size
     small = [name for name in config.model if ":" not in name]
     if size <= LARGEST_SMALL_SIZE or not small or run.mesh.world > 1:
@@ -110,6 +117,14 @@ def _warn_of_size(run: Run) -> None:
     image = torch.zeros(1, 1, run.data.channels, size, size, device=run.device, dtype=DTYPES[config.dtype])
     image = image.expand(1, run.method.rows_per_image, *image.shape[2:])
     megabytes = activation_bytes(run.peers, image) / 1e6
+    together = -(-config.batch_size // config.accumulate)
+    memory = physical_memory() if run.device.type == "cpu" and not config.checkpoint_activations else None
+    if memory is not None and megabytes / run.peers.num_peers * together > memory / 1e6:
+        raise InputError(
+            f"--image-size: the activations of one {small[0]} at {size} x {size} take about "
+            f"{megabytes / run.peers.num_peers * together / 1e3:,.1f} GB for {together} images, and this machine has "
+            f"{memory / 1e9:,.1f}; give a smaller --image-size or --batch-size"
+        )
     warnings.warn(
         f"{small[0]} is made for images of about 32 x 32: at {size} x {size} the activations of all peers take about "
         f"{megabytes:,.0f} MB an image, {megabytes * config.batch_size / 1e3:,.1f} GB for a batch of "
