@@ -44,6 +44,7 @@ OPTIONS = {
     "cosub-own-views": ("cosub", {"own_views": True}),
     "okdph-authors": ("okdph", {"variant": "authors", "interval": 1}),
     "okdph-dirichlet": ("okdph", {"shares": "dirichlet", "label_weight": 0.5}),
+    "ffsd-logits": ("ffsd", {"feature_terms": False}),
     "independent-rescaled": ("independent", {"rescale": True}),
 }
 

@@ -310,6 +310,78 @@ def codistillation_disjoint(z, stale, y, *, temperature, weight):
     return total
 
 
+def attention(maps: Tensor) -> list[Tensor]:
+    """A of one sample: the mean over channels of squares, position by position."""
+    channels, height, width = maps.shape
+    return [sum(maps[c, y, x] ** 2 for c in range(channels)) / channels for y in range(height) for x in range(width)]
+
+
+def unit_and_norm(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
+    """Numbers divided by their norm, and the norm."""
+    norm = torch.sqrt(sum((v**2 for v in values), ZERO))
+    return [v / norm for v in values], norm
+
+
+def rows_distance(a: list[list[Tensor]], b: list[list[Tensor]]) -> Tensor:
+    """d: mean over samples and numbers of squared differences of normalized numbers."""
+    pairs = [(unit_and_norm(u)[0], unit_and_norm(v)[0]) for u, v in zip(a, b)]
+    return sum((sum((s - t) ** 2 for s, t in zip(u, v)) / len(u) for u, v in pairs), ZERO) / len(a)
+
+
+def maps_distance(x: Tensor, y: Tensor, *, of_attention: bool = True) -> Tensor:
+    """d(A(x), A(y)), or d(x, y)."""
+    values = attention if of_attention else lambda maps: [*maps.flatten()]
+    return rows_distance([values(own) for own in x], [values(own) for own in y])
+
+
+def turned_attention(maps: Tensor) -> tuple[list[Tensor], Tensor, list[Tensor]]:
+    """v, r and the attention that another student is to have, of one sample."""
+    v, r = unit_and_norm(attention(maps))
+    theta = sorted(v, key=float)[len(v) // 3 - 1]
+    target = [r / 2 if u == theta else (r - u if u > theta else u) for u in v]
+    return v, r, target
+
+
+def ffsd(z, maps, modules, y, *, temperature, kl_weight, a, b):
+    """The losses of students, fusion and leader without the decoders' own.
+
+    maps[p] are a member's maps, the last one last; modules are the method's (fusion, leader_mixer, decoders), of which
+    the decoders run in evaluation mode.
+    """
+
+    def soft(s, t):
+        return kl(s, t.detach(), temperature)
+
+    students = range(len(z) - 1)
+    joined = torch.cat([maps[i][-1].detach() for i in students], 1)
+    fused, u = modules.fusion(joined)
+    total = ce(u, y) + kl_weight * soft(u, sum(z[i].detach() for i in students) / len(students))
+    for i in students:
+        others = [soft(z[i], z[j]) for j in students if j != i]
+        total = total + ce(z[i], y) + kl_weight * sum(others) / len(others)
+    total = total + ce(z[-1], y) + kl_weight * soft(z[-1], u)
+
+    def self_distilled(member, x):
+        decoder = modules.decoders[member - 1].eval()
+        made = [m.detach() for m in decoder(x.detach())]
+        decoder.train()
+        return sum(maps_distance(own, m) for own, m in zip(maps[member][-2::-1], made))
+
+    for i in students[1:]:
+        before = maps[i - 1][-1].detach()
+        shifted, rows = before.clone(), []
+        for n in range(len(before)):
+            v, r, target = turned_attention(before[n])
+            change = torch.stack([(t - s) * r / before.shape[1] for s, t in zip(v, target)])
+            shifted[n] = before[n] + change.view(1, *before.shape[2:])
+            own = unit_and_norm(attention(maps[i][-1][n]))[0]
+            rows.append(sum((s - t) ** 2 for s, t in zip(own, target)) / len(own))
+        total = total + a * (sum(rows) / len(rows) + self_distilled(i, shifted))
+    leader = maps[-1]
+    compared = maps_distance(leader[-1], fused.detach()) + maps_distance(modules.leader_mixer(leader[-1]), joined)
+    return total + b * (compared + self_distilled(len(z) - 1, fused))
+
+
 def distance(p: list[list[Tensor]], q: list[list[Tensor]]) -> float:
     """mean_b ||p - q||_1 of rows of probabilities."""
     return sum(float(abs(u - v)) for a, b in zip(p, q) for u, v in zip(a, b)) / len(p)

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from codistill.config.contrib import CodistillationConfig as CodistillationConfig
     from codistill.config.contrib import CosubConfig as CosubConfig
     from codistill.config.contrib import DLBConfig as DLBConfig
+    from codistill.config.contrib import FFSDConfig as FFSDConfig
     from codistill.config.contrib import HSSAKDConfig as HSSAKDConfig
     from codistill.config.contrib import LMCLConfig as LMCLConfig
     from codistill.config.contrib import MCLConfig as MCLConfig
@@ -51,7 +52,8 @@ __getattr__, __dir__ = lazy_names(
         "config": "Checkpoint CompareConfig Config Device ReproduceConfig slug",
         "schedule": "learning_rate_at",
         "contrib": (
-            "CodistillationConfig CosubConfig DLBConfig HSSAKDConfig LMCLConfig MCLConfig OKDPHConfig SwitOKDConfig"
+            "CodistillationConfig CosubConfig DLBConfig FFSDConfig HSSAKDConfig LMCLConfig MCLConfig OKDPHConfig "
+            "SwitOKDConfig"
         ),
         "method_base": "DivergenceConfig MethodConfig TeacherConfig",
         "methods": (

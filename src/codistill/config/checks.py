@@ -69,7 +69,7 @@ def check_peers(options: Options, peers: int) -> None:
         _check_twins(options)
     method.check(options)
     _check_branching(options, peers)
-    if method.num_exits():
+    if method.num_exits() or method.num_maps():
         _check_exits(options)
     if options.checkpoint_activations and (topology == "branches" or options.execution == "stacked"):
         why = "branches share a trunk" if topology == "branches" else "--execution stacked runs them as one"
@@ -88,9 +88,9 @@ def _check_exits(options: Options) -> None:
     if options.topology == "branches":
         raise InputError(f"{name} gives each network exits, and branches have none; drop --topology branches")
     if options.checkpoint_activations:
+        what = f"the exits of {name} share" if options.method.num_exits() else f"{name} keeps"
         raise InputError(
-            f"--checkpoint-activations runs each network again by itself, but the exits of {name} share its maps; "
-            "drop one of the two"
+            f"--checkpoint-activations runs each network again by itself, but {what} its maps; drop one of the two"
         )
 
 
@@ -135,6 +135,12 @@ def check_mesh(options: Options, peers: int) -> None:
         raise InputError(
             f"--mesh {options.mesh}: twins are one network, so they cannot be spread over the axis peer; "
             f"give --mesh data={data * peer}"
+        )
+    name = options.method.name
+    if options.method.num_maps() and data * peer > 1:
+        raise InputError(
+            f"--mesh {options.mesh}: {name} fuses the maps of all networks, normalized over the whole batch, in one "
+            "process; drop --mesh"
         )
     if peers % peer:
         raise InputError(

@@ -208,6 +208,42 @@ class LMCLConfig(DivergenceConfig):
 
 
 @dataclass(kw_only=True)
+class FFSDConfig(DivergenceConfig):
+    """FFSD (Li et al., TNNLS 2021): students, a fusion of their maps, and a leader that learns from it."""
+
+    name: ClassVar[str] = "ffsd"
+    default_peers: ClassVar[int] = 3
+    min_peers: ClassVar[int] = 3
+    min_peers_note: ClassVar[str] = ": two students and the leader"
+    topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
+
+    feature_terms: bool = True
+    """Compare maps too; without, the students learn from each other, and the leader from the fused classifier alone."""
+    temperature: Annotated[float, ABOVE_0] = 2.0
+    """T, with the gradient scaled by T^2; 2 in the authors' code."""
+    weight: Annotated[float, AT_LEAST_0] = 1.0
+    """Weight of the distillation terms on logits; 1 in the authors' code."""
+    diversity_weight: Annotated[float, AT_LEAST_0] = 1e-5
+    """Weight of the students' terms on maps; 1e-5 in the authors' code."""
+    fusion_weight: Annotated[float, AT_LEAST_0] = 10.0
+    """Weight of the leader's terms on maps; 10 in the authors' code."""
+    decoder_weight: Annotated[float, AT_LEAST_0] = 1000.0
+    """Weight of the decoders' loss; 1000 in the authors' code. Their Adam all but undoes it."""
+    decoder_lr: Annotated[float, ABOVE_0] = 1e-3
+    """Learning rate of the decoders' Adam (a guess: our sources do not state it)."""
+    ramp_epochs: Annotated[float | None, AT_LEAST_0] = None
+    """Epochs over which the weights of the terms on maps grow; default 5 of 300, scaled to the run's length."""
+
+    def default_ramp(self, epochs: int) -> float:
+        """Return the default length of the ramp of the terms on maps: 5 of 300 epochs, scaled to the run."""
+        return epochs * 5 / 300
+
+    def num_maps(self) -> int:
+        """Return the sizes of maps that the networks give: of the last three stages, or the last alone."""
+        return 3 if self.feature_terms else 1
+
+
+@dataclass(kw_only=True)
 class CosubConfig(MethodConfig):
     """Co-training of submodels (Touvron et al., CVPR 2023): two draws of a network's drop path teach each other."""
 

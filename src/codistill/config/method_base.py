@@ -57,6 +57,10 @@ class MethodConfig:
         """Return the exits that every network has in training: classifiers of its intermediate maps."""
         return 0
 
+    def num_maps(self) -> int:
+        """Return how many sizes of intermediate maps every network gives in training, the last ones."""
+        return 0
+
     def ramp_length(self, epochs: int = 300) -> float:
         """Return the length of the weight's ramp in a run of so many epochs; 0 means no ramp."""
         length = getattr(self, "ramp_epochs", 0.0)  # most methods have this field, but not all

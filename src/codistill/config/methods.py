@@ -13,6 +13,7 @@ from codistill.config.contrib import (
     CodistillationConfig,
     CosubConfig,
     DLBConfig,
+    FFSDConfig,
     HSSAKDConfig,
     LMCLConfig,
     MCLConfig,
@@ -261,6 +262,7 @@ METHODS: dict[str, type[MethodConfig]] = {
         LMCLConfig,
         CosubConfig,
         OKDPHConfig,
+        FFSDConfig,
     )
 }
 """Every method's config, by its name."""

@@ -13,7 +13,16 @@ import torch
 from torch import Tensor, nn
 
 from codistill.distributed.process_mesh import ProcessMesh
-from codistill.peers import Inputs, NetworkPeers, PeerOutputs, Peers, SplitMember, eval_mode, frozen_batchnorm_stats
+from codistill.peers import (
+    Inputs,
+    MapShape,
+    NetworkPeers,
+    PeerOutputs,
+    Peers,
+    SplitMember,
+    eval_mode,
+    frozen_batchnorm_stats,
+)
 from codistill.utils import InputError, count_parameters
 
 MAX_IMBALANCE = 1.1  # ratio of two ranks' FLOPs above which the user is warned
@@ -72,6 +81,11 @@ class MeshPeers(Peers):
     def exit_dims(self) -> list[tuple[int, ...]]:
         """Widths of every member's exits; empty where it has none."""
         return self._exit_dims
+
+    @property
+    def map_shapes(self) -> list[tuple[MapShape, ...]]:
+        """Empty: methods that compare maps train in one process."""
+        return [()] * self.num_peers
 
     @property
     def trunk_dim(self) -> int | None:

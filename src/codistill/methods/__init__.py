@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from codistill.methods.contrib.codistillation import Codistillation as Codistillation
     from codistill.methods.contrib.cosub import Cosub as Cosub
     from codistill.methods.contrib.dlb import DLB as DLB
+    from codistill.methods.contrib.ffsd import FFSD as FFSD
     from codistill.methods.contrib.hssakd import HSSAKD as HSSAKD
     from codistill.methods.contrib.l_mcl import LMCL as LMCL
     from codistill.methods.contrib.mcl import MCL as MCL
@@ -39,6 +40,7 @@ __getattr__, __dir__ = lazy_names(
         "contrib.codistillation": "Codistillation",
         "contrib.cosub": "Cosub",
         "contrib.dlb": "DLB",
+        "contrib.ffsd": "FFSD",
         "contrib.mcl": "MCL",
         "contrib.hssakd": "HSSAKD",
         "contrib.l_mcl": "LMCL",

@@ -37,6 +37,7 @@ _NEEDED_OUTPUTS = {
     "ema": ("ema_logits_PBC", "the mean teachers' logits; fill PeerOutputs.ema_logits_PBC from a MeanTeacher"),
     "teacher": ("teacher_logits_BC", "a trained teacher; give --method.teacher, or fill PeerOutputs.teacher_logits_BC"),
     "exits": ("exits", "the networks' exits; build NetworkPeers with exits=E"),
+    "maps": ("maps", "the networks' last maps; build NetworkPeers with maps=M"),
     "features": ("features", "the peers' features; fill PeerOutputs.features, one B x D tensor per peer"),
     "partition": (
         "others_logits_QPBC",
@@ -51,8 +52,9 @@ class PeerInfo:
     """What a method knows of the peers when it is built.
 
     >>> from codistill.peers import NetworkPeers
-    >>> PeerInfo.of(NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8))
-    PeerInfo(num_peers=2, num_classes=10, feature_dims=(64, 64), trunk_dim=None, seed=0, exit_dims=((), ()))
+    >>> info = PeerInfo.of(NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8))
+    >>> info.num_peers, info.num_classes, info.feature_dims, info.trunk_dim, info.exit_dims
+    (2, 10, (64, 64), None, ((), ()))
     """
 
     num_peers: int
@@ -62,12 +64,14 @@ class PeerInfo:
     seed: int = 0
     exit_dims: tuple[tuple[int, ...], ...] = ()
     """Widths of every peer's exits."""
+    map_shapes: tuple[tuple[tuple[int, int, int], ...], ...] = ()
+    """Shapes C, H, W of the maps of every peer's last stages."""
 
     @classmethod
     def of(cls, peers: Peers, seed: int = 0) -> PeerInfo:
         """Return the description of built peers."""
-        widths = tuple(peers.feature_dims)
-        return cls(peers.num_peers, peers.num_classes, widths, peers.trunk_dim, seed, tuple(peers.exit_dims))
+        widths, exits, maps = tuple(peers.feature_dims), tuple(peers.exit_dims), tuple(peers.map_shapes)
+        return cls(peers.num_peers, peers.num_classes, widths, peers.trunk_dim, seed, exits, maps)
 
 
 class Method(nn.Module):
@@ -125,7 +129,7 @@ class Method(nn.Module):
         self.num_peers = num_peers
         self.needs: frozenset[str] = frozenset()
         """What the training loop must provide, of features, trunk, views, ema, teacher, holdout, hybrid (the logits of
-        the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views), exits,
+        the averaged weights, `codistill.peers.hybrid_logits`, on a view of its own where there are views), exits, maps,
         previous (the outputs for the images of the step before, `PeerOutputs.previous`), partition (a part of the
         training images for every member: the views show other images, the targets are `P x B` or `P x B x C`, and of
         snapshots the others' logits are given, `PeerOutputs.others_logits_QPBC`),
@@ -289,7 +293,7 @@ class Method(nn.Module):
         for need in wanted & _NEEDED_OUTPUTS.keys():
             name, what = _NEEDED_OUTPUTS[need]
             value = getattr(outputs, name)
-            if value is None or (need in ("features", "exits") and len(value) != self.num_peers):
+            if value is None or (need in ("features", "exits", "maps") and len(value) != self.num_peers):
                 raise InputError(f"{self.name} needs {what}")
         if outputs.logits_PBC.shape[0] != self.num_peers:
             raise InputError(f"{self.name} was built for {self.num_peers} peers, not {outputs.logits_PBC.shape[0]}")

@@ -8,6 +8,7 @@ from codistill.methods.cl_ilr import CLILR
 from codistill.methods.contrib.codistillation import Codistillation
 from codistill.methods.contrib.cosub import Cosub
 from codistill.methods.contrib.dlb import DLB
+from codistill.methods.contrib.ffsd import FFSD
 from codistill.methods.contrib.hssakd import HSSAKD
 from codistill.methods.contrib.l_mcl import LMCL
 from codistill.methods.contrib.mcl import MCL
@@ -27,7 +28,7 @@ CLASSES: dict[str, type[Method]] = {
     method.name: method
     for method in (
         *(Independent, KD, DML, CLILR, ONE, OKDDip, PCL, KDCL),
-        *(Codistillation, SwitOKD, MCL, DLB, HSSAKD, LMCL, Cosub, OKDPH),
+        *(Codistillation, SwitOKD, MCL, DLB, HSSAKD, LMCL, Cosub, OKDPH, FFSD),
     )
 }
 

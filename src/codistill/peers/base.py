@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from codistill.peers.inputs import Inputs, Views
+from codistill.peers.maps import MapShape
 from codistill.peers.modes import copy_module
 from codistill.peers.shared_trunk import plain_copy
 from codistill.peers.split_head import SplitMember
@@ -53,6 +54,8 @@ class PeerOutputs:
     """One `B x D_e` tensor per peer and exit (see `codistill.peers.exits`), where the peers have exits."""
     others_logits_QPBC: Tensor | None = None
     """Logits of the other members' snapshots for each member's images, Q = P - 1, where every member has its own."""
+    maps: list[list[Tensor]] = field(default_factory=list)
+    """Maps `B x C x H x W` of every peer's last stages (see `codistill.peers.maps`), where the method needs them."""
     previous: PreviousOutputs | None = None
     """Outputs for the images of the step before; None in the first step, or where the method does not need them."""
 
@@ -128,6 +131,11 @@ class Peers(nn.Module):
         """Widths of every member's exits; empty where it has none."""
         return [self.member(p).exit_dims for p in range(self.num_peers)]
 
+    @property
+    def map_shapes(self) -> list[tuple[MapShape, ...]]:
+        """Shapes C, H, W of the maps of every member's last stages; empty where they are not taken."""
+        return [tuple(self.member(p).map_shapes.values()) for p in range(self.num_peers)]
+
     def _set_num_classes(self, head_sizes: Sequence[int], num_classes: int | None) -> None:
         """Set `num_classes`, or raise where the members' heads differ from each other or from what is asked for."""
         if len(set(head_sizes)) > 1 or (num_classes is not None and head_sizes[0] != num_classes):
@@ -136,9 +144,13 @@ class Peers(nn.Module):
         self.num_classes = head_sizes[0]
 
     def _stack_outputs(self, tuples: Sequence[tuple[Tensor, ...]], trunk_BD: Tensor | None) -> PeerOutputs:
-        """Return the outputs of members: features, logits, and the features of the exits."""
+        """Return the outputs of members: features, logits, and the features of the exits or the maps."""
         outputs = PeerOutputs(torch.stack([t[1] for t in tuples]), [t[0] for t in tuples], trunk_BD)
-        outputs.exits = [list(t[2:]) for t in tuples if len(t) > 2]
+        extras = [list(t[2:]) for t in tuples if len(t) > 2]
+        if any(self.map_shapes):
+            outputs.maps = extras
+        else:
+            outputs.exits = extras
         return outputs
 
     def _as_views(self, inputs: Inputs | list[Inputs]) -> Views:

@@ -102,7 +102,7 @@ def _verify(member: SplitMember, example: Inputs) -> tuple[int, ...]:
         calls = [partial(call_network, network, example) for network in (member.body, *member.exits)]
         changed = changes_shared_outputs(calls, member.shared_modules)
         with torch.enable_grad():  # in evaluation the exits run for a gradient only
-            _, _, *shared = member.forward_with_exits(example)
+            _, _, *shared = member.forward_with_extras(example)
     for x, y in zip(alone, shared):
         if x.dim() != 2 or changed or (x - y).abs().max() > 1e-3 * x.abs().max():
             raise InputError(

@@ -20,11 +20,9 @@ def build_peers(
     if config.topology == "networks":
         members = range(config.peers) if members is None else members
         chosen = [specs[p if len(specs) > 1 else 0] for p in members]
-        same_start, exits = config.method.same_start, config.method.num_exits()
-        first = members.start
-        return NetworkPeers(
-            chosen, len(members), num_classes, first=first, same_start=same_start, exits=exits, **kwargs
-        )
+        method = config.method
+        extras = {"same_start": method.same_start, "exits": method.num_exits(), "maps": method.num_maps()}
+        return NetworkPeers(chosen, len(members), num_classes, first=members.start, **extras, **kwargs)
     if config.topology == "twins":
         return TwinPeers(specs[0], config.peers, num_classes, **kwargs)
     return BranchPeers(

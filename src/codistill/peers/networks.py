@@ -11,6 +11,7 @@ from torch import nn
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.exits import add_exits
 from codistill.peers.inputs import Inputs, InputSpec, device_of
+from codistill.peers.maps import find_maps
 from codistill.peers.members import Spec, build_members, member_seed, num_head_classes
 from codistill.peers.modes import frozen_batchnorm_stats
 from codistill.peers.streams import run_side_by_side
@@ -38,10 +39,12 @@ class NetworkPeers(Peers):
         same_start: Initialize all members as member 0, so that those of one architecture begin with the same weights.
         exits: Exits of every network, for a method that learns from intermediate maps too (see
             `codistill.peers.exits`).
+        maps: Sizes of intermediate maps that are taken in training, the last ones (see `codistill.peers.maps`).
 
     Raises:
         InputError: one built instance is given for several peers, the heads do not agree, a network does not take the
-            images or the example, or it has no places for so many exits.
+            images or the example, or it has no places for so many exits, or
+            not so many maps.
 
     >>> peers = NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8)
     >>> peers(torch.zeros(4, 3, 8, 8)).logits_PBC.shape
@@ -65,6 +68,7 @@ class NetworkPeers(Peers):
         first: int = 0,
         same_start: bool = False,
         exits: int = 0,
+        maps: int = 0,
     ) -> None:
         super().__init__()
         specs: list[Spec] = [spec] if isinstance(spec, str | nn.Module) or callable(spec) else list(spec)
@@ -83,6 +87,8 @@ class NetworkPeers(Peers):
         if exits:
             for p, (own_spec, member) in enumerate(zip(specs, members), first):
                 add_exits(member, own_spec, exits, member_seed(seed, p), self.num_classes, inputs)
+        for member in members if maps else ():
+            member.map_shapes = find_maps(member.body, inputs.for_network(member), maps)
 
     def forward(self, inputs: Inputs | list[Inputs]) -> PeerOutputs:
         """Run every member on its own view, or all on the only one.
@@ -97,7 +103,7 @@ class NetworkPeers(Peers):
             return self.stacked_runner(views)
         with torch.autocast(device_of(views[0]).type, self.autocast, enabled=self.autocast is not None):
             calls = [
-                partial(self.member(p).forward_with_exits, views[p if own_views else 0]) for p in range(self.num_peers)
+                partial(self.member(p).forward_with_extras, views[p if own_views else 0]) for p in range(self.num_peers)
             ]
             tuples = run_side_by_side(calls)
         return self._stack_outputs(tuples, None)

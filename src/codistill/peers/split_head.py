@@ -25,6 +25,7 @@ from codistill.peers.heads import (
     put_back,
 )
 from codistill.peers.inputs import IMAGE_ADVICE, Inputs, call_network, describe_inputs, repeat_first_row, tensors_of
+from codistill.peers.maps import MapShape, taken_maps
 from codistill.peers.modes import copy_module, eval_mode, frozen_batchnorm_stats, no_batchnorm_update, train_mode
 from codistill.peers.shared_trunk import SharedModule, plain_copy
 from codistill.utils import InputError, first_line
@@ -45,6 +46,8 @@ class SplitMember(nn.Module):
         self.exits = nn.ModuleList()
         """Copies of the body's later part, with parameters of their own (see `codistill.peers.exits`)."""
         self.exit_dims: tuple[int, ...] = ()
+        self.map_shapes: dict[str, MapShape] = {}
+        """Modules of the body whose maps are taken in training, and their shapes (see `codistill.peers.maps`)."""
         self.shared_modules: list[SharedModule] = []
         """What runs before the exits' forks: once for the body and for the exits."""
 
@@ -55,13 +58,17 @@ class SplitMember(nn.Module):
         self._clear_cache()
         return outputs
 
-    def forward_with_exits(self, inputs: Inputs) -> tuple[Tensor, ...]:
-        """Return `(features, logits, *features of the exits)`.
+    def forward_with_extras(self, inputs: Inputs) -> tuple[Tensor, ...]:
+        """Return `(features, logits, *features of the exits)`, or `(features, logits, *maps)`.
 
-        In evaluation that records no gradient the exits do not run, as nothing reads them there.
+        In evaluation that records no gradient there are neither, as nothing reads them there.
         """
-        if not self.exits or not (self.training or torch.is_grad_enabled()):
+        if not (self.training or torch.is_grad_enabled()) or not (self.exits or self.map_shapes):
             return self(inputs)
+        if self.map_shapes:
+            with taken_maps(self.body, list(self.map_shapes)) as maps:
+                features, logits = self._run(inputs)
+            return features, logits, *(maps[path].to(features.dtype) for path in self.map_shapes)
         self._clear_cache()
         features, logits = self._run(inputs)
         exits = []

@@ -68,7 +68,7 @@ def build_run(
     """
     assert config.peers is not None
     mesh = SingleProcess(pick_device(config.device), config.peers) if mesh is None else mesh
-    config = adaptmove_to_device(config, mesh.device)
+    config = adapt_to_device(config, mesh.device)
     seed_everything(config, mesh.device)
     data, splits = load_images(config, data, data_info)
     peers, method = build_networks(config, data, mesh, load_weights=load_weights)
@@ -138,7 +138,7 @@ def can_capture_step(config: Config, method: Method, mesh: Mesh) -> bool:
     return method.update_mode == "joint" and not config.checkpoint_activations and not config.sam_rho
 
 
-def adaptmove_to_device(config: Config, device: torch.device) -> Config:
+def adapt_to_device(config: Config, device: torch.device) -> Config:
     """Return the config as the device can run it.
 
     Raises:
@@ -195,7 +195,9 @@ def build_networks(config: Config, data: ImageSet, mesh: Mesh, *, load_weights: 
         raise InputError(f"{method.name} needs exits or rotations in a step of all members; set update_mode to joint")
     if isinstance(local, BranchPeers):
         local.set_rescale(method.rescale_trunk)
-    if config.accumulate > 1 and (method.needs_full_batch or method.update_mode == "alternating"):
+    if config.accumulate > 1 and (
+        method.needs_full_batch or method.update_mode == "alternating" or method.remembers_batches
+    ):
         reason = "updates one member after the other" if method.update_mode == "alternating" else "needs the full batch"
         raise InputError(f"--accumulate: {method.name} {reason} as it is configured here; drop --accumulate")
     move_to_device(peers, config, mesh.device)

@@ -113,6 +113,8 @@ def why_not_stackable(config: Config, peers: Peers, method: Method) -> str | Non
         return (
             f"the exits of {method.name} run beside the networks, and stacked modules are those of the networks alone"
         )
+    if any(peers.map_shapes):
+        return f"{method.name} reads maps inside the networks, and stacked networks give their outputs alone"
     if isinstance(peers, BranchPeers) and "views" in method.needs:
         return "branches with a view each run their trunk once per view"
     return None
