@@ -168,7 +168,7 @@ def contrib_overheads() -> list[dict[str, str]]:
     """Return, for every method of `methods/contrib`, its losses' cost over a step of its networks without them.
 
     Two ResNet-32 (or as many as the method takes), batch 128. The forwards that a method asks for, on rotations, exits,
-    hybrids or images seen before, count as network cost.
+    hybrids or images seen before, count as network cost, as do the modules that ffsd trains, which have a row.
     """
     rng, rows = np.random.default_rng(0), []
     pixels, labels = rng.integers(0, 256, (512, 32, 32, 3), dtype=np.uint8), np.arange(512) % 100
@@ -176,7 +176,7 @@ def contrib_overheads() -> list[dict[str, str]]:
     for name in (n for n in METHODS if n not in SEED_METHODS):
         topology = METHODS[name].topologies[0]
         model = ("timm:resnet10t,drop_path_rate=0.1",) if topology == "twins" else ("resnet32",)
-        peers = min(2, METHODS[name].max_peers or 2)
+        peers = max(min(2, METHODS[name].max_peers or 2), METHODS[name].min_peers)
         options = {"data": "random", "peers": peers, "execution": "loop", "protocol": "paper", "device": "cpu"}
         run = build_run(Config(method_config(name), model, **options).resolved(), data=data)
         run.progress.sums = zero_sums(run)
@@ -202,10 +202,28 @@ def contrib_overheads() -> list[dict[str, str]]:
             upright = given.logits_PBC.detach()[:, :: run.method.rows_per_image].requires_grad_()
             cross_entropy(upright, targets).sum().backward()
 
-        extra = seconds(losses, 5) - seconds(plain, 5)
-        rows.append({"method": f"{name}, {peers} {topology}", "its losses": f"{1 + extra / seconds(base, 3):.3f}"})
+        extra, step = seconds(losses, 5) - seconds(plain, 5), seconds(base, 3)
+        if name == "ffsd":
+            modules = seconds(lambda method=run.method, given=given: run_ffsd_modules(method, given.maps), 5)
+            rows.append({"method": "ffsd, its modules", "its losses": f"{1 + modules / step:.3f}"})
+            extra, step = extra - modules, step + modules
+        rows.append({"method": f"{name}, {peers} {topology}", "its losses": f"{1 + extra / step:.3f}"})
         print(*rows[-1].values(), file=sys.stderr, flush=True)
     return rows
+
+
+def run_ffsd_modules(method: Any, maps: list[list[torch.Tensor]]) -> None:
+    """Run the modules that FFSD trains beside its networks, forward and backward, as often as its losses do."""
+    fused, logits = method.fusion(torch.cat([own[-1].detach() for own in maps[:-1]], 1))
+    mixed = method.leader_mixer(maps[-1][-1].detach().requires_grad_())
+    (logits.sum() + mixed.sum()).backward()
+    method.decoders.requires_grad_(True)
+    for decoder, own in zip(method.decoders, maps[1:]):
+        with torch.no_grad():
+            decoder(fused)
+        sum(made.sum() for made in decoder(own[-1].detach())).backward()
+    method.zero_grad()
+    method.decoders.requires_grad_(False)
 
 
 def detach_outputs(outputs: PeerOutputs) -> PeerOutputs:

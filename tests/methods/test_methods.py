@@ -103,7 +103,7 @@ def test_a_method_takes_the_options_of_its_config(name):
     """All of them, in their order and with their defaults, but those of a trained teacher; the shared ones last."""
     of_teacher = {field.name for field in dataclasses.fields(TeacherConfig)}
     options = {f.name: f.default for f in dataclasses.fields(METHODS[name]) if f.name not in of_teacher}
-    of_peers = {"num_peers", "feature_dim", "feature_dims", "exit_dims", "trunk_dim", "num_classes", "seed"}
+    of_peers = {"num_peers", "feature_dim", "feature_dims", "exit_dims", "map_shapes", "trunk_dim", "num_classes", "seed"}
     arguments = inspect.signature(CLASSES[name]).parameters.values()
     assert {a.name: a.default for a in arguments if a.name not in of_peers} == options
     shared = {field.name for field in dataclasses.fields(DivergenceConfig)}
@@ -393,7 +393,7 @@ def test_missing_features_and_a_wrong_number_of_peers_are_named():
 def test_every_config_builds_its_method_with_the_papers_defaults():
     defaults = {"independent": 4, "kd": 1, "dml": 2, "cl_ilr": 4, "one": 3, "okddip": 4, "pcl": 3, "kdcl": 2}
     defaults |= {"codistillation": 2, "switokd": 2, "mcl": 2, "dlb": 1, "hssakd": 2, "l_mcl": 2, "cosub": 2}
-    defaults |= {"okdph": 2}
+    defaults |= {"okdph": 2, "ffsd": 3}
     assert {name: c.default_peers for name, c in METHODS.items()} == defaults
 
 

@@ -121,6 +121,7 @@ def make_optimizer(training):
 IMAGES_ONLY = {  # what refuses other inputs, with its words
     "dlb": "sees the images of the step before again",
     "hssakd": "hssakd learns at 3 exits of each network, and a network has 0",
+    "ffsd": "ffsd reads 3 maps of each of . networks",
     "l_mcl": "l_mcl learns at 2 exits of each network, and a network has 0",
 }
 CASES = [(kind, name, topology) for kind in KINDS for name, config in METHODS.items() for topology in config.topologies]

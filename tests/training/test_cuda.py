@@ -52,7 +52,11 @@ VARIANTS = {
         *({"target": "linear", "granularity": "batch"}, {"target": "minlogit", "own_views": False}),
         *({"target": "general", "holdout_fraction": 0.2, "mix": mix} for mix in ("probs", "logits")),
     ],
-    "codistillation": [{"interval": 2}, {"interval": 1, "interval_unit": "epochs", "burn_in_epochs": 1.0}],
+    "codistillation": [
+        *({"interval": 2}, {"interval": 1, "interval_unit": "epochs", "burn_in_epochs": 1.0}),
+        {"interval": 2, "burn_in_epochs": 0.0, "partition": "disjoint"},
+    ],
+    "ffsd": [{}, {"feature_terms": False}],
     "switokd": [{}, {"students": 2}],
     "mcl": [{}, {"logit_weight": 1.0}],
     "dlb": [{}],
@@ -260,6 +264,7 @@ RESUMED = [
     *(("codistillation", "networks", {"interval": 2}), ("switokd", "networks", {}), ("mcl", "networks", {})),
     *(("dlb", "networks", {}), ("hssakd", "networks", {}), ("cosub", "twins", {})),
     *(("l_mcl", "networks", {}), ("l_mcl", "networks", {"match": "learned", "match_interval": 2})),
+    ("ffsd", "networks", {}),
     *(("okdph", "networks", {"interval": 2}), ("okdph", "networks", {"variant": "authors", "interval": 2})),
 ]
 

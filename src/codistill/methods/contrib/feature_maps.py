@@ -12,6 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+EPS = 1e-12
+"""Least norm that maps are divided by, as in torch's `normalize`."""
 MapShape = tuple[int, int, int]
 """C, H, W."""
 
@@ -22,16 +24,23 @@ def attention_map(maps_BCHW: Tensor) -> Tensor:
     >>> attention_map(torch.tensor([[[[1.0, 0.0]], [[3.0, 2.0]]]]))
     tensor([[5., 2.]])
     """
-    return maps_BCHW.square().mean(1).flatten(1)
+    # By the norm, which makes no tensor of the maps' size.
+    return torch.linalg.vector_norm(maps_BCHW, dim=1).square().flatten(1) / maps_BCHW.shape[1]
 
 
 def normalized_distance(x: Tensor, y: Tensor) -> Tensor:
     """Return d(x, y) = (n(x) - n(y))^2, mean over batch and numbers; n flattens each sample and divides by its norm.
 
+    Computed as |n(x)|^2 + |n(y)|^2 - 2 cos(x, y), which makes no normalized copies; n of zeros is 0.
+
     >>> normalized_distance(torch.tensor([[2.0, 0.0]]), torch.tensor([[0.0, 3.0]]))
     tensor(1.)
     """
-    return (F.normalize(x.flatten(1), dim=1) - F.normalize(y.flatten(1), dim=1)).square().mean()
+    axes = tuple(range(1, x.dim()))
+    x_B, y_B = torch.linalg.vector_norm(x, dim=axes), torch.linalg.vector_norm(y, dim=axes)
+    cosine_B = (x * y).sum(axes) / (x_B.clamp_min(EPS) * y_B.clamp_min(EPS))
+    squares_B = (x_B > 0).to(x.dtype) + (y_B > 0).to(x.dtype)
+    return (squares_B - 2 * cosine_B).mean() / x[0].numel()
 
 
 def attention_distance(x_BCHW: Tensor, y_BCHW: Tensor) -> Tensor:

@@ -43,6 +43,7 @@ from codistill.methods.contrib.feature_maps import (
     MapShape,
     Mixer,
     attention_distance,
+    attention_map,
     diversity_distance,
     normalized_distance,
     shift_maps,
@@ -134,10 +135,12 @@ class FFSD(Method):
             cross_entropy(z_PBC, targets_B), self._learn(z_PBC, u_BC, targets_B), self.weight, fused_ce_B1=fused_ce_B1
         )
         if self.feature_terms:
-            feature_P = self._compare_maps(outputs.maps, students_BCHW, fused_BCHW.detach())
+            # Of the earlier stages' maps, but the first member's: both its own and its decoder's loss read them.
+            attention = [[attention_map(x) for x in own[:-1]] for own in outputs.maps[1:]]
+            feature_P = self._compare_maps(last, attention, students_BCHW, fused_BCHW.detach())
             terms["loss_P"] = terms["loss_P"] + weight * feature_P
             if torch.is_grad_enabled():
-                self._train_decoders(outputs.maps[1:], weight)
+                self._train_decoders(outputs.maps[1:], attention, weight)
         return terms | {"loss": terms["loss_P"].sum() + fusion_loss}
 
     def _learn(self, z_PBC: Tensor, u_BC: Tensor, targets_B: Tensor) -> Tensor:
@@ -147,38 +150,48 @@ class FFSD(Method):
         leader = self.divergence(z_PBC[-1], soften(u_BC.detach(), self.temperature), targets_B)
         return torch.cat((from_others_M / (len(students_MBC) - 1), leader.reshape(1)))
 
-    def _compare_maps(self, maps: list[list[Tensor]], students_BCHW: Tensor, fused_BCHW: Tensor) -> Tensor:
-        """Return the terms on maps of all members, `P`; the first has none."""
+    def _compare_maps(
+        self, last: list[Tensor], attention: list[list[Tensor]], students_BCHW: Tensor, fused_BCHW: Tensor
+    ) -> Tensor:
+        """Return the terms on maps of all members, `P`; the first has none.
+
+        Args:
+            last: The last maps of all members.
+            attention: That of the earlier maps of all members but the first.
+            students_BCHW: The students' last maps side by side, constant.
+            fused_BCHW: M, constant.
+        """
         terms = [fused_BCHW.new_zeros(())]
-        for i in range(1, len(maps) - 1):
-            before_BCHW = maps[i - 1][-1].detach()
-            diversity = diversity_distance(maps[i][-1], before_BCHW)
-            terms.append(self.diversity_weight * (diversity + self._decoded(i, maps[i], shift_maps(before_BCHW))))
-        leader = maps[-1]
-        distance = attention_distance(leader[-1], fused_BCHW)
-        distance = distance + attention_distance(self.leader_mixer(leader[-1]), students_BCHW)
-        terms.append(self.fusion_weight * (distance + self._decoded(len(maps) - 1, leader, fused_BCHW)))
+        for i in range(1, len(last) - 1):
+            before_BCHW = last[i - 1].detach()
+            diversity = diversity_distance(last[i], before_BCHW)
+            decoded = self._decode(i - 1, attention[i - 1], shift_maps(before_BCHW))
+            terms.append(self.diversity_weight * (diversity + decoded))
+        distance = attention_distance(last[-1], fused_BCHW)
+        distance = distance + attention_distance(self.leader_mixer(last[-1]), students_BCHW)
+        terms.append(self.fusion_weight * (distance + self._decode(-1, attention[-1], fused_BCHW)))
         return torch.stack(terms)
 
-    def _decoded(self, member: int, maps: list[Tensor], x_BCHW: Tensor) -> Tensor:
-        """Return SD(x): the distance of a member's earlier maps from what its decoder makes of x."""
-        decoder = self.decoders[member - 1]
+    def _decode(self, number: int, attention: list[Tensor], x_BCHW: Tensor) -> Tensor:
+        """Return SD(x): the distance of a member's earlier maps from what its decoder, of this number, makes of x."""
+        decoder = self.decoders[number]
         with torch.no_grad(), eval_mode(decoder):
-            decoded = decoder(x_BCHW)
-        pairs = zip(reversed(maps[:-1]), decoded, strict=True)
-        return torch.stack([attention_distance(own, made) for own, made in pairs]).sum()
+            targets = [attention_map(made) for made in decoder(x_BCHW)]
+        pairs = zip(reversed(attention), targets, strict=True)
+        return torch.stack([normalized_distance(own, target) for own, target in pairs]).sum()
 
-    def _train_decoders(self, maps: list[list[Tensor]], weight: float) -> None:
+    def _train_decoders(self, maps: list[list[Tensor]], attention: list[list[Tensor]], weight: float) -> None:
         """Compute the gradients of the decoders' losses, for the step of their Adam after that of the run."""
         parameters = list(self.decoders.parameters())
         leaves = [parameter.detach().requires_grad_() for parameter in parameters]
         by_parameter = dict(zip(map(id, parameters), leaves))
         losses = []
-        for decoder, own in zip(self.decoders, maps, strict=True):
+        for decoder, own, own_attention in zip(self.decoders, maps, attention, strict=True):
             named = {name: by_parameter[id(parameter)] for name, parameter in decoder.named_parameters()}
-            for made, target in zip(functional_call(decoder, named, (own[-1].detach(),)), reversed(own[:-1])):
-                target = target.detach()
-                losses.append(normalized_distance(made, target) + attention_distance(made, target))
+            decoded = functional_call(decoder, named, (own[-1].detach(),))
+            for made, target, its_attention in zip(decoded, reversed(own[:-1]), reversed(own_attention), strict=True):
+                losses.append(normalized_distance(made, target.detach()))
+                losses.append(normalized_distance(attention_map(made), its_attention.detach()))
         gradients = torch.autograd.grad(weight * self.decoder_weight * torch.stack(losses).sum(), leaves)
         for number, gradient in enumerate(gradients):
             self.get_buffer(f"gradient_{number}").copy_(gradient)
