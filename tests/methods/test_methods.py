@@ -103,7 +103,16 @@ def test_a_method_takes_the_options_of_its_config(name):
     """All of them, in their order and with their defaults, but those of a trained teacher; the shared ones last."""
     of_teacher = {field.name for field in dataclasses.fields(TeacherConfig)}
     options = {f.name: f.default for f in dataclasses.fields(METHODS[name]) if f.name not in of_teacher}
-    of_peers = {"num_peers", "feature_dim", "feature_dims", "exit_dims", "map_shapes", "trunk_dim", "num_classes", "seed"}
+    of_peers = {
+        "num_peers",
+        "feature_dim",
+        "feature_dims",
+        "exit_dims",
+        "map_shapes",
+        "trunk_dim",
+        "num_classes",
+        "seed",
+    }
     arguments = inspect.signature(CLASSES[name]).parameters.values()
     assert {a.name: a.default for a in arguments if a.name not in of_peers} == options
     shared = {field.name for field in dataclasses.fields(DivergenceConfig)}
