@@ -313,7 +313,8 @@ def codistillation_disjoint(z, stale, y, *, temperature, weight):
 def attention(maps: Tensor) -> list[Tensor]:
     """A of one sample: the mean over channels of squares, position by position."""
     channels, height, width = maps.shape
-    return [sum(maps[c, y, x] ** 2 for c in range(channels)) / channels for y in range(height) for x in range(width)]
+    places = [(y, x) for y in range(height) for x in range(width)]
+    return [sum((maps[c, y, x] ** 2 for c in range(channels)), ZERO) / channels for y, x in places]
 
 
 def unit_and_norm(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
@@ -325,7 +326,7 @@ def unit_and_norm(values: list[Tensor]) -> tuple[list[Tensor], Tensor]:
 def rows_distance(a: list[list[Tensor]], b: list[list[Tensor]]) -> Tensor:
     """d: mean over samples and numbers of squared differences of normalized numbers."""
     pairs = [(unit_and_norm(u)[0], unit_and_norm(v)[0]) for u, v in zip(a, b)]
-    return sum((sum((s - t) ** 2 for s, t in zip(u, v)) / len(u) for u, v in pairs), ZERO) / len(a)
+    return sum((sum(((s - t) ** 2 for s, t in zip(u, v)), ZERO) / len(u) for u, v in pairs), ZERO) / len(a)
 
 
 def maps_distance(x: Tensor, y: Tensor, *, of_attention: bool = True) -> Tensor:
