@@ -20,8 +20,8 @@ RESIZE = {
 IMAGE = """import numpy as np
 {imports}from PIL import Image, ImageOps
 
-image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB"){gray}
-{resize}pixels = np.array(image).reshape(1, {size}, {size}, {channels}).transpose(0, 3, 1, 2)
+image = ImageOps.exif_transpose(Image.open("photo.jpg")).convert("RGB")
+{resize}pixels = np.array(image{gray}).reshape(1, {size}, {size}, {channels}).transpose(0, 3, 1, 2)
 """
 NORMALIZED = """mean, std = (np.array(about[name], np.float32).reshape(-1, 1, 1) for name in ("mean", "std"))
 inputs = (pixels / np.float32(255) - mean) / std
