@@ -7,7 +7,7 @@ import codistill as cd
 from codistill.config import PCLConfig
 
 config = cd.Config(
-    method=PCLConfig(ema_decay=0.9),  # 0.999 is the paper's, for its tens of thousands of steps
+    method=PCLConfig(ema_decay=0.9),  # 0.999 is the paper's, for over a hundred thousand steps
     model="resnet8",
     data="digits",
     peers=3,
