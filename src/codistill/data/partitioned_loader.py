@@ -26,7 +26,7 @@ def divide_images(labels: np.ndarray, num_parts: int, seed: int) -> list[np.ndar
         seed: Of the shuffle.
 
     >>> [part.tolist() for part in divide_images(np.array([0, 0, 1, 1, 1]), 2, seed=0)]
-    [[0, 4], [1, 2]]
+    [[0, 4], [2, 3]]
     """
     shuffled = np.random.default_rng((seed, 8_009)).permutation(len(labels))
     shuffled = shuffled[: len(labels) - len(labels) % num_parts]
