@@ -34,8 +34,8 @@ def find_maps(body: nn.Module, example: Inputs, count: int) -> dict[str, MapShap
     Raises:
         InputError: the network gives maps of fewer sizes, or its last ones are single pixels.
 
-    >>> from codistill.models import build_model
-    >>> find_maps(build_model("resnet8", num_classes=10), torch.zeros(1, 3, 32, 32), 2)
+    >>> from codistill.models import MODELS
+    >>> find_maps(MODELS["resnet8"](num_classes=10), torch.zeros(1, 3, 32, 32), 2)
     {'layer2': (32, 16, 16), 'layer3': (64, 8, 8)}
     """
     name = type(body).__name__
