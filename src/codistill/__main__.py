@@ -1,8 +1,6 @@
 """`python -m codistill`, and what `torchrun -m codistill` starts."""
 
-import sys
-
-from codistill.cli.main import main
+from codistill.cli.main import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -1,6 +1,8 @@
 """Output that cannot be written, and the terminal after a run."""
 
 import io
+import os
+import signal
 import subprocess
 import sys
 
@@ -33,6 +35,22 @@ def test_a_stream_that_cannot_be_written_ends_nothing():
     assert missing.write("x") == 1
     assert not missing.isatty()
     assert missing.failure is None
+
+
+def test_signals_after_the_last_sentence_do_not_change_the_code(monkeypatch):
+    """An impatient user presses Ctrl-C again while the interpreter ends."""
+    module = sys.modules["codistill.cli.main"]
+    monkeypatch.setattr(module, "main", lambda: 75)
+    before = {name: signal.getsignal(getattr(signal, name)) for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP")}
+    try:
+        with pytest.raises(SystemExit) as ended:
+            module.run()
+        for name in before:
+            os.kill(os.getpid(), getattr(signal, name))
+        assert ended.value.code == 75
+    finally:
+        for name, handler in before.items():
+            signal.signal(getattr(signal, name), handler)
 
 
 def test_a_reader_that_goes_away_and_a_full_disk():

@@ -19,7 +19,7 @@ from codistill.config.config import CompareConfig, Config, ReproduceConfig
 from codistill.config.methods import OKDDipConfig
 from codistill.reproduce.command_line import format_command
 from codistill.reproduce.comparison import add_earlier_rows, plan_comparison, write_comparison
-from codistill.reproduce.grid import Cell, run_grid
+from codistill.reproduce.grid import Cell, GridStopped, run_grid
 from codistill.reproduce.plan import make_plan
 from codistill.reproduce.published_tables import load_published_tables
 from codistill.reproduce.recipes import TABLES
@@ -28,7 +28,7 @@ from codistill.reproduce.statistics import comparison_rows
 from codistill.reproduce.table_figures import make_figures
 from codistill.reproduce.table_folder import write_table
 from codistill.reproduce.table_rows import make_table_rows, summarize_table
-from codistill.utils.errors import InputError
+from codistill.utils.errors import InputError, StoppedEarly
 from codistill.utils.files import write_json
 from codistill.utils.tables import comma_separated, latex, markdown
 from helpers.common import read_json
@@ -454,6 +454,29 @@ def test_a_grid_in_the_place_of_a_file_is_an_input_error(tmp_path):
     for out in (tmp_path / "file", tmp_path / "file" / "grid"):
         with pytest.raises(InputError, match=rf"--out {out} cannot be a folder .*name another one"):
             run_grid([Cell("a", Config("independent", peers=1, **TINY))], [0], out)
+
+
+@pytest.mark.parametrize("begun", [False, True])
+def test_a_grid_that_is_stopped_says_whether_there_is_anything_to_keep(tmp_path, begun):
+    class Stopping:
+        def has_capacity(self):
+            return True
+
+        def start(self, config):
+            if begun:
+                Path(config.out).mkdir(parents=True)
+            os.kill(os.getpid(), signal.SIGTERM)
+
+        def poll(self, handle):
+            return None
+
+        def close(self):
+            pass
+
+    cells = [Cell("a", Config("independent", peers=1, **TINY))]
+    with pytest.raises(GridStopped if begun else StoppedEarly, match="SIGTERM"):
+        run_grid(cells, [0], tmp_path / "grid", executor=Stopping())
+    assert (tmp_path / "grid").exists() is begun
 
 
 def test_two_rows_that_share_a_folder_are_an_input_error(tmp_path):

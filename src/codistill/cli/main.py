@@ -7,11 +7,12 @@ written where there was something to keep; 130 interrupted.
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import takewhile
 
 from codistill.cli.options import COMMANDS, parse
@@ -44,6 +45,16 @@ Every command takes --allow-import: run code (package.module:callable) that only
 
 Begin with:  codistill train okddip --model resnet8 --data digits --epochs 60 --batch-size 64
 """
+
+
+def run() -> None:
+    """Run the command of this process and end it; signals that come too late change neither its words nor its code."""
+    code = main()
+    with suppress(ValueError):  # in a thread
+        for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
+            if hasattr(signal, name):
+                signal.signal(getattr(signal, name), signal.SIG_IGN)
+    sys.exit(code)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -14,13 +14,14 @@ import dataclasses
 import re
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
 from codistill.config import Config, TeacherConfig, slug
 from codistill.reproduce.run_result import RunOutcome, read_outcome
-from codistill.utils import InputError, Stopped, catch_signals, write_json
+from codistill.utils import InputError, Stopped, StoppedEarly, catch_signals, write_json
 
 PROGRESS_SECONDS = 0.5
 """Seconds between two looks at how far the runs are."""
@@ -134,6 +135,7 @@ def run_grid(
     Raises:
         InputError: a config cannot be used; nothing has been trained then.
         GridStopped: a signal stopped the grid.
+        StoppedEarly: the same, before any of its runs had begun.
     """
     jobs = _make_jobs(cells, seeds, folder)
     total = sum(job.config.epochs for job in jobs)
@@ -141,6 +143,23 @@ def run_grid(
         from codistill.reproduce.workers import Processes
 
         executor = Processes(workers, len(jobs))
+    try:
+        _run_jobs(jobs, executor, on_progress, total)
+    except GridStopped as stopped:
+        if any(Path(str(job.config.out)).is_dir() for job in jobs):
+            raise
+        with suppress(OSError):  # files of the grid are in it
+            folder.rmdir()
+        raise StoppedEarly(str(stopped)) from None
+    _write_failures(cells, folder)
+
+
+def _run_jobs(jobs: list[Job], executor: Executor, on_progress: Callable[[int, int], None] | None, total: int) -> None:
+    """Run all jobs to their end, and close the executor.
+
+    Raises:
+        GridStopped: a signal stopped the grid.
+    """
     counter, shown_at = _EpochCounter(), -PROGRESS_SECONDS
     with catch_signals() as caught:
         try:
@@ -158,7 +177,6 @@ def run_grid(
                 on_progress(sum(counter.count(job.config) for job in jobs), total)
         finally:
             executor.close()
-    _write_failures(cells, folder)
 
 
 def _make_jobs(cells: list[Cell], seeds: Sequence[int], folder: Path) -> list[Job]:
