@@ -119,6 +119,25 @@ def test_workers_use_the_import_policy_of_their_command(kind, run, spy, tmp_path
         pool.close()
 
 
+@pytest.mark.slow
+def test_a_file_called_like_a_module_of_python_is_not_imported_by_workers(tmp_path, monkeypatch):
+    """A new Python looks into the working folder first, which may be a downloaded one."""
+    for name in ("multiprocessing", "signal", "pickle", "torch"):
+        (tmp_path / f"{name}.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\n")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("PYTHONSAFEPATH", raising=False)
+    pool = Processes(1, 1)
+    try:
+        handle = pool.start(small(tmp_path / "grid" / "run", model="resnet8", epochs=1))
+        while (answer := pool.poll(handle)) is None:
+            time.sleep(0.05)
+    finally:
+        pool.close()
+    assert answer[1] is None
+    assert "PYTHONSAFEPATH" not in os.environ
+    assert not (tmp_path / "ran").exists()
+
+
 def test_which_names_are_code():
     assert [n for n in ("resnet8", "timm:a", "torchvision:a,x=1", "hf:a", "os:system") if is_user_code(n)] == [
         "os:system"

@@ -35,7 +35,15 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler, get_worker_info
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from codistill.utils import DecodingError, InputError, SignalReceived, first_line, pending_signal
+from codistill.utils import (
+    DecodingError,
+    InputError,
+    SignalReceived,
+    first_line,
+    leave_safe_import_path,
+    pending_signal,
+    safe_import_path,
+)
 
 SampleRef = tuple[int, int, int]
 """Epoch, position in it, and index of the sample at that position."""
@@ -130,6 +138,7 @@ def _prepare_worker(folders: tuple[str, ...], trainer: int, _worker: int) -> Non
     """Ignore signals in a worker: they reach the whole process group, and the main process still needs its batches."""
     global _folders
     _folders = folders
+    leave_safe_import_path()
     Finalize(None, _remove_folders, (folders, trainer), exitpriority=0)
     for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGHUP"):
         if hasattr(signal, name):
@@ -244,7 +253,7 @@ def _read(batch: tuple[Any, ...]) -> tuple[Any, ...]:
 def _begin(loader: DataLoader) -> Iterator[Any]:
     """Start the workers, or a further epoch of them."""
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), safe_import_path():
             warnings.filterwarnings("ignore", "Got pickle error")
             return iter(loader)
     except (RuntimeError, OSError, *NO_PICKLE) as error:

@@ -28,7 +28,9 @@ from codistill.utils import (
     explain_failure,
     first_line,
     ignore_interrupt,
+    leave_safe_import_path,
     lock,
+    safe_import_path,
     use_policy,
 )
 
@@ -44,6 +46,7 @@ def train_job(config: Config, policy: ImportPolicy | None = None) -> RunOutcome:
         policy: The user code that the starting command may import; default this process's policy.
     """
     assert config.out is not None
+    leave_safe_import_path()
     try:
         with use_policy(policy or current_policy()), lock(Path(f"{config.out}.lock"), wait=True):
             outcome = read_outcome(config)  # another process may have trained it while this one waited
@@ -111,7 +114,7 @@ class _Worker:
         context = multiprocessing.get_context("spawn")
         self.pipe, child_pipe = context.Pipe()
         self.process = context.Process(target=_worker_main, args=(child_pipe, gpu, os.getpid()))
-        with ignore_interrupt():  # Ctrl-C reaches the workers too, and only the parent ends them
+        with ignore_interrupt(), safe_import_path():  # Ctrl-C reaches the workers too, and only the parent ends them
             self.process.start()
         child_pipe.close()
         self.busy = self.gpu_lost = False
@@ -233,7 +236,8 @@ class Submitit:
 
     def start(self, config: Config) -> Any:
         """Submit the run and return its job."""
-        job = self.executor.submit(train_job, config, current_policy())
+        with safe_import_path():
+            job = self.executor.submit(train_job, config, current_policy())
         self.jobs.append(job)
         return job
 

@@ -25,6 +25,8 @@ if TYPE_CHECKING:
     from codistill.utils.device import reset_peak_memory as reset_peak_memory
     from codistill.utils.device import synchronize as synchronize
     from codistill.utils.environ import environment_number as environment_number
+    from codistill.utils.environ import leave_safe_import_path as leave_safe_import_path
+    from codistill.utils.environ import safe_import_path as safe_import_path
     from codistill.utils.errors import DecodingError as DecodingError
     from codistill.utils.errors import InputError as InputError
     from codistill.utils.errors import MachineError as MachineError
@@ -83,7 +85,7 @@ __getattr__, __dir__ = lazy_names(
         "device": (
             "DTYPES accumulation_dtype allocated_bytes peak_megabytes pick_device reset_peak_memory synchronize"
         ),
-        "environ": "environment_number",
+        "environ": "environment_number leave_safe_import_path safe_import_path",
         "errors": (
             "DecodingError InputError MachineError OtherRankFailedError Stopped StoppedEarly UnreadableError "
             "describe_unexpected explain_failure first_line on_one_line out_of_memory suggest"
