@@ -29,8 +29,8 @@ LEGEND = (
     "top-1: the deployed member, mean ± deviation; vs equal cost: against the independent member with the same initial "
     "weights, among as many members, paired over seeds, ± 95 % t-interval, n.s. = not significant (Holm's correction "
     "over the table); passes: forwards and backwards of one plain network that a training step costs, so that unequal "
-    "FLOPs show; ensemble and diversity: of all members, okddip's without its leader; ECE: expected calibration error, "
-    "15 bins; diversity: mean L2 distance of softmaxes."
+    "FLOPs show; ensemble and diversity: of all members, of okddip and ffsd without the leader; ECE: expected "
+    "calibration error, 15 bins; diversity: mean L2 distance of softmaxes."
 )
 
 
