@@ -35,6 +35,8 @@ def sigmoid_ramp(epoch: float, length: float) -> float:
 def cross_entropy(logits: Tensor, targets_B: Tensor) -> Tensor:
     """Return the cross-entropy of every leading index: logits `... x B x C`, targets `B` or `B x C` -> `...`.
 
+    Where each leading index has its own samples, the targets have it too: `... x B` or `... x B x C`.
+
     >>> cross_entropy(torch.zeros(3, 5, 10), torch.arange(5))
     tensor([2.3026, 2.3026, 2.3026])
     """

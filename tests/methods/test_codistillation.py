@@ -141,6 +141,15 @@ def test_disjoint_training_needs_targets_of_every_member():
         method(outputs, torch.zeros(2, 4, dtype=torch.int64))
 
 
+def test_disjoint_divergences_read_the_labels_of_every_member():
+    z, _, _ = random_peers(2, batch=3, classes=5)
+    y_PB, others = torch.randint(5, (2, 3)), torch.randn(1, *z.shape).double()
+    method = Codistillation(2, divergence="dkd", partition="disjoint")
+    ours = method(PeerOutputs(z, [], others_logits_QPBC=others), y_PB)["distill_P"]
+    for i in range(2):
+        close(ours[i], method.divergence(z[i].detach(), others[0, i].log_softmax(-1), y_PB[i]))
+
+
 def test_another_divergence_takes_the_place_of_the_cross_entropy():
     z, h, y = random_peers(2)
     stale = z.detach().roll(1, 1)
