@@ -176,7 +176,7 @@ def contrib_overheads() -> list[dict[str, str]]:
     for name in (n for n in METHODS if n not in SEED_METHODS):
         topology = METHODS[name].topologies[0]
         model = ("timm:resnet10t,drop_path_rate=0.1",) if topology == "twins" else ("resnet32",)
-        peers = max(min(2, METHODS[name].max_peers or 2), METHODS[name].min_peers)
+        peers = max(min(2, METHODS[name].max_peers or 2), METHODS[name].default_peers)
         options = {"data": "random", "peers": peers, "execution": "loop", "protocol": "paper", "device": "cpu"}
         run = build_run(Config(method_config(name), model, **options).resolved(), data=data)
         run.progress.sums = zero_sums(run)

@@ -45,6 +45,7 @@ OPTIONS = {
     "okdph-authors": ("okdph", {"variant": "authors", "interval": 1}),
     "okdph-dirichlet": ("okdph", {"shares": "dirichlet", "label_weight": 0.5}),
     "ffsd-logits": ("ffsd", {"feature_terms": False}),
+    "ffsd-ffl": ("ffsd", {"feature_terms": False, "leader": False}),
     "independent-rescaled": ("independent", {"rescale": True}),
 }
 

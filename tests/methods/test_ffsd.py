@@ -149,6 +149,27 @@ def test_without_feature_terms_maps_count_for_the_fused_classifier_alone():
     assert all(g is None for g in torch.autograd.grad(terms["loss"], [m[0] for m in last], allow_unused=True))
 
 
+@pytest.mark.parametrize("num_peers", [2, 3])
+def test_without_a_leader_all_learn_from_the_fused_classifier(num_peers):
+    z, maps, y = random_maps(num_peers)
+    last = [[own[-1]] for own in maps]
+    options = {"feature_terms": False, "leader": False, "temperature": 3.0, "weight": 0.5}
+    method = FFSD(num_peers, [SHAPES[-1:]] * num_peers, 5, **options).double()
+    twin = copy.deepcopy(method)
+    loss = method(PeerOutputs(z, [], maps=last), y, weight=0.4)["loss"]
+    _, u = twin.fusion(torch.cat([own[-1] for own in last], 1))
+    naive = oracles.ce(u, y) + 0.2 * oracles.kl(u, z.mean(0).detach(), 3.0)
+    for own in z:
+        naive = naive + oracles.ce(own, y) + 0.2 * oracles.kl(own, u.detach(), 3.0)
+    close(loss, naive)
+    inputs = [z, *(m for own in last for m in own)]  # the fused classifier trains the students' maps too
+    ours = torch.autograd.grad(loss, [*inputs, *method.parameters()])
+    for one, other in zip(ours, torch.autograd.grad(naive, [*inputs, *twin.parameters()]), strict=True):
+        close(one, other)
+    assert (method.deployed, method.group) == (0, tuple(range(num_peers)))
+    assert [method.weight_at(e) for e in (0, 40, 80)] == pytest.approx([np.exp(-5), np.exp(-1.25), 1])
+
+
 @pytest.mark.parametrize(
     ("name", "size", "paths"),
     [
@@ -194,9 +215,11 @@ def test_networks_without_suitable_maps_are_refused():
         ({"mesh": "data=3"}, "drop --mesh"),
         ({"checkpoint_activations": True}, "ffsd keeps its maps; drop one of the two"),
         ({"topology": "branches"}, "ffsd"),
+        ({"peers": 2}, "--peers is 2; ffsd needs at least 3: two students and the leader"),
+        ({"method": FFSDConfig(leader=False)}, "add --method.no-feature-terms"),
     ):
         with pytest.raises(InputError, match=sentence):
-            tiny(method="ffsd", **words).resolved()
+            tiny(**{"method": "ffsd"} | words).resolved()
     for words, sentence in (
         ({"accumulate": 2}, "--accumulate: ffsd needs the full batch"),
         ({"sam_rho": 0.05}, "--sam-rho: ffsd keeps what it computes of a batch"),

@@ -87,7 +87,7 @@ def make_training(kind, name, topology, **options):
     for key, value in options.items():
         setattr(config, key, value)
     config = config.resolved(10)
-    peers = make_peers(kind, topology, config.max_peers or (3 if name in ("okddip", "pcl") else 2))
+    peers = make_peers(kind, topology, config.max_peers or (3 if name in ("okddip", "pcl", "ffsd") else 2))
     torch.manual_seed(1)
     teacher = NETWORKS[kind]() if name == "kd" else None
     return PeerTraining(peers, build_method(config, peers), teacher, steps_per_epoch=2)

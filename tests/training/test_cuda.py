@@ -56,7 +56,7 @@ VARIANTS = {
         *({"interval": 2}, {"interval": 1, "interval_unit": "epochs", "burn_in_epochs": 1.0}),
         {"interval": 2, "burn_in_epochs": 0.0, "partition": "disjoint"},
     ],
-    "ffsd": [{}, {"feature_terms": False}],
+    "ffsd": [{}, {"feature_terms": False}, {"feature_terms": False, "leader": False}],
     "switokd": [{}, {"students": 2}],
     "mcl": [{}, {"logit_weight": 1.0}],
     "dlb": [{}],

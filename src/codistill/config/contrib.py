@@ -213,14 +213,15 @@ class FFSDConfig(DivergenceConfig):
 
     name: ClassVar[str] = "ffsd"
     default_peers: ClassVar[int] = 3
-    min_peers: ClassVar[int] = 3
-    min_peers_note: ClassVar[str] = ": two students and the leader"
+    min_peers: ClassVar[int] = 2
     topologies: ClassVar[tuple[Topology, ...]] = ("networks",)
 
     feature_terms: bool = True
     """Compare maps too; without, the students learn from each other, and the leader from the fused classifier alone."""
+    leader: bool = True
+    """Train a leader, the last network; without (FFL), the students themselves learn from the fused classifier."""
     temperature: Annotated[float, ABOVE_0] = 2.0
-    """T, with the gradient scaled by T^2; 2 in the authors' code."""
+    """T, with the gradient scaled by T^2; 2 in the authors' code, 3 in that of FFL."""
     weight: Annotated[float, AT_LEAST_0] = 1.0
     """Weight of the distillation terms on logits; 1 in the authors' code."""
     diversity_weight: Annotated[float, AT_LEAST_0] = 1e-5
@@ -230,13 +231,32 @@ class FFSDConfig(DivergenceConfig):
     decoder_weight: Annotated[float, AT_LEAST_0] = 1000.0
     """Weight of the decoders' loss; 1000 in the authors' code. Their Adam all but undoes it."""
     decoder_lr: Annotated[float, ABOVE_0] = 1e-3
-    """Learning rate of the decoders' Adam (a guess: our sources do not state it)."""
+    """Learning rate of the decoders' Adam; torch's default in the authors' code."""
     ramp_epochs: Annotated[float | None, AT_LEAST_0] = None
-    """Epochs over which the weights of the terms on maps grow; default 5 of 300, scaled to the run's length."""
+    """Epochs over which the terms on maps (FFL: on logits) grow; default 5 (FFL: 80) of 300, scaled to the run."""
+
+    def check(self, options: Options) -> None:
+        """Refuse a leader without two students, and terms on maps without a leader."""
+        super().check(options)
+        self.check_form(options.peers or self.default_peers)
+
+    def check_form(self, num_peers: int) -> None:
+        """Check the leader against the terms on maps and the number of networks.
+
+        Raises:
+            InputError: they contradict each other.
+        """
+        if self.leader and num_peers < 3:
+            raise InputError(
+                f"--peers is {num_peers}; ffsd needs at least 3: two students and the leader; or give "
+                "--method.no-leader --method.no-feature-terms"
+            )
+        if self.feature_terms and not self.leader:
+            raise InputError("--method.no-leader has no terms on maps; add --method.no-feature-terms")
 
     def default_ramp(self, epochs: int) -> float:
-        """Return the default length of the ramp of the terms on maps: 5 of 300 epochs, scaled to the run."""
-        return epochs * 5 / 300
+        """Return the default length of the ramp: 5 of 300 epochs (FFL's 80), scaled to the run."""
+        return epochs * 5 / 300 if self.leader else super().default_ramp(epochs)
 
     def num_maps(self) -> int:
         """Return the sizes of maps that the networks give: of the last three stages, or the last alone."""

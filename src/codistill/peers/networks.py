@@ -43,8 +43,7 @@ class NetworkPeers(Peers):
 
     Raises:
         InputError: one built instance is given for several peers, the heads do not agree, a network does not take the
-            images or the example, or it has no places for so many exits, or
-            not so many maps.
+            images or the example, or it has no places for so many exits, or not so many maps.
 
     >>> peers = NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8)
     >>> peers(torch.zeros(4, 3, 8, 8)).logits_PBC.shape

@@ -18,8 +18,15 @@ is turned around where it is high, and maps shifted to it. The source steps stud
 turn, each with an optimizer of its own, on targets of before the steps. As the targets are constants and no two of them
 share parameters, one step of all is the same. Decoders are trained by Adam here too, in the method; the fusion has the
 weight decay of the run, where the source has 1e-5 beside 1e-4.
-`feature_terms=False` leaves out all terms of maps but the fused classifier.
-Cost: m + 1 networks, the fusion, and with feature terms G and a decoder of each network but the first.
+`feature_terms=False` leaves out all terms of maps but the fused classifier. `leader=False` without them is FFL (Kim et
+al., ICPR 2020), m students on networks of their own, where all learn from the fused classifier, which trains them too:
+
+    M, u     = Fuse([F_1; ...; F_m])
+    student: CE(z_i, y) + w(e) KLT(z_i <- sg u)
+    fusion:  CE(u, y) + w(e) KLT(u <- sg mean_i z_i)
+
+with T = 3, e = 0, 1, ... and L = 80 of 300.
+Cost: m + 1 networks (FFL: m), the fusion, and with feature terms G and a decoder of each network but the first.
 Shapes: P peers (m + 1), B batch, C classes or channels, H height, W width.
 """
 
@@ -61,13 +68,14 @@ class FFSD(Method):
     """Students, the fusion of their maps, and a leader; see the module's docstring for the equations.
 
     Args:
-        num_peers: Students and the leader, at least 3.
+        num_peers: Students and the leader, at least 3; at least 2 without a leader.
         map_shapes: Shapes of every peer's maps (`Peers.map_shapes`), equal for all.
         num_classes: Classes C.
-        options: The fields of `FFSDConfig`; the default ramp is 5 epochs.
+        options: The fields of `FFSDConfig`; the default ramp is 5 epochs, 80 without a leader.
 
     Raises:
-        InputError: the networks' maps differ, or there are not as many as the method compares.
+        InputError: the networks' maps differ, or there are not as many as the method compares; or there are too few
+            networks, or terms on maps without a leader.
 
     >>> maps = [[torch.zeros(1, 4, 2, 2)]] * 3
     >>> outputs = PeerOutputs(torch.zeros(3, 1, 10), [], maps=maps)
@@ -84,22 +92,25 @@ class FFSD(Method):
         self, num_peers: int, map_shapes: Sequence[Sequence[MapShape]], num_classes: int, options: FFSDConfig
     ) -> None:
         super().__init__(num_peers)
+        options.check_form(num_peers)
         shapes = [list(own) for own in map_shapes]
         _check_shapes(shapes, num_peers, options.num_maps())
         self.needs = frozenset({"maps"})
-        self.deployed, self.group = num_peers - 1, tuple(range(num_peers - 1))
+        self.leader, num_students = options.leader, num_peers - options.leader
+        if self.leader:
+            self.deployed, self.group = num_peers - 1, tuple(range(num_students))
         self.temperature, self.weight, self.ramp_epochs = options.temperature, options.weight, options.ramp_length()
         self.divergence = Divergence(options, self.temperature)
         self.needs_full_batch = self.divergence.needs_full_batch
         channels = shapes[0][-1][0]
-        self.fusion = Fusion([channels] * (num_peers - 1), channels, num_classes)
+        self.fusion = Fusion([channels] * num_students, channels, num_classes)
         self.feature_terms = options.feature_terms
         if not self.feature_terms:
             return
         self.remembers_batches = True  # the decoders learn in `forward`
         self.diversity_weight, self.fusion_weight = options.diversity_weight, options.fusion_weight
         self.decoder_weight, self.decoder_lr = options.decoder_weight, options.decoder_lr
-        self.leader_mixer = Mixer(channels, channels * (num_peers - 1))
+        self.leader_mixer = Mixer(channels, channels * num_students)
         # Of every member but the first. The run's optimizer leaves them alone, as their Adam is here.
         self.decoders = nn.ModuleList(Decoder(own) for own in shapes[1:]).requires_grad_(False)
         for number, parameter in enumerate(self.decoders.parameters()):
@@ -113,8 +124,8 @@ class FFSD(Method):
         return cls(info.num_peers, info.map_shapes, info.num_classes, **dataclasses.asdict(config))
 
     def weight_at(self, epoch: float) -> float:
-        """Return the ramp's value; the source counts epochs from 1."""
-        return sigmoid_ramp(epoch + 1, self.ramp_epochs)
+        """Return the ramp's value; the source counts epochs from 1, FFL's from 0."""
+        return sigmoid_ramp(epoch + self.leader, self.ramp_epochs)
 
     def forward(self, outputs: PeerOutputs, targets_B: Tensor, weight: float = 1.0) -> Terms:
         """Return the terms; `fused_ce_B1`, the cross-entropy of the fused classifier, is for inspection.
@@ -122,18 +133,18 @@ class FFSD(Method):
         Args:
             outputs: With the maps of all members' last stages.
             targets_B: Labels `B`, or soft labels `B x C`.
-            weight: Factor of the terms on maps, `weight_at(epoch)`.
+            weight: Factor of the terms on maps, of those on logits without a leader, `weight_at(epoch)`.
         """
         self.check(outputs)
         z_PBC, last = outputs.logits_PBC, [maps[-1] for maps in outputs.maps]
-        students_BCHW = torch.cat([own.detach() for own in last[:-1]], 1)
+        students_BCHW = torch.cat([last[i].detach() if self.leader else last[i] for i in self.group], 1)
         fused_BCHW, u_BC = self.fusion(students_BCHW)
         fused_ce_B1 = cross_entropy(u_BC[:, None, None], targets_B[:, None, None])
-        log_mean_BC = soften(z_PBC[:-1].detach().mean(0), self.temperature)
-        fusion_loss = fused_ce_B1.mean() + self.weight * self.divergence(u_BC, log_mean_BC, targets_B)
-        terms = combine_terms(
-            cross_entropy(z_PBC, targets_B), self._learn(z_PBC, u_BC, targets_B), self.weight, fused_ce_B1=fused_ce_B1
-        )
+        log_mean_BC = soften(z_PBC[: len(self.group)].detach().mean(0), self.temperature)
+        logit_weight = self.weight if self.leader else self.weight * weight
+        fusion_loss = fused_ce_B1.mean() + logit_weight * self.divergence(u_BC, log_mean_BC, targets_B)
+        distill_P = self._learn(z_PBC, u_BC, targets_B)
+        terms = combine_terms(cross_entropy(z_PBC, targets_B), distill_P, logit_weight, fused_ce_B1=fused_ce_B1)
         if self.feature_terms:
             # Of the earlier stages' maps, but the first member's: both its own and its decoder's loss read them.
             attention = [[attention_map(x) for x in own[:-1]] for own in outputs.maps[1:]]
@@ -144,10 +155,13 @@ class FFSD(Method):
         return terms | {"loss": terms["loss_P"].sum() + fusion_loss}
 
     def _learn(self, z_PBC: Tensor, u_BC: Tensor, targets_B: Tensor) -> Tensor:
-        """Return what the students learn from each other, and the leader from the fused classifier, `P`."""
+        """Return what students learn from each other and the leader from the fused classifier (or all from it), `P`."""
+        log_u_BC = soften(u_BC.detach(), self.temperature)
+        if not self.leader:
+            return self.divergence(z_PBC, log_u_BC, targets_B)
         students_MBC = z_PBC[:-1]
         from_others_M = self.divergence.pairwise(students_MBC, students_MBC.detach(), targets_B)
-        leader = self.divergence(z_PBC[-1], soften(u_BC.detach(), self.temperature), targets_B)
+        leader = self.divergence(z_PBC[-1], log_u_BC, targets_B)
         return torch.cat((from_others_M / (len(students_MBC) - 1), leader.reshape(1)))
 
     def _compare_maps(
