@@ -96,6 +96,8 @@ GRID_COMMANDS = (
     "export {grid}/one-plain-network/seed0 --out student.safetensors",
 )
 TABLE_COMMANDS = ("report {table} -o out.html", "reproduce okddip_table2 --scale smoke --seeds 1 --out {table}")
+READING = ("report", "predict", "evaluate", "export")
+"""Commands that leave every file of a run as it is."""
 RUN_FILES = st.one_of(
     st.tuples(st.just("run"), st.sampled_from(RUN), st.sampled_from(RUN_COMMANDS), CHANGES),
     st.tuples(st.just("grid"), st.sampled_from(GRID), st.sampled_from(GRID_COMMANDS), CHANGES),
@@ -184,6 +186,12 @@ def run_command_line(words: list[str]) -> tuple[int, str]:
     return done.returncode, done.stdout + done.stderr
 
 
+def contents(folder: Path, changed: Path) -> dict[str, bytes]:
+    """Return the files of a folder but the one that was changed."""
+    files = (file for file in folder.rglob("*") if file.is_file() and file != changed)
+    return {str(file.relative_to(folder)): file.read_bytes() for file in files}
+
+
 def try_run_files(case: tuple[str, str, str, tuple[str, list[int], Any]], originals: Path, run: Any = run_here) -> None:
     """Change one file of a run or grid, and run a command that reads it; no other file of it may get lost."""
     folder, name, words, (kind, path, new) = case
@@ -192,6 +200,7 @@ def try_run_files(case: tuple[str, str, str, tuple[str, list[int], Any]], origin
         shutil.copytree(originals / folder, names[folder])
         shutil.copy(originals / "image.png", place)
         change_file(names[folder] / name, kind, path, new)
+        kept = contents(names[folder], names[folder] / name)
         before = Path.cwd()
         os.chdir(place)
         try:
@@ -204,6 +213,9 @@ def try_run_files(case: tuple[str, str, str, tuple[str, list[int], Any]], origin
         assert code in (0, 1, 2), code
         if code == 2 and words.startswith("export"):
             assert not [*Path(place).glob("student*")], "a refused export left files"
+        now = contents(names[folder], names[folder] / name)
+        lost = [file for file in kept if file not in now or (words.startswith(READING) and now[file] != kept[file])]
+        assert not lost, f"lost or changed: {lost}; exit code {code}; {said[-500:]}"
 
 
 class NoTraining:

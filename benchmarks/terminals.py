@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pty
 import re
+import select
 import signal
 import time
 from collections.abc import Sequence
@@ -48,6 +49,8 @@ def run_in_terminal(words: Sequence[str], sent: int | None, codes: Sequence[int]
         if sent is not None and not asked and any((place / "r").rglob("last.pt")):
             os.kill(pid, sent)
             asked = True
+        if not select.select([terminal], [], [], 0.2)[0]:
+            continue
         try:
             said += os.read(terminal, 65_536)
         except OSError:  # the other side is closed
