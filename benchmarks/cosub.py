@@ -2,7 +2,7 @@
 
     OMP_NUM_THREADS=1 python benchmarks/cosub.py --data digits --out runs/cosub-digits
 
-100 labeled images (10 per class), timm's test_resnet (drop path 0.1), 60 epochs, batch 25, SGD. The learning rate of every
+100 labeled images (10 per class), timm's test_resnet (drop path 0.1), 60 epochs, batch 25, SGD. The learning rate of a
 row is the one of its `RATES` with the best validation accuracy over seeds 0 to 2; the table has seeds 200 to 209, last
 epoch, test set. cosub costs two passes of the network per step, so a row trains the plain network for twice the epochs;
 `without exchange` is cosub with weight 0: two draws that learn from labels alone.
