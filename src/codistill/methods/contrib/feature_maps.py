@@ -37,9 +37,26 @@ def normalized_distance(x: Tensor, y: Tensor) -> Tensor:
     tensor(1.)
     """
     axes = tuple(range(1, x.dim()))
-    x_B, y_B = torch.linalg.vector_norm(x, dim=axes), torch.linalg.vector_norm(y, dim=axes)
-    cosine_B = (x * y).sum(axes) / (x_B.clamp_min(EPS) * y_B.clamp_min(EPS))
-    squares_B = (x_B > 0).to(x.dtype) + (y_B > 0).to(x.dtype)
+    return _distance_of(x, y, *(torch.linalg.vector_norm(maps, dim=axes) for maps in (x, y)))
+
+
+def distance_with_attention(x_BCHW: Tensor, y_BCHW: Tensor, x_BN: Tensor, y_BN: Tensor) -> Tensor:
+    """Return d(x, y) + d(A(x), A(y)) of maps and their attention, which holds the norm of the maps already.
+
+    >>> x, y = torch.randn(2, 3, 8, 4, 4)
+    >>> both = distance_with_attention(x, y, attention_map(x), attention_map(y))
+    >>> torch.allclose(both, normalized_distance(x, y) + attention_distance(x, y), atol=1e-6)
+    True
+    """
+    channels = x_BCHW.shape[1]
+    norms = [(channels * attention.sum(1)).clamp_min(EPS**2).sqrt() for attention in (x_BN, y_BN)]
+    return _distance_of(x_BCHW, y_BCHW, *norms) + normalized_distance(x_BN, y_BN)
+
+
+def _distance_of(x: Tensor, y: Tensor, x_B: Tensor, y_B: Tensor) -> Tensor:
+    """Return d(x, y) of tensors whose samples have the norms x_B and y_B."""
+    cosine_B = (x * y).sum(tuple(range(1, x.dim()))) / (x_B.clamp_min(EPS) * y_B.clamp_min(EPS))
+    squares_B = (x_B > EPS).to(x.dtype) + (y_B > EPS).to(x.dtype)
     return (squares_B - 2 * cosine_B).mean() / x[0].numel()
 
 

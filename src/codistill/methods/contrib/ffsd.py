@@ -51,6 +51,7 @@ from codistill.methods.contrib.feature_maps import (
     Mixer,
     attention_distance,
     attention_map,
+    distance_with_attention,
     diversity_distance,
     normalized_distance,
     shift_maps,
@@ -204,8 +205,8 @@ class FFSD(Method):
             named = {name: by_parameter[id(parameter)] for name, parameter in decoder.named_parameters()}
             decoded = functional_call(decoder, named, (own[-1].detach(),))
             for made, target, its_attention in zip(decoded, reversed(own[:-1]), reversed(own_attention), strict=True):
-                losses.append(normalized_distance(made, target.detach()))
-                losses.append(normalized_distance(attention_map(made), its_attention.detach()))
+                constants = target.detach(), its_attention.detach()
+                losses.append(distance_with_attention(made, constants[0], attention_map(made), constants[1]))
         gradients = torch.autograd.grad(weight * self.decoder_weight * torch.stack(losses).sum(), leaves)
         for number, gradient in enumerate(gradients):
             self.get_buffer(f"gradient_{number}").copy_(gradient)
