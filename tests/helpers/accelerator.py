@@ -111,7 +111,8 @@ class Simulated(TorchDispatchMode):
         if name in ("_to_copy", "copy_"):
             from_there = isinstance(args[1 if name == "copy_" else 0], OnDevice)
             to_there = isinstance(args[0], OnDevice) if name == "copy_" else there
-            self.waits[name] += from_there != to_there
+            sent = to_there and not from_there and kwargs.get("non_blocking", args[2:3] == (True,))
+            self.waits[name] += from_there != to_there and not sent  # the host goes on where `non_blocking`
         elif ours:
             self._check(name, tensors)
             self.waits[name] += name in READS

@@ -1,8 +1,19 @@
 """What is trained on the CPU and on a simulated device, side by side: options of `Config`, by name."""
 
+from codistill.config.contrib import (
+    CodistillationConfig,
+    CosubConfig,
+    FFSDConfig,
+    HSSAKDConfig,
+    LMCLConfig,
+    OKDPHConfig,
+    SwitOKDConfig,
+)
 from codistill.config.methods import DMLConfig, KDCLConfig, KDConfig, OKDDipConfig
 
+DIVERGENCES = ("dkd", "dist", "reverse_kl", "js", "mse")
 NAMED = ("independent", "dml", "cl_ilr", "okddip", "pcl", "kdcl", "mcl")
+TWINS = {"topology": "twins", "peers": 2, "model": ("helpers.cuda_networks:Noisy",)}  # dropout tells them apart
 BRANCHES = ("independent", "cl_ilr", "one", "okddip", "pcl", "kdcl")
 CASES = {
     **{name: {"method": name} for name in NAMED},
@@ -15,6 +26,23 @@ CASES = {
     "kdcl, general": {"method": KDCLConfig(target="general", holdout_fraction=0.2)},
     "okddip, random": {"method": OKDDipConfig(ablation="random")},
     "pcl, mean teacher deployed": {"method": "pcl", "deploy": "ema"},
+    "codistillation": {"method": CodistillationConfig(interval=2, burn_in_epochs=0.5)},
+    "codistillation, disjoint": {"method": CodistillationConfig(interval=2, partition="disjoint", burn_in_epochs=0.0)},
+    "switokd": {"method": "switokd", "peers": 2},
+    "switokd, two students": {"method": SwitOKDConfig(students=2)},
+    "dlb": {"method": "dlb", "peers": 1},
+    "hssakd": {"method": "hssakd"},
+    "hssakd, two exits, no rotations": {"method": HSSAKDConfig(exits=2, rotations=False)},
+    "l_mcl": {"method": "l_mcl"},
+    "l_mcl, learned": {"method": LMCLConfig(match="learned", match_interval=2, exits=1)},
+    "ffsd": {"method": "ffsd"},
+    "ffsd, no feature terms": {"method": FFSDConfig(feature_terms=False)},
+    "ffsd, no leader": {"method": FFSDConfig(feature_terms=False, leader=False)},
+    "cosub": {"method": "cosub", **TWINS},
+    "cosub, cross-entropy": {"method": CosubConfig(loss="ce", own_views=True), **TWINS},
+    "okdph": {"method": OKDPHConfig(interval=2)},
+    "okdph, dirichlet": {"method": OKDPHConfig(shares="dirichlet", interval_unit="epochs", interval=1)},
+    **{f"okddip, {name}": {"method": OKDDipConfig(divergence=name)} for name in DIVERGENCES},
     "stacked": {"execution": "stacked"},
     "stacked branches": {"execution": "stacked", "topology": "branches"},
     "parts": {"accumulate": 2},
@@ -23,6 +51,12 @@ CASES = {
     "cutmix and mixup": {"cutmix": 1.0, "mixup": 0.2},
     "cutout": {"cutout": 3},
     "bad steps skipped": {"skip_nonfinite": 2},
+    "label smoothing": {"label_smoothing": 0.1, "method": "independent"},
+    "randaugment": {"auto_augment": "randaugment"},
+    "trivialaugment, erasing": {"auto_augment": "trivialaugment", "random_erasing": 0.5},
+    "sam": {"sam_rho": 0.05},
+    "mean of weights": {"deploy": "ema", "ema_decay": 0.9},
+    "mean of late weights": {"deploy": "swa", "swa_start": 0.5},
     "adamw": {"optimizer": "adamw", "warmup_epochs": 1.0},
     "frozen, a rate for heads": {"freeze": ("conv1",), "head_lr_scale": 2.0},
     "files": {"data_pipeline": "files", "data_workers": 0, "cutout": 3},

@@ -99,7 +99,8 @@ class Mixer:
                 square = rows, columns
             weights.append(weight)
             squares.append(square)
-        return MixDraws(weights, squares, torch.from_numpy(np.stack(partners)).to(labels_B.device))
+        partners_SB = torch.from_numpy(np.stack(partners)).to(labels_B.device, non_blocking=True)
+        return MixDraws(weights, squares, partners_SB)
 
 
 def cut_square(height: int, width: int, weight: float, rng: np.random.Generator) -> tuple[slice, slice, float]:

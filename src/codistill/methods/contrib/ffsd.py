@@ -143,7 +143,9 @@ class FFSD(Method):
         fused_ce_B1 = cross_entropy(u_BC[:, None, None], targets_B[:, None, None])
         log_mean_BC = soften(z_PBC[: len(self.group)].detach().mean(0), self.temperature)
         logit_weight = self.weight if self.leader else self.weight * weight
-        fusion_loss = fused_ce_B1.mean() + logit_weight * self.divergence(u_BC, log_mean_BC, targets_B)
+        # Of one element, not a single number, which a weight that is a float64 tensor would make float64.
+        from_students_1 = self.divergence(u_BC.unsqueeze(0), log_mean_BC, targets_B)
+        fusion_loss = (fused_ce_B1.mean(0) + logit_weight * from_students_1).squeeze(0)
         distill_P = self._learn(z_PBC, u_BC, targets_B)
         terms = combine_terms(cross_entropy(z_PBC, targets_B), distill_P, logit_weight, fused_ce_B1=fused_ce_B1)
         if self.feature_terms:
