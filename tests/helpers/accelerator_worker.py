@@ -134,12 +134,13 @@ def compared(name: str, options: dict, folder: Path) -> dict[str, Any]:
             if "no float64" in name:  # what a CPU has kept in float64 can be judged there all the same
                 load.load_run(folder / "cpu", data=images())
             predictor = predict.load_predictor(folder / "there", allow_import=True)
-            guesses = predictor.probabilities(images().x_test[:8].transpose(0, 3, 1, 2))
+            some = images().x_test[:8].transpose(0, 3, 1, 2)
+            guesses = predictor.probabilities(some)
     finally:
         for module in (loop, build, predict):
             module.pick_device = PICK_DEVICE
         NO_FLOAT64.discard(DEVICE.type)
-    expected = predict.load_predictor(folder / "cpu", allow_import=True).probabilities(images().x_test[:8].transpose(0, 3, 1, 2))
+    expected = predict.load_predictor(folder / "cpu", allow_import=True).probabilities(some)
     theirs = here.peers.state_dict()
     assert all(isinstance(x, OnDevice) for x in ours.values())
     # Sums in float32 and in float64 round differently, and so do derivatives through steps.
