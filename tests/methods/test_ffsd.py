@@ -11,6 +11,7 @@ import codistill as cd
 from codistill.config import FFSDConfig
 from codistill.methods import FFSD
 from codistill.methods.contrib.feature_maps import (
+    Decoder,
     attention_distance,
     attention_map,
     diversity_distance,
@@ -259,3 +260,61 @@ def test_the_leader_learns_nothing_into_the_students():
     terms = train_step(t, *next(t.loader.epoch(0)), 1.0)
     assert terms["loss"].isfinite()
     close(normalized_distance(attention_map(outputs.maps[0][0]), attention_map(outputs.maps[0][0])), torch.zeros(()))
+
+
+def slow_norm(x, norm, training=True):
+    """BatchNorm with the statistics of the batch, or the running ones."""
+    axes = (0, 2, 3)
+    mean, var = (x.mean(axes), x.var(axes, unbiased=False)) if training else (norm.running_mean, norm.running_var)
+    scaled = (x - mean.view(1, -1, 1, 1)) / (var.view(1, -1, 1, 1) + 1e-5).sqrt()
+    return scaled * norm.weight.view(1, -1, 1, 1) + norm.bias.view(1, -1, 1, 1)
+
+
+def slow_mixer(x, mixer):
+    """Depthwise 3 x 3, norm, ReLU, 1 x 1, norm, ReLU, position by position."""
+    depthwise, first, _, pointwise, second, _ = mixer
+    height, width = x.shape[2:]
+    padded, y = nn.functional.pad(x, (1, 1, 1, 1)), torch.zeros_like(x)
+    for row in range(height):
+        for column in range(width):
+            window = padded[:, :, row : row + 3, column : column + 3]
+            y[:, :, row, column] = (window * depthwise.weight[:, 0]).sum((2, 3))
+    y = slow_norm(y, first).clamp_min(0)
+    return slow_norm(torch.einsum("oc,bchw->bohw", pointwise.weight[:, :, 0, 0], y), second).clamp_min(0)
+
+
+def slow_upsampling(x, weight, height, width):
+    """The transposed convolution 3 x 3 of stride 2 and padding 1: every number adds a patch to the output."""
+    h, w = x.shape[2:]
+    y = x.new_zeros(len(x), weight.shape[1], height + 3, width + 3)  # with a border that is cut off
+    for row in range(h):
+        for column in range(w):
+            patch = torch.einsum("bc,cohw->bohw", x[:, :, row, column], weight)
+            y[:, :, 2 * row : 2 * row + 3, 2 * column : 2 * column + 3] += patch
+    return y[:, :, 1 : height + 1, 1 : width + 1]
+
+
+@torch.no_grad()
+def test_fusion_and_leaders_mixer_equal_the_slow_ones():
+    method, x = method_of(), torch.randn(6, 8, 4, 5, dtype=torch.float64)
+    fused, logits = method.fusion(x)
+    expected = slow_mixer(x, method.fusion.mixer)
+    close(fused, expected)
+    head = method.fusion.head
+    close(logits, expected.sum((2, 3)) / 20 @ head.weight.T + head.bias)
+    close(method.leader_mixer(x[:, :4]), slow_mixer(x[:, :4], method.leader_mixer))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("shapes", [SHAPES, [(2, 7, 5), (3, 4, 3), (4, 2, 2)]])
+@pytest.mark.parametrize("training", [True, False])
+def test_a_decoder_equals_the_slow_one(shapes, training):
+    torch.manual_seed(2)
+    decoder, x = Decoder(shapes).double(), torch.randn(6, *shapes[-1], dtype=torch.float64)
+    for norm in decoder.norms:
+        norm.running_mean.normal_(), norm.running_var.uniform_(0.5, 2.0)
+    made, y = copy.deepcopy(decoder).train(training)(x), x
+    assert len(made) == 2
+    for ours, upsampler, norm, (_, height, width) in zip(made, decoder.upsamplers, decoder.norms, shapes[1::-1]):
+        y = slow_norm(slow_upsampling(y, upsampler.weight, height, width), norm, training).clamp_min(0)
+        close(ours, y)
