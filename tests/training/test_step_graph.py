@@ -116,6 +116,8 @@ SLOW_CASES = [
     ("dml", "networks", {"update": "joint", "skip_nonfinite": 2}),
     ("dml", "networks", {"update": "joint", "divergence": "dkd"}),
     ("kdcl", "networks", {"target": "minlogit", "divergence": "dist", "temperature": 1.0}),
+    ("okddip", "networks", {"execution": "stacked", "dtype": "bfloat16"}),
+    ("pcl", "branches", {"dtype": "bfloat16"}),
     ("codistillation", "networks", {"interval": 2, "burn_in_epochs": 1.0}),
     ("codistillation", "networks", {"interval": 2, "burn_in_epochs": 0.0, "partition": "disjoint"}),
     ("codistillation", "branches", {"interval": 2, "burn_in_epochs": 0.0, "execution": "stacked"}),
