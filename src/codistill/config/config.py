@@ -64,7 +64,7 @@ class Config(Options):
         {
             *("out", "resume", "data_dir", "device", "tracker", "data_workers", "skip_corrupt"),
             *("checkpoint_every_epochs", "checkpoint_every_steps", "keep_checkpoints", "skip_nonfinite"),
-            *("mesh", "collective_timeout", "checkpoint_activations", "execution", "cuda_graph"),
+            *("mesh", "collective_timeout", "checkpoint_activations", "execution", "cuda_graph", "log_every_steps"),
         }
     )
     """Options in which a run and its continuation may differ; they do not change what is trained."""
