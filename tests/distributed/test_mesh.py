@@ -135,7 +135,7 @@ def test_a_mesh_trains_what_one_process_trains(number, found):
     assert ours["figures"]["top1"] == theirs["figures"]["top1"]
     assert ours["figures"]["nll"] == pytest.approx(theirs["figures"]["nll"], abs=1e-9)
     if len(meshes) == 1 and data == 1 and processes == 2:
-        # Not a digit differs: the same sums in the same order. Codistillation sums over other shapes (torch 2.11: 1.3e-16).
+        # Not a digit differs: the same sums in the same order. Codistillation has other shapes (torch 2.11: 1.3e-16).
         assert difference <= (1e-15 if "codistillation" in case else 0.0)
 
 

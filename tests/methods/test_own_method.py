@@ -150,12 +150,82 @@ class Own(Method):
             "    def forward",
             "own needs a teacher; derive its Config from codistill.config.TeacherConfig",
         ),
+        (
+            "def forward(self, outputs, targets_B, weight=1.0)",
+            "def forward(self, outputs)",
+            "`forward` must take (outp",
+        ),
+        (
+            "        pass\n    def",
+            "        size: int = 3\n    def",
+            "method broken:Own: its `__init__` must take num_peers and every option of its Config (got an",
+        ),
+        (
+            "    def forward",
+            "    def __init__(self, num_peers):\n        pass\n    def forward",
+            "method broken:Own: its `__init__` must begin with super().__init__(num_peers)",
+        ),
+        (
+            "    def forward",
+            "    @classmethod\n    def build(cls, config, info):\n        return 3\n    def forward",
+            "method broken:Own: `build` must return the method, not int",
+        ),
+        *(
+            (
+                "    def forward",
+                "    def __init__(self, num_peers):\n"
+                "        super().__init__(num_peers)\n"
+                f"        self.{field} = {value}\n"
+                "    def forward",
+                sentence,
+            )
+            for field, value, sentence in (
+                (
+                    "needs",
+                    "{'exits'}",
+                    "own needs exits; let `num_exits` of its Config return how many",
+                ),
+                ("needs", "['maps']", "own needs maps; let `num_maps` of its Config return how many of each network"),
+                ("needs", "'features'", "own: self.needs is text; give a set, as in frozenset({'features'})"),
+                (
+                    "needs",
+                    "{'holdout'}",
+                    "own needs a holdout; let `needs_holdout` of its Config return True, and give",
+                ),
+                ("deployed", "2", "own: self.deployed is 2; give the number of a peer, 0 to 1"),
+                ("group", "(0, 5)", "own: self.group is (0, 5); give numbers of peers, 0 to 1"),
+                ("group", "()", "own: self.group is (); give numbers of peers, 0 to 1"),
+                ("update_mode", "'alternate'", 'own: self.update_mode is "alternate"; give "joint" or "alternating"'),
+                ("pauses_members", "True", "with active_P, as it sets pauses_members: who steps, one boolean a peer"),
+            )
+        ),
     ],
 )
 def test_an_incomplete_method_is_refused_in_one_sentence(before, after, sentence, folder, capsys):
     assert before in START
     (folder / "broken.py").write_text(START.replace(before, after))
     assert sentence in one_sentence(capsys, ["train", "broken:Own", *SMALL, "--out", "run"])
+
+
+@pytest.mark.parametrize(
+    ("code", "function"),
+    [
+        ("    def forward", "forward"),
+        ("    def after_step(self, peers, step):\n        {}['x']\n    def forward", "after_step"),
+    ],
+)
+def test_its_exceptions_are_not_taken_for_bugs_of_codistill(code, function, folder, capsys, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(folder))
+    text = START.replace("    def forward", code)
+    if function == "forward":
+        text = text.replace("return combine", "ce_P = torch.ones(3) + torch.ones(2)\n        return combine")
+    (folder / "broken.py").write_text(text)
+    said = one_sentence(capsys, ["train", "broken:Own", *SMALL, "--out", "run"])
+    assert f"your code fails at {folder / 'broken.py'}, line " in said
+    assert f", in {function} ({'RuntimeError: The size' if function == 'forward' else 'KeyError'}" in said
+    (file,) = folder.glob("codistill-error-*.txt")
+    assert said.endswith(f"its traceback is in {file}")
+    assert "Traceback (most recent call last)" in file.read_text()
 
 
 def test_a_module_that_does_not_exist_is_named(folder, capsys):

@@ -32,7 +32,7 @@ from codistill.utils import InputError
 
 Terms = dict[str, Tensor]
 
-_NEEDED_OUTPUTS = {
+OUTPUTS_BY_NEED = {
     "trunk": ("trunk_BD", "the shared trunk's output; use BranchPeers (--topology branches) with one view"),
     "ema": ("ema_logits_PBC", "the mean teachers' logits; fill PeerOutputs.ema_logits_PBC from a MeanTeacher"),
     "teacher": ("teacher_logits_BC", "a trained teacher; give --method.teacher, or fill PeerOutputs.teacher_logits_BC"),
@@ -290,8 +290,8 @@ class Method(nn.Module):
     def check(self, outputs: PeerOutputs) -> None:
         """Raise InputError if `outputs` lacks something that the method needs; the message says how to provide it."""
         wanted = self.needs - {"ema"} if "partition" in self.needs else self.needs  # whose logits are among the others'
-        for need in wanted & _NEEDED_OUTPUTS.keys():
-            name, what = _NEEDED_OUTPUTS[need]
+        for need in wanted & OUTPUTS_BY_NEED.keys():
+            name, what = OUTPUTS_BY_NEED[need]
             value = getattr(outputs, name)
             if value is None or (need in ("features", "exits", "maps") and len(value) != self.num_peers):
                 raise InputError(f"{self.name} needs {what}")
@@ -385,41 +385,6 @@ def _import_name(cls: type) -> str:
         spec, file = getattr(main, "__spec__", None), getattr(main, "__file__", None)
         module = spec.name if spec is not None else Path(file).stem if file else module
     return f"{module}:{cls.__qualname__}"
-
-
-def check_first_terms(method: Method) -> None:
-    """Let a method check the terms that its `forward` returns, in its first call only."""
-
-    def check(_module: nn.Module, _inputs: Any, terms: Any) -> None:
-        handle.remove()
-        _check_terms(method, terms)
-
-    _check_needs(method)
-    handle = method.register_forward_hook(check)
-
-
-def _check_needs(method: Method) -> None:
-    """Raise InputError if the method asks the training loop for something that does not exist."""
-    known = {"views", "holdout", "previous", "rotations", *_NEEDED_OUTPUTS}
-    if unknown := sorted(set(method.needs) - known):
-        raise InputError(f"method {method.name} needs {', '.join(unknown)}; it may need {', '.join(sorted(known))}")
-
-
-def _check_terms(method: Method, terms: Any) -> None:
-    """Raise InputError if the terms are not what the training loop expects of them."""
-    start, count = f"method {method.name}: forward must return a dict of tensors", method.num_peers
-    if not isinstance(terms, dict) or not all(isinstance(value, Tensor) for value in terms.values()):
-        kind = "other values in it" if isinstance(terms, dict) else type(terms).__name__
-        raise InputError(f"{start}, not {kind}; combine_terms makes it")
-    shapes = {"loss": (), "loss_P": (count,), "ce_P": (count,), "distill_P": (count,)}
-    if missing := [name for name in shapes if name not in terms]:
-        raise InputError(f"{start} with {', '.join(shapes)}; {', '.join(missing)} is missing; combine_terms makes it")
-    for name, shape in shapes.items():
-        if tuple(terms[name].shape) != shape:
-            wanted = f"one number a peer, {count}" if shape else "one number"
-            raise InputError(f"method {method.name}: {name} has the shape {tuple(terms[name].shape)}; give {wanted}")
-    if torch.is_grad_enabled() and not (terms["loss"].requires_grad and terms["loss_P"].requires_grad):
-        raise InputError(f"method {method.name}: its loss has no gradient; compute it from logits_PBC, not detached")
 
 
 def combine_terms(

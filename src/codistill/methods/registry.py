@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from codistill.config import METHODS, MethodConfig
-from codistill.methods.base import Method, PeerInfo, check_first_terms
+from codistill.methods.base import Method, PeerInfo
 from codistill.methods.cl_ilr import CLILR
 from codistill.methods.contrib.codistillation import Codistillation
 from codistill.methods.contrib.cosub import Cosub
@@ -20,9 +20,9 @@ from codistill.methods.kd import KD
 from codistill.methods.kdcl import KDCL
 from codistill.methods.okddip import OKDDip
 from codistill.methods.one import ONE
+from codistill.methods.own_method import build_own_method
 from codistill.methods.pcl import PCL
 from codistill.peers import Peers
-from codistill.utils import InputError
 
 CLASSES: dict[str, type[Method]] = {
     method.name: method
@@ -48,10 +48,4 @@ def build_method(config: MethodConfig, peers: Peers, seed: int = 0) -> Method:
     info = PeerInfo.of(peers, seed)
     if type(config) is METHODS.get(config.name):
         return CLASSES[config.name].build(config, info)
-    if config.method_class is None:
-        raise InputError(f"{type(config).__name__} belongs to no method; set it as `Config` on the method's class")
-    own: type[Method] = config.method_class
-    own.config_class()
-    method = own.build(config, info)
-    check_first_terms(method)
-    return method
+    return build_own_method(config, info)

@@ -17,7 +17,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
-from codistill.utils.errors import InputError, first_line
+from codistill.utils.errors import InputError, first_line, note_own_code
 
 FLAG = "--allow-import"
 _NETWORK_FLAGS = {"--model": None, "--method.teacher-model": 1}
@@ -173,6 +173,7 @@ def import_object(module_name: str, attribute: str, given: str, hint: Callable[[
         InputError: there is no such module, it needs another one, or it has no such attribute.
     """
     folder = str(Path.cwd())
+    note_own_code(module_name)
     sys.path.insert(0, folder)
     try:
         module = importlib.import_module(module_name)

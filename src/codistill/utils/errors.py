@@ -1,7 +1,7 @@
 """Errors that a command prints as one sentence, their exit codes, and helpers to word them. Imports no torch at start.
 
-Exit codes: 2 for `InputError`, 1 for `MachineError`, 75 for `Stopped`, 1 for any other exception, which is a bug; its
-traceback is written to a file.
+Exit codes: 2 for `InputError`, 1 for `MachineError`, 75 for `Stopped`. Of any other exception the traceback is written
+to a file: 2 where code that the user has named raised it (a network or a method), 1 for a bug.
 """
 
 from __future__ import annotations
@@ -16,6 +16,8 @@ from collections.abc import Iterable, Sequence
 
 _DEVICE_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MPS backend out of memory")
 _HOST_MEMORY = ("not enough memory", "can't allocate memory")
+_own_packages: set[str] = set()
+"""Packages that were imported because the user has named them."""
 
 
 class InputError(ValueError):
@@ -106,7 +108,7 @@ def out_of_memory(error: Exception) -> str | None:
 
 
 def explain_failure(error: Exception) -> tuple[str | None, int]:
-    """Return (sentence, exit code) for a known kind of failure, and (None, 1) for an unknown one, which is a bug."""
+    """Return (sentence, exit code) for a known kind of failure, (None, exit code) for a bug or an error of own code."""
     if isinstance(error, Stopped):
         return error.sentence(), 75
     if (memory := out_of_memory(error)) is not None:
@@ -119,22 +121,38 @@ def explain_failure(error: Exception) -> tuple[str | None, int]:
         return "too many files are open; raise the limit (ulimit -n 1024), or give fewer --data-workers or --workers", 1
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}{f': {error.filename}' if error.filename else ''}", 1
-    return None, 1
+    return None, 1 if _place_in_own_code(error) is None else 2
+
+
+def note_own_code(module_name: str) -> None:
+    """Record that the user has named a module, so that its exceptions are not taken for bugs of codistill."""
+    _own_packages.add(module_name.partition(".")[0])
+
+
+def _place_in_own_code(error: BaseException) -> str | None:
+    """Return where own code was when the exception was raised, in it or below it; None if none was running."""
+    place = None
+    for frame, line in traceback.walk_tb(error.__traceback__):
+        package = str(frame.f_globals.get("__name__")).partition(".")[0]
+        if package in _own_packages - {"codistill", "torch"}:
+            place = f"{frame.f_code.co_filename}, line {line}, in {frame.f_code.co_name}"
+    return place
 
 
 def describe_unexpected(error: BaseException, command: Sequence[str] = ()) -> str:
-    """Write the traceback of a bug to a new file, and return one sentence that names it.
+    """Write the traceback of a bug, or of an exception in own code, to a new file; return one sentence that names it.
 
     Args:
         error: The exception.
         command: The words of the command line, for the file.
     """
-    text = "".join(traceback.format_exception(error))
+    text, place = "".join(traceback.format_exception(error)), _place_in_own_code(error)
     try:
         number, name = tempfile.mkstemp(prefix="codistill-error-", suffix=".txt")
         with open(number, "w", encoding="utf-8", errors="backslashreplace") as stream:
             stream.write(f"codistill {shlex.join(command)}\nPython {sys.version}\n\n{text}")
-        where = f"its traceback is in {name}, please report it"
+        where = f"its traceback is in {name}{', please report it' if place is None else ''}"
     except OSError as failure:
         where = f"its traceback cannot be written ({failure.strerror}), --traceback shows it"
-    return f"unexpected error, a bug in codistill ({type(error).__name__}: {first_line(error)}); {where}"
+    what = "unexpected error, a bug in codistill" if place is None else f"your code fails at {on_one_line(place)}"
+    return f"{what} ({type(error).__name__}: {first_line(error)}); {where}"
