@@ -7,6 +7,7 @@ import torch
 
 from codistill.peers.branches import BranchPeers
 from codistill.peers.shared_trunk import BranchEntry, SharedModule
+from codistill.peers.twins import TwinPeers
 from helpers.peer_networks import (
     CLASSES,
     SIZE,
@@ -141,3 +142,23 @@ def test_autocast_leaves_features_logits_and_heads_in_float32(build, options):
     assert not torch.equal(outputs.logits_PBC, before.logits_PBC)  # autocast was on
     torch.testing.assert_close(outputs.logits_PBC, before.logits_PBC, rtol=0.2, atol=0.2)
     assert {p.dtype for p in peers.parameters()} == {torch.float32}
+
+
+def twins(num_peers, spec, **options):
+    return TwinPeers(spec, num_peers, CLASSES, image_size=SIZE)
+
+
+@pytest.mark.parametrize(("build", "options"), [(networks, {}), (branches, {"branch_at": "blocks.1"}), (twins, {})])
+def test_the_autocast_of_the_callers_loop_reaches_the_bodies(build, options):
+    peers = build(2, spec=TinyViT, **options).float()
+    seen = []
+    for block in peers.members[0].body.blocks:
+        block.register_forward_hook(lambda _m, _x, y: seen.append(y.dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = peers(some_images().float())
+    assert seen
+    assert set(seen) == {torch.bfloat16}
+    assert {outputs.logits_PBC.dtype, *(f.dtype for f in outputs.features)} == {torch.float32}
+    seen.clear()
+    peers(some_images().float())
+    assert set(seen) == {torch.float32}

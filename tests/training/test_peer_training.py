@@ -97,6 +97,40 @@ def test_the_loss_is_computed_outside_autocast():
     assert {terms["loss"].dtype, terms["targets_PBC"].dtype} == {torch.float32}
 
 
+def test_members_in_turn_run_in_the_callers_autocast():
+    images, labels = torch.randn(8, 1, 8, 8), torch.arange(8)
+    losses = {}
+    for own in (False, True):
+        peers = NetworkPeers("resnet8", 2, 10, in_channels=1, image_size=8)
+        peers.autocast = torch.bfloat16 if own else None
+        training = PeerTraining(peers, DML(2))
+        optimizer = torch.optim.SGD(training.trained_parameters(), lr=0.5)
+        turns, losses[own] = training.take_turns(images, labels), []
+        for _ in range(2):
+            with torch.autocast("cpu", torch.bfloat16, enabled=not own):
+                loss, parameters = next(turns)
+            optimizer.zero_grad()
+            loss.backward(inputs=parameters)
+            optimizer.step()
+            losses[own].append(loss.item())
+    assert losses[False] == losses[True]
+
+
+def test_a_member_that_has_stepped_is_cast_again_within_autocast():
+    """Autocast keeps cast weights until its outermost context ends."""
+    peers, images = NetworkPeers("resnet8", 2, 10, in_channels=1, image_size=8), torch.randn(8, 1, 8, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        outputs = peers(images)
+        outputs.logits_PBC = outputs.logits_PBC.detach().clone()
+        with torch.no_grad():
+            for parameter in peers.member(0).body.parameters():
+                parameter.mul_(-1)
+        peers.refresh(outputs, images, 0)
+    with torch.autocast("cpu", torch.bfloat16):
+        expected = peers(images).logits_PBC[0]
+    assert torch.equal(outputs.logits_PBC[0], expected)
+
+
 def test_a_pausing_member_stays_though_the_optimizer_has_no_state_yet(peers):
     method = SwitOKD(2)
     method.learns = lambda z_PBC, targets_B: torch.zeros(1, 1, dtype=torch.bool)  # expert mode: only the student steps

@@ -36,7 +36,8 @@ def folded_for_evaluation(peers: Peers, example: Tensor) -> Peers:
     convolutions = torch.backends.cudnn.conv  # pyrefly: ignore
     precision, convolutions.fp32_precision = convolutions.fp32_precision, "ieee"  # nor in TF32, a GPU's default
     try:
-        folded = _fold_checked(peers.eval(), example)
+        with torch.autocast(example.device.type, enabled=False):
+            folded = _fold_checked(peers.eval(), example)
     except Exception as error:  # a user's network may refuse to be copied or hooked; it evaluates as it is
         if out_of_memory(error) is not None:
             raise

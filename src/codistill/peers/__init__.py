@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from codistill.peers.inputs import device_of as device_of
     from codistill.peers.inputs import map_tensors as map_tensors
     from codistill.peers.maps import MapShape as MapShape
+    from codistill.peers.modes import autocast_of as autocast_of
     from codistill.peers.modes import copy_module as copy_module
     from codistill.peers.modes import eval_mode as eval_mode
     from codistill.peers.modes import frozen_batchnorm_stats as frozen_batchnorm_stats
@@ -50,7 +51,7 @@ __getattr__, __dir__ = lazy_names(
         "hybrid": "check_mixable fuse_members hybrid_logits hybrid_network mix_members",
         "inputs": "Inputs Views call_network device_of map_tensors",
         "maps": "MapShape",
-        "modes": "copy_module eval_mode frozen_batchnorm_stats train_mode",
+        "modes": "autocast_of copy_module eval_mode frozen_batchnorm_stats train_mode",
         "networks": "NetworkPeers",
         "shared_trunk": "SharedModule",
         "split_head": "SplitMember",

@@ -86,7 +86,7 @@ class Peers(nn.Module):
     num_input_axes: int | None = 4
     """Axes of an input tensor, the batch included; None where an input is a mapping or tuple of tensors."""
     autocast: torch.dtype | None = None
-    """Dtype of autocast around the members' bodies, if any."""
+    """Dtype of autocast around the members' bodies; None: the autocast of the caller, if any."""
     stacked_runner: Runner | None = None
     """Runs all members as one network in training (see codistill.peers.stacked); None: one after the other."""
 

@@ -14,7 +14,7 @@ from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branch_points import default_fork
 from codistill.peers.inputs import Inputs, InputSpec, device_of
 from codistill.peers.members import Spec, build_members
-from codistill.peers.modes import copy_module, eval_mode
+from codistill.peers.modes import autocast_of, copy_module, eval_mode
 from codistill.peers.shared_trunk import (
     BranchEntry,
     SharedModule,
@@ -196,7 +196,7 @@ class BranchPeers(Peers):
             return self.stacked_runner(views)
         self.clear_cache()
         pairs = []
-        with torch.autocast(device_of(views[0]).type, self.autocast, enabled=self.autocast is not None):
+        with autocast_of(device_of(views[0]), self.autocast):
             for p, member in enumerate(self.members):
                 for shared in self.shared_modules:
                     shared.clear_cache() if own_views else shared.replay()

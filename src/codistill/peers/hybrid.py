@@ -15,7 +15,7 @@ from torch.utils.checkpoint import checkpoint
 from codistill.peers.base import Peers
 from codistill.peers.heads import places
 from codistill.peers.inputs import Inputs, device_of
-from codistill.peers.modes import frozen_batchnorm_stats
+from codistill.peers.modes import autocast_of, frozen_batchnorm_stats
 from codistill.peers.split_head import SplitMember
 from codistill.utils import InputError
 
@@ -50,7 +50,7 @@ def hybrid_logits(peers: Peers, inputs: Inputs, shares_P: Tensor | None = None) 
         finally:
             member.checkpoint_activations = recompute
 
-    with torch.autocast(device_of(inputs).type, peers.autocast, enabled=peers.autocast is not None):
+    with autocast_of(device_of(inputs), peers.autocast):
         if member.checkpoint_activations and member.training and torch.is_grad_enabled():
             return checkpoint(run, inputs, use_reentrant=False)
         return run(inputs)

@@ -60,6 +60,19 @@ def no_batchnorm_update(module: nn.Module) -> Iterator[None]:
             torch._foreach_sub_(counts, 1)
 
 
+def autocast_of(device: torch.device, dtype: torch.dtype | None, *, cache: bool = True) -> torch.autocast:
+    """Return autocast to a dtype; with None what the caller is in stays, autocast of its own or none.
+
+    Args:
+        device: Of the tensors.
+        dtype: What to compute in.
+        cache: Whether a weight may be cast once for all uses within the caller's autocast; False where it has changed.
+    """
+    if dtype is None and torch.is_autocast_enabled(device.type):
+        dtype = torch.get_autocast_dtype(device.type)
+    return torch.autocast(device.type, dtype, enabled=dtype is not None, cache_enabled=None if cache else False)
+
+
 def eval_mode(module: nn.Module) -> AbstractContextManager[None]:
     """Put `module` into evaluation mode within the context; every submodule gets its own mode back."""
     return _mode(module, training=False)

@@ -13,7 +13,7 @@ from codistill.peers.exits import add_exits
 from codistill.peers.inputs import Inputs, InputSpec, device_of
 from codistill.peers.maps import find_maps
 from codistill.peers.members import Spec, build_members, member_seed, num_head_classes
-from codistill.peers.modes import frozen_batchnorm_stats
+from codistill.peers.modes import autocast_of, frozen_batchnorm_stats
 from codistill.peers.streams import run_side_by_side
 from codistill.utils import InputError
 
@@ -100,7 +100,7 @@ class NetworkPeers(Peers):
         own_views = len(views) > 1
         if self.stacked_runner is not None and self.training:
             return self.stacked_runner(views)
-        with torch.autocast(device_of(views[0]).type, self.autocast, enabled=self.autocast is not None):
+        with autocast_of(device_of(views[0]), self.autocast):
             calls = [
                 partial(self.member(p).forward_with_extras, views[p if own_views else 0]) for p in range(self.num_peers)
             ]
@@ -112,7 +112,7 @@ class NetworkPeers(Peers):
         """Run member `index` again and replace its logits and features in `outputs`; no statistics are recorded."""
         views, member = self._as_views(inputs), self.member(index)
         with (
-            torch.autocast(device_of(views[0]).type, self.autocast, enabled=self.autocast is not None),
+            autocast_of(device_of(views[0]), self.autocast, cache=False),
             frozen_batchnorm_stats(member),
         ):
             features_BD, logits_BC = member(views[index if len(views) > 1 else 0])

@@ -23,7 +23,7 @@ from codistill.losses import scale_gradient
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.branches import BranchPeers
 from codistill.peers.inputs import Views
-from codistill.peers.modes import copy_module, frozen_batchnorm_stats, train_mode
+from codistill.peers.modes import autocast_of, copy_module, frozen_batchnorm_stats, train_mode
 from codistill.peers.shared_trunk import BranchEntry, SharedModule
 from codistill.utils import InputError, first_line, out_of_memory
 
@@ -187,8 +187,7 @@ class StackedPeers:
         counts = [count for norm, count in self._batch_counts if norm.training and norm.track_running_stats]
         if counts:
             torch._foreach_add_(counts, 1)
-        autocast = self.peers.autocast
-        with torch.autocast(x.device.type, autocast, enabled=autocast is not None):
+        with autocast_of(x.device, self.peers.autocast):
             features_BPD = self.body(x)
         features_PBD = features_BPD.unflatten(1, (num_peers, -1)).transpose(0, 1).to(self.head_weight.dtype)
         weight_PDC = self.head_weight.unflatten(0, (num_peers, -1)).transpose(1, 2)
@@ -377,7 +376,12 @@ def _training_logits(peers: Peers, forward: Peers | StackedPeers, example: Tenso
     autocast, peers.autocast = peers.autocast, None
     try:
         # The stacked body runs in training alone, so it stays in training mode.
-        with train_mode(peers), frozen_batchnorm_stats(peers), frozen_batchnorm_stats(body.train()):
+        with (
+            torch.autocast(example.device.type, enabled=False),
+            train_mode(peers),
+            frozen_batchnorm_stats(peers),
+            frozen_batchnorm_stats(body.train()),
+        ):
             return forward(example.unsqueeze(0)).logits_PBC
     finally:
         peers.autocast = autocast

@@ -11,6 +11,7 @@ from torch import nn
 from codistill.peers.base import PeerOutputs, Peers
 from codistill.peers.inputs import Inputs, InputSpec, Views, device_of, map_tensors, tensors_of
 from codistill.peers.members import Spec, build_members, num_head_classes
+from codistill.peers.modes import autocast_of
 from codistill.peers.split_head import SplitMember
 from codistill.utils import InputError
 
@@ -78,7 +79,7 @@ class TwinPeers(Peers):
         views = self._as_views(inputs)
         once = len(views) == 1 and not self.training and not torch.is_grad_enabled()
         rows = views[0] if once else join_rows(views if len(views) > 1 else [views[0]] * self.num_peers)
-        with torch.autocast(device_of(views[0]).type, self.autocast, enabled=self.autocast is not None):
+        with autocast_of(device_of(views[0]), self.autocast):
             features, logits = self.member(0)(rows)
         if once:
             return PeerOutputs(logits.expand(self.num_peers, *logits.shape), [features] * self.num_peers)

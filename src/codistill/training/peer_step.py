@@ -24,6 +24,7 @@ from codistill.peers import (
     Peers,
     SnapshotTeacher,
     Views,
+    autocast_of,
     call_network,
     device_of,
 )
@@ -68,8 +69,7 @@ def forward_with_teachers(
         with torch.set_grad_enabled(torch.is_grad_enabled() and method.hybrid_has_gradient):
             outputs.hybrid_logits_BC = peers.hybrid_logits(views[-1], method.hybrid_shares())
     if teacher is not None:
-        autocast = peers.autocast
-        with torch.no_grad(), torch.autocast(device_of(views[0]).type, autocast, enabled=autocast is not None):
+        with torch.no_grad(), autocast_of(device_of(views[0]), peers.autocast):
             outputs.teacher_logits_BC = call_network(teacher, views[0]).to(outputs.logits_PBC.dtype)
     return outputs
 
@@ -86,7 +86,7 @@ def take_turns(
 
     The caller steps on `terms["loss_P"][p]` in turn p, before it asks for the next. A member's outputs change by its
     own update alone, so each runs twice at most: with gradient for its own turn, and after its update for the members
-    whose turn is later.
+    whose turn is later. The loss is computed outside autocast, like the heads.
 
     Args:
         peers: Whole networks; branches are never updated in turn.
@@ -102,7 +102,9 @@ def take_turns(
     for p in range(peers.num_peers):
         if p:
             peers.refresh(outputs, views, p - 1)
-        yield method(with_live_member(outputs, live, p), targets_B, weight)
+        with torch.autocast(live.logits_PBC.device.type, enabled=False):
+            terms = method(with_live_member(outputs, live, p), targets_B, weight)
+        yield terms
 
 
 def with_live_member(outputs: PeerOutputs, live: PeerOutputs, p: int) -> PeerOutputs:

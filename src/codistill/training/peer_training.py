@@ -190,8 +190,7 @@ class PeerTraining(nn.Module):
         live = self._outputs(views)
         turns = take_turns(self.peers, self.method, live, views, targets_B, weight)
         for p in range(self.peers.num_peers):
-            with torch.autocast(device_of(views[0]).type, enabled=False):
-                terms = next(turns)
+            terms = next(turns)
             yield terms["loss_P"][p], [q for q in self.peers.member(p).parameters() if q.requires_grad]
         self.end_step()
 
