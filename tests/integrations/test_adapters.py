@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch.utils.data import Dataset
 
-from codistill.methods import DML
+from codistill.methods import DML, KDCL, Codistillation
 from codistill.peers import NetworkPeers
 from codistill.utils import InputError
 from helpers.common import close
@@ -251,6 +251,154 @@ def test_what_a_trainer_cannot_do_is_refused_in_a_sentence(tmp_path):
         PeerTrainer(peers, DML(2, update="joint", divergence="dist"), args)
 
 
+class Stream(torch.utils.data.IterableDataset):
+    """Rows without a length."""
+
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def mlp(num_classes):
+    return torch.nn.Sequential(torch.nn.Linear(5, 8), torch.nn.ReLU(), torch.nn.Linear(8, num_classes))
+
+
+ROWS, LABELS = torch.randn(12, 5, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+
+
+def fit_lightning(loader, method, peers=None, schedule=None, **options):
+    lightning = pytest.importorskip("lightning")
+    from codistill.integrations import PeerModule
+
+    peers = NetworkPeers(mlp, 2, 3, example=ROWS) if peers is None else peers
+    module = PeerModule(peers, method, make_optimizer, schedule)
+    trainer = lightning.Trainer(
+        max_epochs=2, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False, **options,
+    )  # fmt: skip
+    trainer.fit(module, loader)
+    return module, trainer
+
+
+def fit_transformers(rows, method, more=None, **args):
+    transformers = pytest.importorskip("transformers")
+    from codistill.integrations import PeerTrainer
+
+    args = transformers.TrainingArguments(
+        output_dir="unused", use_cpu=True, report_to=[], save_strategy="no", disable_tqdm=True,
+        per_device_train_batch_size=4, **args,
+    )  # fmt: skip
+    trainer = PeerTrainer(NetworkPeers(mlp, 2, 3, example=ROWS), method, args, train_dataset=rows, **(more or {}))
+    trainer.train()
+    return trainer
+
+
+def named_rows(**columns):
+    return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+
+
+def test_lightning_takes_data_without_a_length():
+    loader = torch.utils.data.DataLoader(Stream(list(zip(ROWS, LABELS, strict=True))), batch_size=4)
+    module, _ = fit_lightning(loader, KDCL(2, own_views=False))
+    assert module.peer_training.steps_done == 6
+    with pytest.raises(InputError, match=r"codistillation acts at certain steps .* no length; .*limit_train_batches"):
+        fit_lightning(loader, Codistillation(2, interval_unit="epochs"))
+    module, _ = fit_lightning(loader, Codistillation(2, interval_unit="epochs"), limit_train_batches=2)
+    assert module.peer_training.steps_per_epoch == 2
+
+
+def test_lightning_takes_the_lists_that_a_loader_makes_of_tuples():
+    class Pair(torch.nn.Module):
+        def __init__(self, num_classes):
+            super().__init__()
+            self.first, self.second, self.head = *(torch.nn.Linear(5, 8) for _ in "ab"), torch.nn.Linear(8, num_classes)
+
+        def forward(self, first, second):
+            return self.head((self.first(first) + self.second(second)).relu())
+
+    rows = [((x, -x), label) for x, label in zip(ROWS, LABELS, strict=True)]
+    for count in (2, 3):
+        peers = NetworkPeers(Pair, count, 3, example=(ROWS, ROWS))
+        loader = torch.utils.data.DataLoader(rows, batch_size=4)
+        fit_lightning(loader, KDCL(count, own_views=False), peers)
+    close(peers([ROWS, -ROWS]).logits_PBC, peers((ROWS, -ROWS)).logits_PBC)
+    views = [(ROWS * v, -ROWS) for v in range(count)]
+    close(peers([list(view) for view in views]).logits_PBC, peers(views).logits_PBC)
+
+
+def test_lightning_weighs_the_loss_by_rows_where_views_are_stacked():
+    batches = [(torch.stack([ROWS[:8], ROWS[:8] + 1]), LABELS[:8]), (torch.stack([ROWS[8:], ROWS[8:]]), LABELS[8:])]
+    losses = []
+    lightning = pytest.importorskip("lightning")
+
+    class Recording(lightning.Callback):
+        def on_train_batch_end(self, trainer, module, outputs, batch, batch_index):
+            losses.append(float(outputs["loss"]))
+
+    loader = torch.utils.data.DataLoader(batches, batch_size=None)
+    _, trainer = fit_lightning(loader, KDCL(2), callbacks=[Recording()])
+    expected = (8 * losses[2] + 4 * losses[3]) / 12
+    assert trainer.callback_metrics["train_loss"].item() == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("batches", "schedule", "words"),
+    [
+        (named_rows(x=ROWS, label=LABELS), None, r"a batch is a dict; PeerModule takes pairs"),
+        ([(x, y, 0) for x, y in zip(ROWS, LABELS, strict=True)], None, r"a batch is 3 parts; PeerModule takes pairs"),
+        (list(zip(ROWS, LABELS, strict=True)), torch.optim.lr_scheduler.ReduceLROnPlateau, r"ReduceLROnPlateau steps"),
+        (
+            list(zip(ROWS, LABELS, strict=True)),
+            lambda o: {"scheduler": torch.optim.lr_scheduler.ConstantLR(o), "interval": "step"},
+            r"PeerModule steps it once an epoch",
+        ),
+    ],
+)
+def test_what_the_lightning_module_does_not_take_is_said(batches, schedule, words):
+    with pytest.raises(InputError, match=words):
+        fit_lightning(torch.utils.data.DataLoader(batches, batch_size=4), KDCL(2, own_views=False), schedule=schedule)
+
+
+def test_transformers_takes_data_without_a_length():
+    rows = Stream(named_rows(x=ROWS, labels=LABELS))
+    trainer = fit_transformers(rows, DML(2, update="joint"), max_steps=7)
+    assert trainer.peer_training.steps_done == 7
+    with pytest.raises(InputError, match=r"kdcl counts epochs, and the training data set has no length; define"):
+        fit_transformers(rows, Ramped(2, own_views=False), max_steps=7)
+
+
+class Ramped(KDCL):
+    """It has a ramp, of two epochs."""
+
+    def weight_at(self, epoch):
+        return min(epoch / 2, 1.0)
+
+
+def test_transformers_predicts_for_data_without_labels():
+    trainer = fit_transformers(named_rows(x=ROWS, labels=LABELS), DML(2, update="joint"), num_train_epochs=1)
+    predictions = trainer.predict(named_rows(x=ROWS)).predictions
+    close(torch.tensor(predictions), trainer.student()(ROWS).detach())
+
+
+@pytest.mark.parametrize(
+    ("columns", "options", "more", "words"),
+    [
+        ({"x": ROWS, "target": LABELS}, {}, {}, r"a batch holds x, target; PeerTrainer takes .* by the name labels"),
+        ({"x": ROWS, "i": LABELS, "labels": LABELS}, {}, {}, r"a batch holds x, i beside labels, .* take one tensor"),
+        ({"x": ROWS, "labels": LABELS}, {"label_smoothing_factor": 0.1}, {}, r"label_smoothing_factor is not applied"),
+        ({"x": ROWS, "labels": LABELS}, {"gradient_checkpointing": True}, {}, r"set checkpoint_activations = True on"),
+        ({"x": ROWS, "labels": LABELS}, {"neftune_noise_alpha": 5.0}, {}, r"neftune_noise_alpha takes a model"),
+        ({"x": ROWS, "labels": LABELS}, {}, {"compute_loss_func": print}, r"compute_loss_func: the method makes"),
+        ({"x": ROWS, "labels": LABELS}, {}, {"model_init": mlp}, r"PeerTrainer trains the peers; leave model"),
+    ],
+)
+def test_what_the_trainer_does_not_take_is_said(columns, options, more, words):
+    with pytest.raises(InputError, match=words):
+        fit_transformers(named_rows(**columns), DML(2, update="joint"), more, num_train_epochs=1, **options)
+
+
 @pytest.mark.parametrize(
     ("module", "name", "words"),
     [
@@ -279,3 +427,15 @@ def test_lightning_in_two_processes_trains_as_in_one():
     gaps = {int(rank): float(gap) for rank, gap in re.findall(r"okddip, rank (\d): ([\d.e+-]+)", done.stdout)}
     assert gaps.keys() == {0, 1}, done.stderr[-2000:]
     assert max(gaps.values()) < 1e-12
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("loop", ["loop", "timm", "trainer"])
+def test_two_processes_train_as_one(loop):
+    pytest.importorskip({"timm": "timm.task", "trainer": "transformers"}.get(loop, "torch"))
+    script = Path(__file__).parents[1] / "helpers" / "two_processes.py"
+    command = [sys.executable, "-W", "ignore", str(script), loop, "okddip", "codistillation"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    found = re.findall(r"(okddip|codistillation), rank (\d): ([\d.e+-]+)", done.stdout)
+    assert len(found) == 4, done.stderr[-2000:]
+    assert max(float(gap) for _, _, gap in found) < 1e-12

@@ -66,9 +66,21 @@ class PeerModule(LightningModule):
         self._metrics: PeerMetrics | None = None
 
     def configure_optimizers(self) -> Any:
-        """Return the optimizer over peers and method, and its schedule."""
+        """Return the optimizer over peers and method, and its schedule.
+
+        Raises:
+            InputError: the schedule does not step once an epoch.
+        """
         optimizer = self._build_optimizer(self.peer_training.trained_parameters())
-        return optimizer if self._build_scheduler is None else ([optimizer], [self._build_scheduler(optimizer)])
+        if self._build_scheduler is None:
+            return optimizer
+        scheduler = self._build_scheduler(optimizer)
+        options = scheduler if isinstance(scheduler, dict) else {"scheduler": scheduler}
+        if isinstance(options["scheduler"], torch.optim.lr_scheduler.ReduceLROnPlateau):
+            raise InputError("scheduler: ReduceLROnPlateau steps on a figure, and PeerModule on epochs; build another")
+        if options.get("interval", "epoch") != "epoch" or options.get("frequency", 1) != 1:
+            raise InputError("scheduler: PeerModule steps it once an epoch; build one that counts epochs")
+        return [optimizer], [scheduler]
 
     def on_fit_start(self) -> None:
         """Check that the method can be trained with so many processes.
@@ -79,12 +91,23 @@ class PeerModule(LightningModule):
         self.peer_training.check_loop(self.trainer.world_size, 1)
 
     def on_train_start(self) -> None:
-        """Tell the method how many steps an epoch has."""
-        self.peer_training.set_steps_per_epoch(int(self.trainer.num_training_batches))
+        """Tell the method how many steps an epoch has.
+
+        Raises:
+            InputError: it has to know, and the loader has no length.
+        """
+        count = self.trainer.num_training_batches  # infinite where the data set has no length
+        if count != float("inf"):
+            self.peer_training.set_steps_per_epoch(int(count))
+        elif self.peer_training.acts_at_epoch_ends:
+            raise InputError(
+                f"{self.peer_training.method.name} acts at certain steps of an epoch, and the loader has no length; "
+                "give Trainer(limit_train_batches=...) the number of batches"
+            )
 
     def training_step(self, batch: tuple[Any, Tensor], batch_index: int) -> Tensor:
         """Do one step of the method and return its loss."""
-        inputs, targets_B = batch
+        inputs, targets_B = _pair(batch)
         optimizer: Any = self.optimizers()
         weight = self.peer_training.method.weight_at(self.current_epoch)
         if self.peer_training.method.update_mode == "alternating":
@@ -101,7 +124,8 @@ class PeerModule(LightningModule):
             with self.peer_training.keep_inactive(optimizer.optimizer):
                 optimizer.step()
             self.peer_training.end_step()
-        self.log("train_loss", total.detach(), on_step=False, on_epoch=True, sync_dist=True)
+        rows = targets_B.shape[-2 if targets_B.is_floating_point() else -1]
+        self.log("train_loss", total.detach(), on_step=False, on_epoch=True, sync_dist=True, batch_size=rows)
         return total.detach()
 
     def on_train_epoch_end(self) -> None:
@@ -118,7 +142,7 @@ class PeerModule(LightningModule):
     def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
         """Add a batch to the figures."""
         assert self._metrics is not None
-        inputs, targets_B = batch
+        inputs, targets_B = _pair(batch)
         outputs = self.peer_training.peers(inputs)
         self._metrics.update(outputs.logits_PBC, targets_B, self.peer_training.method.ensemble(outputs))
 
@@ -136,3 +160,15 @@ class PeerModule(LightningModule):
     def student(self) -> nn.Module:
         """Return the one plain network that is deployed: a copy in evaluation mode."""
         return self.peer_training.student()
+
+
+def _pair(batch: Any) -> tuple[Any, Tensor]:
+    """Return inputs and labels of a batch.
+
+    Raises:
+        InputError: it is no pair.
+    """
+    if not isinstance(batch, tuple | list) or len(batch) != 2:
+        kind = f"{len(batch)} parts" if isinstance(batch, tuple | list) else f"a {type(batch).__name__}"
+        raise InputError(f"a batch is {kind}; PeerModule takes pairs of inputs and class numbers from the loader")
+    return batch[0], batch[1]

@@ -14,6 +14,7 @@ from codistill.utils import InputError
 
 try:
     from timm.task import TrainingTask
+    from timm.utils import unwrap_model
 except ImportError:
     raise InputError("codistill.integrations.PeerTask needs: pip install 'timm>=1.0.23' (with timm.task)") from None
 
@@ -56,15 +57,36 @@ class PeerTask(TrainingTask):
             raise InputError(
                 f'{method.name} updates one member after the other, which a task cannot; build it with update="joint"'
             )
-        self.trainable_module = PeerTraining(peers, method, teacher, steps_per_epoch).to(self.device)
+        self.trainable_module: nn.Module = PeerTraining(peers, method, teacher, steps_per_epoch).to(self.device)
+
+    @property
+    def peer_training(self) -> PeerTraining:
+        """Peers, method and teachers, also after `prepare_distributed`."""
+        training = unwrap_model(self.trainable_module)
+        assert isinstance(training, PeerTraining)
+        return training
+
+    def prepare_distributed(self, device_ids: list | None = None, **ddp_kwargs: Any) -> PeerTask:
+        """Let several processes, each with its own part of the batch, average their gradients; return the task.
+
+        Args:
+            device_ids: Of `DistributedDataParallel`.
+            ddp_kwargs: Further arguments of it.
+
+        Raises:
+            InputError: the method needs the whole batch at once.
+        """
+        self.peer_training.check_loop(torch.distributed.get_world_size(), 1)
+        self.trainable_module = nn.parallel.DistributedDataParallel(self.trainable_module, device_ids, **ddp_kwargs)
+        return self
 
     def attach(self, optimizer: torch.optim.Optimizer) -> None:
         """Let the optimizer's steps end the training steps; call it once, before training.
 
         Args:
-            optimizer: Over `task.trainable_module.trained_parameters()`.
+            optimizer: Over `task.peer_training.trained_parameters()`.
         """
-        self.trainable_module.attach(optimizer)
+        self.peer_training.attach(optimizer)
 
     def forward(self, input: Any, target: Tensor) -> dict[str, Any]:
         """Return the loss, the deployed member's logits as `output`, and the means of the method's terms by member.
@@ -73,12 +95,12 @@ class PeerTask(TrainingTask):
             input: What the networks take, for all peers or as a list of one for each.
             target: Class numbers `B`, or soft labels `B x C`.
         """
-        training = self.trainable_module
+        training = self.peer_training
         weight = training.method.weight_at(training.steps_done // (training.steps_per_epoch or 1))
-        terms = training(input, target, weight)
+        terms = self.trainable_module(input, target, weight)
         logged = {name: terms[name].detach().mean() for name in ("ce_P", "distill_P")}
         return {"loss": terms["loss"], "output": training.last_logits_BC, **logged}
 
     def student(self) -> nn.Module:
         """Return the one plain network that is deployed: a copy in evaluation mode."""
-        return self.trainable_module.student()
+        return self.peer_training.student()

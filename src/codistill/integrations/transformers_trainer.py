@@ -20,6 +20,7 @@ from codistill.utils import InputError
 
 try:
     from transformers import Trainer, TrainerCallback, TrainingArguments
+    from transformers.trainer_utils import has_length
 except ImportError:
     raise InputError(
         "codistill.integrations.PeerTrainer needs: pip install 'transformers[torch]' (with accelerate)"
@@ -41,7 +42,7 @@ class PeerTrainer(Trainer):
 
     Raises:
         InputError: the method steps one member after the other, or cannot train these peers (see `PeerTraining`), or
-            not with so many processes or accumulated batches.
+            not with so many processes or accumulated batches; or an argument asks for another model or loss.
 
     >>> import codistill as cd
     >>> peers = cd.NetworkPeers("resnet8", num_peers=2, num_classes=10, image_size=8)
@@ -54,6 +55,7 @@ class PeerTrainer(Trainer):
     def __init__(
         self, peers: Peers, method: Method, args: TrainingArguments, teacher: nn.Module | None = None, **options: Any
     ) -> None:
+        _check_arguments(args, options)
         args.remove_unused_columns = False
         args.label_names = ["labels"] if args.label_names is None else args.label_names
         self.peer_training = PeerTraining(peers, method, teacher)
@@ -69,10 +71,9 @@ class PeerTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """Return the method's loss; in evaluation the deployed member's cross-entropy, with its logits on request."""
-        columns = dict(inputs)
-        labels = columns.pop("labels")
-        takes_tensor = self.peer_training.peers.num_input_axes is not None and len(columns) == 1
-        batch: Any = next(iter(columns.values())) if takes_tensor else columns
+        if "labels" not in inputs:
+            raise InputError(f"a batch holds {', '.join(inputs)}; PeerTrainer takes class numbers by the name labels")
+        batch, labels = self._as_input(inputs), inputs["labels"]
         if model.training:
             training = self.peer_training
             epoch = training.steps_done // (training.steps_per_epoch or 1)
@@ -80,6 +81,29 @@ class PeerTrainer(Trainer):
         logits: Tensor = model(batch)
         loss = nn.functional.cross_entropy(logits.float(), labels)
         return (loss, {"loss": loss, "logits": logits}) if return_outputs else loss
+
+    def prediction_step(
+        self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: Any = None
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """Return the loss, the deployed member's logits, and the labels; without labels the logits alone."""
+        if "labels" in inputs:
+            return super().prediction_step(model, inputs, prediction_loss_only, ignore_keys)
+        batch = self._as_input(self._prepare_inputs(inputs))
+        with torch.no_grad(), self.compute_loss_context_manager():
+            logits: Tensor = model(batch)
+        return None, None if prediction_loss_only else logits, None
+
+    def _as_input(self, inputs: Any) -> Any:
+        """Return what the networks take of a batch: its columns but the labels, or the only one of these."""
+        columns = {name: column for name, column in inputs.items() if name != "labels"}
+        if self.peer_training.peers.num_input_axes is None:
+            return columns
+        if len(columns) != 1:
+            raise InputError(
+                f"a batch holds {', '.join(columns) or 'nothing'} beside labels, and the networks take one tensor; "
+                "leave one column, or build the peers with a mapping as `example`"
+            )
+        return next(iter(columns.values()))
 
     def _save(self, output_dir: str | None = None, state_dict: dict[str, Tensor] | None = None) -> None:
         """Write a checkpoint's weights; what branches share is written for each, as safetensors shares no memory."""
@@ -91,6 +115,30 @@ class PeerTrainer(Trainer):
         return self.peer_training.student()
 
 
+def _check_arguments(args: TrainingArguments, options: dict[str, Any]) -> None:
+    """Raise where arguments ask for what peers and their method decide, or what takes a model of transformers.
+
+    Raises:
+        InputError: they do.
+    """
+    if options.get("model") is not None or options.get("model_init") is not None:
+        raise InputError("PeerTrainer trains the peers; leave model and model_init out")
+    if options.get("compute_loss_func") is not None:
+        raise InputError("compute_loss_func: the method makes the loss; leave it out, or write a method")
+    if args.label_smoothing_factor:
+        raise InputError(
+            "label_smoothing_factor is not applied to the loss of a method; set it to 0, and let the data collator "
+            "give soft labels"
+        )
+    if args.gradient_checkpointing:
+        raise InputError(
+            "gradient_checkpointing takes a model of transformers; leave it out, and set checkpoint_activations = True "
+            "on every peers.member(p)"
+        )
+    if args.neftune_noise_alpha is not None:
+        raise InputError("neftune_noise_alpha takes a model of transformers; leave it out")
+
+
 class _FollowSteps(TrainerCallback):
     """Ends the training step after each step of the optimizer."""
 
@@ -100,8 +148,13 @@ class _FollowSteps(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **more: Any) -> None:
         """Tell the method how many steps an epoch has, and follow the optimizer."""
-        batches = len(more["train_dataloader"])
-        self.training.set_steps_per_epoch(max(-(-batches // self.microbatches), 1))
+        if has_length(more["train_dataloader"]):
+            self.training.set_steps_per_epoch(max(-(-len(more["train_dataloader"]) // self.microbatches), 1))
+        elif self.training.counts_epochs:
+            raise InputError(
+                f"{self.training.method.name} counts epochs, and the training data set has no length; "
+                "define its __len__"
+            )
         optimizer = getattr(more["optimizer"], "optimizer", more["optimizer"])  # accelerate wraps it
         if optimizer is not self.followed:
             self.followed = optimizer

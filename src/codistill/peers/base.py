@@ -85,6 +85,8 @@ class Peers(nn.Module):
     num_classes: int
     num_input_axes: int | None = 4
     """Axes of an input tensor, the batch included; None where an input is a mapping or tuple of tensors."""
+    takes_tuple: bool = False
+    """Whether an input is a tuple of tensors."""
     autocast: torch.dtype | None = None
     """Dtype of autocast around the members' bodies; None: the autocast of the caller, if any."""
     stacked_runner: Runner | None = None
@@ -164,10 +166,19 @@ class Peers(nn.Module):
                 self._refuse_tensor(inputs)
             views = inputs.unsqueeze(0) if inputs.dim() == self.num_input_axes else inputs
         else:
+            inputs = self.tuples_of(inputs)
             views = inputs if isinstance(inputs, list) else [inputs]
+            if self.num_input_axes is None and any(isinstance(view, Tensor) for view in views):
+                self._refuse_tensor(next(view for view in views if isinstance(view, Tensor)))
         if len(views) not in (1, self.num_peers):
             raise InputError(f"{len(views)} views for {self.num_peers} peers; give 1, or one per peer")
         return views
+
+    def tuples_of(self, inputs: Any) -> Any:
+        """Return inputs with tuples where a `DataLoader` has made lists of the tuples that these peers take."""
+        if not self.takes_tuple or not isinstance(inputs, list):
+            return inputs
+        return tuple(inputs) if all(isinstance(x, Tensor) for x in inputs) else [self.tuples_of(x) for x in inputs]
 
     def _refuse_tensor(self, inputs: Tensor) -> NoReturn:
         given = f"a tensor of {' x '.join(map(str, inputs.shape)) or 'one number'}"

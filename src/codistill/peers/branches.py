@@ -74,7 +74,7 @@ class BranchPeers(Peers):
                 "branches are built from a name or a callable, once each; a built model or a list cannot be"
             )
         inputs = InputSpec.of(example, in_channels, image_size)
-        self.num_input_axes = inputs.num_axes
+        self.num_input_axes, self.takes_tuple = inputs.num_axes, isinstance(inputs.example, tuple)
         members = build_members([spec] * num_peers, seed, num_classes, inputs)
         row = inputs.for_network(members[0])
         forks = [branch_at] if isinstance(branch_at, str) else list(branch_at)

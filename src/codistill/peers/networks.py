@@ -79,7 +79,7 @@ class NetworkPeers(Peers):
         if len(specs) != num_peers:
             raise InputError(f"{len(specs)} models are given for {num_peers} peers; give one, or one per peer")
         inputs = InputSpec.of(example, in_channels, image_size)
-        self.num_input_axes = inputs.num_axes
+        self.num_input_axes, self.takes_tuple = inputs.num_axes, isinstance(inputs.example, tuple)
         members = build_members(specs, seed, num_classes, inputs, first, same_start)
         self.members = nn.ModuleList(members)
         self._set_num_classes([num_head_classes(m) for m in members], num_classes)

@@ -55,7 +55,7 @@ class TwinPeers(Peers):
         if isinstance(spec, Sequence) and not isinstance(spec, str):
             raise InputError("twins are one network; give a name, a callable or a module, not a list")
         inputs = InputSpec.of(example, in_channels, image_size)
-        self.num_input_axes = inputs.num_axes
+        self.num_input_axes, self.takes_tuple = inputs.num_axes, isinstance(inputs.example, tuple)
         (member,) = build_members([spec], seed, num_classes, inputs)
         self.members = nn.ModuleList([member])
         self._num_peers = num_peers

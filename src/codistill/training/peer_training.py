@@ -108,6 +108,18 @@ class PeerTraining(nn.Module):
         parameters = [*self.peers.trained_parameters(), *self.method.parameters()]
         return [parameter for parameter in parameters if parameter.requires_grad]
 
+    @property
+    def acts_at_epoch_ends(self) -> bool:
+        """Whether the method copies or changes weights at steps that are counted in epochs."""
+        if any(getattr(type(self.method), name) is not getattr(Method, name) for name in ("before_step", "after_step")):
+            return True
+        return self.method.snapshot_interval(1) != self.method.snapshot_interval(2)
+
+    @property
+    def counts_epochs(self) -> bool:
+        """Whether the loss or the weights depend on the epoch: by a ramp, or by steps counted in epochs."""
+        return self.acts_at_epoch_ends or self.method.weight_at(0) != self.method.weight_at(1_000_000)
+
     def set_steps_per_epoch(self, steps: int) -> None:
         """Set the number of optimizer steps of an epoch."""
         self.steps_per_epoch = steps
@@ -258,7 +270,7 @@ class PeerTraining(nn.Module):
     def _step(self, good: Tensor | None = None) -> TrainingStep:
         """Return where in training this step is."""
         count = self.steps_per_epoch
-        if count is None and _depends_on_epoch_length(self.method):
+        if count is None and self.acts_at_epoch_ends:
             raise InputError(f"{self.method.name} acts at certain steps of an epoch; give `steps_per_epoch`")
         epoch, step = divmod(self.steps_done, count or 1)
         return TrainingStep(self.steps_done, epoch, ends_epoch=step + 1 == count, good=good)
@@ -278,14 +290,8 @@ class PeerTraining(nn.Module):
     def _as_views(self, inputs: Any) -> Views:
         if isinstance(inputs, Tensor):
             return inputs.unsqueeze(0) if inputs.dim() == self.peers.num_input_axes else inputs
+        inputs = self.peers.tuples_of(inputs)
         return inputs if isinstance(inputs, list) else [inputs]
-
-
-def _depends_on_epoch_length(method: Method) -> bool:
-    """Return whether a method copies or changes weights at steps that are counted in epochs."""
-    if any(getattr(type(method), name) is not getattr(Method, name) for name in ("before_step", "after_step")):
-        return True
-    return method.snapshot_interval(1) != method.snapshot_interval(2)
 
 
 def _write_steps(training: nn.Module, *_: Any) -> None:
