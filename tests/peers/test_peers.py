@@ -1,6 +1,7 @@
 """Peers against plain networks that are put together by hand, layer by layer, in float64."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch import nn
 from codistill.models import resolve
 from codistill.peers.base import PeerOutputs
 from codistill.peers.branches import BranchPeers
+from codistill.peers.hybrid import hybrid_network
 from codistill.peers.members import member_seed
 from codistill.peers.networks import NetworkPeers
 from codistill.utils.errors import InputError
@@ -136,8 +138,57 @@ def test_one_built_network_cannot_be_several_peers():
 @pytest.mark.parametrize("build", [networks, branches])
 def test_a_callable_that_returns_the_same_network_is_refused(build):
     network = plain_network(0)
-    with pytest.raises(InputError, match="same built model"):
+    with pytest.raises(InputError, match="returned the same one twice; let it build a new one"):
         build(2, spec=lambda: network)
+
+
+@pytest.mark.parametrize("build", [NetworkPeers, BranchPeers])
+def test_a_callable_that_returns_no_network_is_refused(build):
+    with pytest.raises(InputError, match=r"returned NoneType; it must return an nn.Module"):
+        build(lambda: None, 2, image_size=SIZE)
+
+
+def test_peers_that_begin_as_copies_are_warned_of():
+    def seeded():
+        torch.manual_seed(0)
+        return SmallNet()
+
+    with pytest.warns(UserWarning, match="all 2 peers begin with the same weights"):
+        NetworkPeers(seeded, 2, image_size=SIZE)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        NetworkPeers(SmallNet, 2, image_size=SIZE)
+        NetworkPeers(SmallNet, 2, image_size=SIZE, same_start=True)
+        NetworkPeers(seeded, 1, image_size=SIZE)
+
+
+def test_branches_of_a_network_that_is_all_frozen_are_built():
+    peers = BranchPeers(lambda: SmallNet().requires_grad_(False), 2, branch_at="conv2", image_size=SIZE)
+    assert peers(torch.zeros(2, 3, SIZE, SIZE)).logits_PBC.shape[:2] == (2, 2)
+
+
+class Tied(nn.Module):
+    """Its head has the weight of its embedding."""
+
+    def __init__(self, num_classes):
+        super().__init__()
+        self.embed, self.mix = nn.Embedding(num_classes, 8), nn.Linear(8, 8)
+        self.head = nn.Linear(8, num_classes, bias=False)
+        self.head.weight = self.embed.weight
+
+    def forward(self, tokens):
+        return self.head(self.mix(self.embed(tokens).mean(1)))
+
+
+def test_a_weight_that_head_and_body_share_is_shared_in_the_student_too():
+    tokens = torch.arange(12).reshape(4, 3) % 5
+    peers = NetworkPeers(Tied, 2, 5, example=tokens)
+    student = peers.export_member(1)
+    assert student.head.weight is student.embed.weight
+    assert student.head.weight is not peers.member(1).head.weight
+    torch.testing.assert_close(student(tokens), peers(tokens).logits_PBC[1])
+    mean = hybrid_network(peers)
+    torch.testing.assert_close(mean(tokens), peers.hybrid_logits(tokens))
 
 
 def test_the_same_module_twice_in_a_list_is_refused():

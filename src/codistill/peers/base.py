@@ -199,8 +199,8 @@ class Peers(nn.Module):
             return self
         plain = copy_module(self)
         for index in range(self.num_peers):
-            member = self.member(index)
+            member, memo = self.member(index), {}
             plain.members[index] = SplitMember(
-                plain_copy(member.body), copy_module(member.head), member.head_path, member.feature_dim
+                plain_copy(member.body, memo), copy_module(member.head, memo), member.head_path, member.feature_dim
             )
         return plain

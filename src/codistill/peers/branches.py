@@ -176,6 +176,8 @@ class BranchPeers(Peers):
                 entry.rescale = rescale
             with torch.enable_grad():
                 loss = self(example).logits_PBC.square().sum()
+                if not loss.requires_grad:  # all is frozen
+                    return True
                 gradients.append(torch.autograd.grad(loss, parameters, allow_unused=True))
         found = [(p, *pair) for p, *pair in zip(parameters, *gradients) if pair[0] is not None]
         noise = 1e-5 * max(plain.abs().max() for _, plain, _ in found)

@@ -94,9 +94,10 @@ def hybrid_network(peers: Peers) -> nn.Module:
     The mean of running statistics is not what its BatchNorms see: `torch.optim.swa_utils.update_bn` recomputes them.
     """
     network, member = peers.export_member(0), peers.member(0)
+    state = network.state_dict()
     with torch.no_grad():
-        mixed = {_plain_name(name, member): value for name, value in mix_members(peers).items()}
-    network.load_state_dict(network.state_dict() | mixed)
+        for name, value in mix_members(peers).items():
+            state[_plain_name(name, member)].copy_(value)  # in place, for weights that have two names
     return network
 
 

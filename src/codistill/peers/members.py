@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Sequence
 
 import torch
@@ -51,15 +52,39 @@ def build_members(
         for own_seed, factory in zip(seeds, factories):
             torch.default_generator.manual_seed(own_seed)  # torch.manual_seed would touch GPUs too
             networks.append(factory if isinstance(factory, nn.Module) else build(factory, **kwargs))
+        for network in networks:
+            if not isinstance(network, nn.Module):
+                raise InputError(
+                    f"what builds a network returned {type(network).__name__}; it must return an nn.Module"
+                )
         if len({id(network) for network in networks}) != len(networks):
-            raise InputError("the same built model is given twice; give every peer its own")
+            if all(isinstance(factory, nn.Module) for factory in factories):
+                raise InputError("the same built model is given twice; give every peer its own")
+            raise InputError("what builds a network returned the same one twice; let it build a new one at each call")
         members = [split_head(network, inputs.for_network(network), inputs.advice) for network in networks]
         for own_seed, factory, member in zip(seeds, factories, members):
             if has_weights(factory):  # with the same head too, the members would remain copies of each other
                 torch.default_generator.manual_seed(own_seed)
                 for layer in classifier_layers(member.head):
                     layer.reset_parameters()  # pyrefly: ignore
+    if not same_start:
+        _warn_of_copies(members)
     return members
+
+
+def _warn_of_copies(members: Sequence[SplitMember]) -> None:
+    """Warn where all members begin with the same weights though each had a seed of its own."""
+    states = [dict(member.named_parameters()) for member in members]
+    if len(members) > 1 and all(
+        state.keys() == states[0].keys()
+        and all(x.device == states[0][name].device and torch.equal(x, states[0][name]) for name, x in state.items())
+        for state in states[1:]
+    ):
+        warnings.warn(
+            f"all {len(members)} peers begin with the same weights, so that they stay copies of each other if they see "
+            "the same images; leave torch.manual_seed and fixed weights out of what builds the network",
+            stacklevel=4,
+        )
 
 
 def num_head_classes(member: SplitMember) -> int:

@@ -113,9 +113,14 @@ def channel_axis(entry: BranchEntry) -> int | None:
     return None
 
 
-def plain_copy(module: nn.Module) -> nn.Module:
-    """Return an independent copy in which every `SharedModule` and `BranchEntry` is replaced by the module inside."""
-    plain = copy_module(module)
+def plain_copy(module: nn.Module, memo: dict[int, Any] | None = None) -> nn.Module:
+    """Return an independent copy in which every `SharedModule` and `BranchEntry` is replaced by the module inside.
+
+    Args:
+        module: What is copied.
+        memo: Of `copy_module`; two copies with one keep the weights that they share.
+    """
+    plain = copy_module(module, memo)
     while wrapped := [(n, m) for n, m in plain.named_modules() if isinstance(m, SharedModule | BranchEntry)]:
         name, wrapper = wrapped[0]
         plain.set_submodule(name, wrapper.inner)

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -102,8 +103,9 @@ class SplitMember(nn.Module):
 
     def to_plain_module(self) -> nn.Module:
         """Return an independent copy of the classifier, in one piece as it was before the split, without exits."""
-        plain = plain_copy(self.body)
-        put_back(plain, self.head_path, copy_module(self.head))
+        memo: dict[int, Any] = {}  # one for both, as a head may share its weight with an embedding
+        plain = plain_copy(self.body, memo)
+        put_back(plain, self.head_path, copy_module(self.head, memo))
         return plain
 
 
@@ -139,7 +141,8 @@ def split_head(model: nn.Module, example: Inputs | None = None, advice: str = IM
     shown = ", ".join(f'"{path}"' for path, _ in candidates[:3])
     raise InputError(
         f"--model {_model_name(model)}: calling {shown} by itself after the rest does not give the network's output, "
-        "so it is not its classifier head; name the right one in the attribute head_path"
+        "so it is not its classifier head; return the head's logits as they are (without softmax, say), or name "
+        "another head in the attribute head_path"
     )
 
 
