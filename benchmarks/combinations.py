@@ -116,6 +116,8 @@ def draw_case(number: int, of_folder: bool) -> tuple[str, dict[str, Any], dict[s
     if name == "cosub":
         chosen |= {"topology": "twins", "model": ("timm:test_resnet,drop_path_rate=0.1",)}
         chosen.pop("peers", None)
+        if chosen.get("dtype") == "bfloat16":  # torch's gradient of its convolutions on 1 x 1 maps is NaN at times
+            del chosen["dtype"]
     return name, own, chosen
 
 

@@ -124,6 +124,19 @@ def test_a_skipped_step_leaves_what_is_kept_as_it_was():
     assert train_step(t, *batches[2], 1.0)["loss"].isfinite()
 
 
+@pytest.mark.parametrize("options", [{"augment": False}, {"augment": False, "mixup": 0.2}])
+def test_without_augmentation_the_next_step_sees_the_same_images(options):
+    t = build(**options)
+    assert t.loader.sample_batch().shape[0] == 1
+    batches = list(t.loader.epoch(0))
+    for step, (views, labels) in enumerate(batches):
+        t.progress.step = step
+        given, targets = t.mixer(views, labels, 0, step) if options.get("mixup") else (views, labels)
+        train_step(t, views, labels, 1.0)
+        assert torch.equal(t.previous.images_BCHW[: len(labels)], given[0])
+        assert torch.equal(t.previous.targets_B[: len(labels)], targets)
+
+
 def test_a_step_costs_two_passes_and_deploys_the_plain_network(tmp_path: Path):
     result = train(tiny(method="dlb", peers=None, epochs=1, out=str(tmp_path / "run")))
     assert result.figures["cost"]["training_passes"] == 2.0

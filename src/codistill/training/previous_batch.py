@@ -53,7 +53,7 @@ class PreviousBatch(nn.Module):
 
         Args:
             peers: What is trained.
-            views_VBCHW: Both views of the new images.
+            views_VBCHW: Both views of the new images, or one for both.
         """
         if not self.rows:
             return peers(views_VBCHW[:1])
@@ -76,7 +76,7 @@ class PreviousBatch(nn.Module):
         The caller sets `rows`, as a replayed CUDA graph runs no Python.
         """
         count = len(targets_B)
-        self.images_BCHW[:count].copy_(views_VBCHW[1])
+        self.images_BCHW[:count].copy_(views_VBCHW[-1])  # without augmentation there is one view
         self.targets_B[:count].copy_(targets_B)
         self.logits_PBC[:, :count].copy_(logits_PBC)
 
