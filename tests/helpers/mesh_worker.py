@@ -103,6 +103,7 @@ CASES = {
     "okddip, SAM": ("okddip", {}, "networks"),
 }
 MORE = {
+    "codistillation": {"freeze": ("conv1", "bn1")},
     "codistillation, disjoint": {"batch_size": 9, "skip_nonfinite": 1},  # 4 batches an epoch, as all have
     "codistillation, disjoint, two parts, mixed": {"batch_size": 9, "mixup": 0.3, "accumulate": 2},
     "codistillation, disjoint, branches": {"batch_size": 9},

@@ -25,6 +25,7 @@ def freeze_modules(peers: Peers, paths: Iterable[str]) -> list[nn.Module]:
         InputError: a member has no such module, or nothing is left to train.
     """
     frozen: list[nn.Module] = []
+    learns = any(p.requires_grad for p in peers.parameters())  # snapshots do not
     for path in paths:
         for p in range(peers.num_peers):
             body = peers.member(p).body
@@ -41,7 +42,7 @@ def freeze_modules(peers: Peers, paths: Iterable[str]) -> list[nn.Module]:
                 )
     for module in frozen:
         module.requires_grad_(False)
-    if frozen and not any(p.requires_grad for p in peers.parameters()):
+    if frozen and learns and not any(p.requires_grad for p in peers.parameters()):
         raise InputError("--freeze leaves nothing to train; leave the heads out")
     return frozen
 
