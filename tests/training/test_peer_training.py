@@ -1,6 +1,7 @@
 """`PeerTraining` in a loop of ten lines: the same losses and weights as codistill's own training step, in float64."""
 
 import io
+import warnings
 
 import pytest
 import torch
@@ -53,6 +54,34 @@ def test_equals_the_own_training_step(name, options, topology):
     close(torch.tensor(losses), torch.tensor(reference.losses))
     for ours, theirs in zip(training.peers.state_dict().values(), reference.trained.state_dict().values(), strict=True):
         close(ours.double(), theirs.double())
+
+
+@pytest.mark.parametrize(("steps_per_epoch", "warned_in"), [(2, "the third step"), (None, "student")])
+def test_a_method_that_never_gets_its_holdout_says_so_once(steps_per_epoch, warned_in):
+    peers = NetworkPeers("resnet8", 2, 10, in_channels=1, image_size=8)
+    method = KDCL(2, target="general", own_views=False, holdout_fraction=0.1)
+    training, words = PeerTraining(peers, method, None, steps_per_epoch), "call update_on_holdout"
+    for step in range(4):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            training.end_step()
+        assert [words in str(w.message) for w in caught] == [True] * (warned_in == "the third step" and step == 2)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        training.student()
+        training.student()
+    assert [words in str(w.message) for w in caught] == [True] * (warned_in == "student")
+    with pytest.raises(InputError, match="update_on_holdout got no batch"):
+        training.update_on_holdout([])
+    fresh = PeerTraining(peers, method, None, 2)
+    fresh.update_on_holdout([(torch.zeros(4, 1, 8, 8), torch.arange(4))])
+    again = PeerTraining(peers, method, None, 2)
+    again.load_state_dict(training.state_dict())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for updated in (fresh, again):
+            for _ in range(3):
+                updated.end_step()
 
 
 @pytest.mark.parametrize("name", ["pcl", "codistillation"])

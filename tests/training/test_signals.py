@@ -2,6 +2,7 @@
 
 import os
 import signal
+import sys
 
 import pytest
 import torch
@@ -64,12 +65,18 @@ def test_an_ignored_signal_stays_ignored():
         signal.signal(signal.SIGHUP, before)
 
 
+@pytest.fixture
+def no_trackio(monkeypatch):
+    """Let trackio be missing, wherever it is installed."""
+    monkeypatch.setitem(sys.modules, "trackio", None)
+
+
 @pytest.mark.parametrize(
     ("flag", "value", "sentence"),
     [("--tracker", "trackio", "pip install 'codistill[trackio]'"), ("--device", "mps", "this machine has none"),
      ("--weights", "nowhere.pt", "nowhere.pt does not exist")],
 )  # fmt: skip
-def test_a_comparison_that_lacks_something_starts_no_worker(flag, value, sentence, tmp_path, capsys):
+def test_a_comparison_that_lacks_something_starts_no_worker(flag, value, sentence, no_trackio, tmp_path, capsys):
     if value == "mps" and torch.backends.mps.is_available():
         pytest.skip("this machine has it")
     words = ["compare", "dml", "--model", "resnet8", "--data", "digits", "--epochs", "1", flag, value]
@@ -78,12 +85,12 @@ def test_a_comparison_that_lacks_something_starts_no_worker(flag, value, sentenc
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_dry_run_misses_its_tracker_too(tmp_path):
+def test_a_dry_run_misses_its_tracker_too(no_trackio, tmp_path):
     assert main([*WORDS, str(tmp_path / "run"), "--tracker", "trackio", "--dry-run"]) == 2
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_refused_start_leaves_no_folder_and_does_not_block_its_own(tmp_path, capsys):
+def test_a_refused_start_leaves_no_folder_and_does_not_block_its_own(no_trackio, tmp_path, capsys):
     out = tmp_path / "a" / "run"
     assert main([*WORDS, str(out), "--tracker", "trackio"]) == 2
     assert "pip install 'codistill[trackio]'" in capsys.readouterr().err

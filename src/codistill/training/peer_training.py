@@ -5,6 +5,7 @@ Shapes: P peers, B batch, C classes.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from typing import Any, Literal, overload
@@ -95,6 +96,7 @@ class PeerTraining(nn.Module):
         """The deployed member's logits of the last training batch, without their graph."""
         self._active_P: Tensor | None = None
         self._prepared: int | None = None
+        self._awaits_holdout = "holdout" in method.needs
 
     def train(self, mode: bool = True) -> PeerTraining:
         """Set the mode of all but the trained teacher, which stays in evaluation mode."""
@@ -244,6 +246,8 @@ class PeerTraining(nn.Module):
         if self.mean_teacher is not None:
             self.mean_teacher.update(self.peers, self.steps_done)
         self.steps_done += 1
+        if self._awaits_holdout and self.steps_per_epoch and self.steps_done > self.steps_per_epoch:
+            self._warn_of_holdout()
 
     @torch.no_grad()
     def update_on_holdout(self, batches: Iterable[tuple[Any, Tensor]]) -> None:
@@ -251,9 +255,15 @@ class PeerTraining(nn.Module):
 
         Args:
             batches: Pairs of inputs and class numbers that are not trained on.
+
+        Raises:
+            InputError: there is no batch.
         """
+        self._awaits_holdout = False
         with eval_mode(self.peers):
             pairs = [(self.peers(self._as_views(inputs)).logits_PBC, targets_B) for inputs, targets_B in batches]
+        if not pairs:
+            raise InputError(f"{self.method.name}: update_on_holdout got no batch; give pairs of inputs and targets")
         logits, targets = zip(*pairs, strict=True)
         self.method.update_on_holdout(torch.cat(logits, 1), torch.cat(targets))
 
@@ -265,7 +275,18 @@ class PeerTraining(nn.Module):
         """
         if kind == "ema" and (self.mean_teacher is None or isinstance(self.mean_teacher, SnapshotTeacher)):
             raise InputError(f"{self.method.name} has no mean teachers; deploy a member or the ensemble")
+        if self._awaits_holdout and self.steps_done:
+            self._warn_of_holdout()
         return build_student("" if kind == "member" else kind, self.peers, self.method, self.mean_teacher)
+
+    def _warn_of_holdout(self) -> None:
+        """Warn, once, that the method goes without what it would learn from held-out samples."""
+        self._awaits_holdout = False
+        warnings.warn(
+            f"{self.method.name} learns from held-out samples after every epoch, as it is configured here, and got "
+            "none; call update_on_holdout(batches) of the PeerTraining",
+            stacklevel=3,
+        )
 
     def _step(self, good: Tensor | None = None) -> TrainingStep:
         """Return where in training this step is."""
@@ -302,3 +323,5 @@ def _write_steps(training: nn.Module, *_: Any) -> None:
 def _read_steps(training: nn.Module, _incompatible: Any) -> None:
     assert isinstance(training, PeerTraining)
     training.steps_done = int(training.saved_steps)
+    if training.steps_done:  # whoever trained it has updated the method or was warned
+        training._awaits_holdout = False
