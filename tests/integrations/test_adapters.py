@@ -108,6 +108,12 @@ def test_lightning_continues_from_its_checkpoint_and_validates(tmp_path):
         images, labels = torch.cat((images, batch)), torch.cat((labels, targets))
     expected = 100 * (module.student()(images).argmax(1) == labels).double().mean()
     assert trainer.callback_metrics["val_top1"].item() == pytest.approx(expected.item(), abs=1e-3)
+    (tested,) = trainer.test(module, validation, verbose=False)
+    assert tested["test_top1"] == pytest.approx(expected.item(), abs=1e-3)
+    assert {*tested} == {"test_top1", "test_nll", "test_ensemble_top1"}
+    unlabeled = torch.utils.data.DataLoader([b[0][0] for b in again.batches], batch_size=None)
+    for loader in (validation, unlabeled):
+        close(torch.cat(trainer.predict(module, loader)), module.student()(images))
 
 
 # ------------------------------------------------------------------------------------------------------- transformers
@@ -322,7 +328,9 @@ def test_lightning_takes_the_lists_that_a_loader_makes_of_tuples():
     for count in (2, 3):
         peers = NetworkPeers(Pair, count, 3, example=(ROWS, ROWS))
         loader = torch.utils.data.DataLoader(rows, batch_size=4)
-        fit_lightning(loader, KDCL(count, own_views=False), peers)
+        module, trainer = fit_lightning(loader, KDCL(count, own_views=False), peers)
+        for batches in (loader, torch.utils.data.DataLoader([x for x, _ in rows], batch_size=4)):
+            close(torch.cat(trainer.predict(module, batches)), module.student()(ROWS, -ROWS))
     close(peers([ROWS, -ROWS]).logits_PBC, peers((ROWS, -ROWS)).logits_PBC)
     views = [(ROWS * v, -ROWS) for v in range(count)]
     close(peers([list(view) for view in views]).logits_PBC, peers(views).logits_PBC)

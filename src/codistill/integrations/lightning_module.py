@@ -32,7 +32,8 @@ class PeerModule(LightningModule):
     """Trains peers in a Lightning `Trainer`; batches are pairs of inputs and class numbers.
 
     Logged by epoch: `train_loss`, and on validation data `val_top1`, `val_nll` (of the deployed member) and
-    `val_ensemble_top1`.
+    `val_ensemble_top1`; `Trainer.test` logs the same as `test_...`. `Trainer.predict` gives the deployed member's
+    logits, for batches with labels and without.
 
     Args:
         peers: `NetworkPeers` or `BranchPeers`.
@@ -148,10 +149,38 @@ class PeerModule(LightningModule):
 
     def on_validation_epoch_end(self) -> None:
         """Log the figures of the deployed member and of the ensemble."""
+        self._log_figures("val")
+
+    def on_test_epoch_start(self) -> None:
+        """Begin new figures."""
+        self.on_validation_epoch_start()
+
+    def test_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
+        """Add a batch to the figures."""
+        self.validation_step(batch, batch_index)
+
+    def on_test_epoch_end(self) -> None:
+        """Log the figures of the deployed member and of the ensemble."""
+        self._log_figures("test")
+
+    def predict_step(self, batch: Any, batch_index: int) -> Tensor:
+        """Return the deployed member's logits, `B x C`.
+
+        Args:
+            batch: A pair of inputs and labels, which are not read, or inputs.
+            batch_index: Its number.
+        """
+        takes_tensors = self.peer_training.peers.num_input_axes is not None
+        if isinstance(batch, tuple | list) and len(batch) == 2 and (takes_tensors or not isinstance(batch[0], Tensor)):
+            batch = batch[0]
+        return self(batch)
+
+    def _log_figures(self, part: str) -> None:
         assert self._metrics is not None
         figures, deployed = self._metrics.compute(), self.peer_training.method.deployed
-        logged = {"val_top1": figures["top1"][deployed], "val_nll": figures["nll"][deployed]}
-        self.log_dict(logged | {"val_ensemble_top1": figures["ensemble_top1"]}, prog_bar=True, sync_dist=True)
+        logged = {"top1": figures["top1"][deployed], "nll": figures["nll"][deployed]}
+        logged["ensemble_top1"] = figures["ensemble_top1"]
+        self.log_dict({f"{part}_{name}": value for name, value in logged.items()}, prog_bar=True, sync_dist=True)
 
     def forward(self, inputs: Any) -> Tensor:
         """Return the deployed member's logits, `B x C`."""
