@@ -95,6 +95,23 @@ def test_swa_has_the_statistics_of_its_own_weights():
         close(student.bn1.running_var, torch.stack(variances).mean(0), 1e-10)
 
 
+@pytest.mark.parametrize(("topology", "freeze"), [("networks", "bn1"), ("networks", "trunk"), ("branches", "trunk")])
+def test_swa_keeps_the_statistics_of_frozen_modules(topology, freeze):
+    """They stand still in training, so what follows was trained on them, not on those of the training images."""
+    options = {"freeze": (freeze,), "swa_start": 0.25, "peers": 2, "milestones": (9,)}
+    t = build_run(config(topology=topology, deploy="swa", **options).resolved())
+    for module in t.frozen:
+        module.eval()
+    named = t.average.peers.named_modules(remove_duplicate=False)  # branches share modules
+    frozen = tuple(f"{name}." for name, module in named if module in t.frozen)
+    before = floating(t.average.peers)
+    t.progress.epoch = 3
+    recompute_statistics(t)
+    changed = {key for key, value in floating(t.average.peers).items() if not torch.equal(value, before[key])}
+    running = {key for key in before if "running" in key}
+    assert changed == {key for key in running if not key.startswith(frozen)}
+
+
 def test_swa_is_the_same_stacked():
     ours, theirs = (
         build_run(config(dtype="float64", deploy="swa", swa_start=0.5, execution=execution).resolved())

@@ -9,11 +9,12 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
-from torch.optim.swa_utils import update_bn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from codistill.peers.base import Peers
 from codistill.peers.ema import MeanTeacher, copy_where, move_towards
+from codistill.peers.modes import train_mode
 
 
 class MovingAverage(MeanTeacher):
@@ -66,19 +67,35 @@ class TailAverage(MeanTeacher):
         else:
             move_towards(averages, current, 1.0 / count, good)
 
-    def recompute_statistics(self, batches: Iterable[Tensor]) -> None:
+    @torch.no_grad()
+    def recompute_statistics(self, batches: Iterable[Tensor], frozen: Iterable[nn.Module] = ()) -> None:
         """Compute the BatchNorm statistics of the averaged weights anew: averages of weights have others than averaged.
 
-        Each batch counts alike, as in `torch.optim.swa_utils.update_bn`, which this is.
+        Each batch counts alike, as in `torch.optim.swa_utils.update_bn`, which knows no frozen modules.
 
         Args:
             batches: Views of training images, `V x B x C x H x W`.
+            frozen: Modules of the average that keep their statistics, and run as in evaluation.
         """
-        self.track_statistics(enabled=True)
+        own = {*self.peers.modules()}
+        kept = own & {module for root in frozen for module in root.modules()}
+        norms = [m for m in own - kept if isinstance(m, _BatchNorm)]
+        norms = [norm for norm in norms if norm.running_mean is not None]
+        if not norms:
+            return
+        momenta = [norm.momentum for norm in norms]
+        for norm in norms:
+            norm.reset_running_stats()
+            norm.momentum, norm.track_running_stats = None, True
         try:
-            update_bn(batches, self.peers)
+            with train_mode(self.peers):
+                for module in kept:
+                    module.training = False
+                for views_VBCHW in batches:
+                    self.peers(views_VBCHW)
         finally:
-            self.track_statistics(enabled=False)
+            for norm, momentum in zip(norms, momenta, strict=True):
+                norm.momentum, norm.track_running_stats = momentum, False
 
 
 def members_tensors(peers: Peers) -> list[Tensor]:

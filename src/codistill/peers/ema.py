@@ -44,10 +44,6 @@ class MeanTeacher(nn.Module):
         """Return the average of a member as a plain network that records BatchNorm statistics as usual."""
         return _track_running_stats(self.peers.export_member(index), enabled=True)
 
-    def track_statistics(self, *, enabled: bool) -> None:
-        """Set whether the averages record BatchNorm statistics in training."""
-        _track_running_stats(self.peers, enabled=enabled)
-
     def counterparts(self, peers: Peers, modules: Iterable[nn.Module]) -> list[nn.Module]:
         """Return the averages of `modules`, which are modules of the peers that were copied."""
         twins = dict(zip(map(id, peers.modules()), self.peers.modules(), strict=True))

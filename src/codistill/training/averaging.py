@@ -25,7 +25,7 @@ def recompute_statistics(run: Run) -> bool:
         return False
     devices = [run.device] if run.device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
-        average.recompute_statistics(_local_views(run, epoch))
+        average.recompute_statistics(_local_views(run, epoch), run.frozen)
     run.mesh.sync_buffers([average], run.method)
     return True
 
