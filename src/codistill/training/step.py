@@ -232,10 +232,10 @@ def add_to_sums(run: Run, terms: Terms, hits_P: Tensor, count: int) -> None:
         sums["loss"] += guard.mask_bad(terms["loss"].detach().to(dtype)) * count
         sums["hits_P"] += guard.mask_bad(hits_P)
         sums["distill_P"] += guard.mask_bad(terms["distill_P"].to(dtype)) * count
-        if guard.limit:
-            once = not (run.members_apart and run.mesh.peer_index)  # else every rank of the axis `peer` adds them
-            skipped = guard.skipped_mask() * (count * once)
-            sums["skipped"] = sums.get("skipped", torch.zeros_like(guard.skipped)) + skipped
+    if guard.limit:  # every rank keeps this sum too: a rank without it would exchange other sums than the rest
+        once = not (run.members_apart and run.mesh.peer_index)  # else every rank of the axis `peer` adds them
+        skipped = guard.skipped_mask() * (count * once)
+        sums["skipped"] = sums.get("skipped", torch.zeros_like(guard.skipped)) + skipped
     for name in filter(is_per_sample, terms):  # every rank keeps the sum, so that all can be added
         total = guard.mask_bad(terms[name].sum(0, dtype=dtype))
         sums[name] = sums.get(name, torch.zeros_like(total)) + total * bool(count)
