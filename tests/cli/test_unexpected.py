@@ -10,6 +10,12 @@ from codistill.cli.main import main
 from codistill.reproduce.workers import train_job
 
 
+@pytest.fixture(autouse=True)
+def no_own_code(monkeypatch):
+    """Forget what other tests have named; the package of this one may be among it."""
+    monkeypatch.setattr("codistill.utils.errors._own_packages", set())
+
+
 @pytest.fixture
 def bug(monkeypatch, tmp_path):
     def fail(*_):
