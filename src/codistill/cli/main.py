@@ -6,6 +6,7 @@ written where there was something to keep; 130 interrupted.
 
 from __future__ import annotations
 
+import atexit
 import os
 import signal
 import sys
@@ -54,6 +55,15 @@ def run() -> None:
         for name in ("SIGTERM", "SIGINT", "SIGUSR1", "SIGHUP"):
             if hasattr(signal, name):
                 signal.signal(getattr(signal, name), signal.SIG_IGN)
+    distributed = sys.modules.get("torch.distributed")
+    if code and distributed is not None and distributed.is_available() and distributed.is_initialized():
+        # Other ranks may be gone or wait, so the group cannot be left in order, and its threads would abort the process
+        # when the interpreter ends (SIGABRT in place of the code).
+        atexit._run_exitfuncs()
+        with suppress(OSError, ValueError):
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(code)
     sys.exit(code)
 
 
