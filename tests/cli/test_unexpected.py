@@ -1,6 +1,8 @@
 """A bug of codistill ends in one sentence that names a file with the traceback."""
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -51,6 +53,28 @@ def test_a_file_that_cannot_be_written_is_said(bug, monkeypatch, capsys):
     monkeypatch.setattr("tempfile.tempdir", "/nowhere")
     assert main(["list", "methods"]) == 1
     assert "its traceback cannot be written (No such file or directory)" in capsys.readouterr().err
+
+
+def test_a_failed_rank_ends_with_its_code_whatever_would_abort_it_later():
+    script = """
+import atexit, os, sys
+from torch import distributed
+
+class Aborts:  # as threads of a process group may, which the interpreter's end finds alive
+    def __del__(self):
+        os.abort()
+
+kept = Aborts()
+distributed.init_process_group("gloo", store=distributed.HashStore(), rank=0, world_size=1)
+atexit.register(print, "exit functions were called")
+sys.argv = ["codistill", "train", "nothing"]
+from codistill.cli.main import run
+run()
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 2, done.stderr
+    assert done.stdout == "exit functions were called\n"
+    assert 'unknown method "nothing"' in done.stderr
 
 
 def test_a_bug_in_one_run_of_a_grid_names_its_file(monkeypatch, tmp_path):

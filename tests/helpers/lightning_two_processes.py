@@ -7,24 +7,13 @@ import sys
 
 import lightning
 import torch
-from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
+from two_processes import Small
 
 from codistill.config import method_config
 from codistill.integrations import PeerModule
 from codistill.methods import build_method
 from codistill.peers import NetworkPeers
-
-
-class Small(nn.Module):
-    """A network without BatchNorm, whose statistics are of each process's own rows."""
-
-    def __init__(self, num_classes: int, in_channels: int) -> None:
-        super().__init__()
-        self.conv, self.fc = nn.Conv2d(in_channels, 8, 3), nn.Linear(8, num_classes)
-
-    def forward(self, x_BCHW):
-        return self.fc(self.conv(x_BCHW).relu().mean((2, 3)))
 
 
 def train(name: str, devices: int) -> tuple[torch.Tensor, int]:

@@ -108,7 +108,7 @@ class PeerModule(LightningModule):
 
     def training_step(self, batch: tuple[Any, Tensor], batch_index: int) -> Tensor:
         """Do one step of the method and return its loss."""
-        inputs, targets_B = _pair(batch)
+        inputs, targets_B = _split_batch(batch)
         optimizer: Any = self.optimizers()
         weight = self.peer_training.method.weight_at(self.current_epoch)
         if self.peer_training.method.update_mode == "alternating":
@@ -143,7 +143,7 @@ class PeerModule(LightningModule):
     def validation_step(self, batch: tuple[Any, Tensor], batch_index: int) -> None:
         """Add a batch to the figures."""
         assert self._metrics is not None
-        inputs, targets_B = _pair(batch)
+        inputs, targets_B = _split_batch(batch)
         outputs = self.peer_training.peers(inputs)
         self._metrics.update(outputs.logits_PBC, targets_B, self.peer_training.method.ensemble(outputs))
 
@@ -191,7 +191,7 @@ class PeerModule(LightningModule):
         return self.peer_training.student()
 
 
-def _pair(batch: Any) -> tuple[Any, Tensor]:
+def _split_batch(batch: Any) -> tuple[Any, Tensor]:
     """Return inputs and labels of a batch.
 
     Raises:

@@ -18,6 +18,8 @@ _DEVICE_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "MP
 _HOST_MEMORY = ("not enough memory", "can't allocate memory")
 _own_packages: set[str] = set()
 """Packages that were imported because the user has named them."""
+_LIBRARIES = frozenset({"codistill", "torch", "torchvision", "timm", "transformers"})
+"""Packages that are no user's own, though a user may name a network in them."""
 
 
 class InputError(ValueError):
@@ -126,7 +128,9 @@ def explain_failure(error: Exception) -> tuple[str | None, int]:
 
 def note_own_code(module_name: str) -> None:
     """Record that the user has named a module, so that its exceptions are not taken for bugs of codistill."""
-    _own_packages.add(module_name.partition(".")[0])
+    package = module_name.partition(".")[0]
+    if package not in _LIBRARIES:
+        _own_packages.add(package)
 
 
 def _place_in_own_code(error: BaseException) -> str | None:
@@ -134,7 +138,7 @@ def _place_in_own_code(error: BaseException) -> str | None:
     place = None
     for frame, line in traceback.walk_tb(error.__traceback__):
         package = str(frame.f_globals.get("__name__")).partition(".")[0]
-        if package in _own_packages - {"codistill", "torch"}:
+        if package in _own_packages:
             place = f"{frame.f_code.co_filename}, line {line}, in {frame.f_code.co_name}"
     return place
 

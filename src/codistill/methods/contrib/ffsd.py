@@ -143,7 +143,8 @@ class FFSD(Method):
         fused_ce_B1 = cross_entropy(u_BC[:, None, None], targets_B[:, None, None])
         log_mean_BC = soften(z_PBC[: len(self.group)].detach().mean(0), self.temperature)
         logit_weight = self.weight if self.leader else self.weight * weight
-        # Of one element, not a single number, which a weight that is a float64 tensor would make float64.
+        # One element, 1 axis: in a captured step the weight is a float64 tensor, and times it a tensor without axes
+        # would become float64.
         from_students_1 = self.divergence(u_BC.unsqueeze(0), log_mean_BC, targets_B)
         fusion_loss = (fused_ce_B1.mean(0) + logit_weight * from_students_1).squeeze(0)
         distill_P = self._learn(z_PBC, u_BC, targets_B)
